@@ -1,0 +1,91 @@
+"""What a run folder's lines say, as types. One line is one event; `event` names its type in the JSON."""
+
+import msgspec
+
+from meshwright.account import MeasuredStep, MemoryAccount, StepAccount
+from meshwright.spec import Layout
+
+
+class Metrics(msgspec.Struct, frozen=True, kw_only=True):
+    """One training step of the whole job: a line of metrics.jsonl.
+
+    loss: mean over the global batch's tokens, nats. mfu: model FLOPs utilisation, 0 to 1; None where no peak is known.
+    memory_bytes: the largest rank's peak so far (on CPU its resident set).
+    """
+
+    step: int
+    attempt: int
+    time_s: float
+    loss: float
+    gradient_norm: float
+    learning_rate: float
+    step_s: float
+    tokens_per_s: float
+    mfu: float | None
+    memory_bytes: float
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Held-out loss after `step` steps, nats per token: a line of metrics.jsonl beside the steps."""
+
+    step: int
+    attempt: int
+    time_s: float
+    held_out_loss: float
+
+
+class Span(msgspec.Struct, frozen=True, kw_only=True, tag="span", tag_field="event"):
+    """A stretch of a rank's life that the run account has a word for.
+
+    `name`: startup, compile, evaluation, checkpoint, measurement or step (many steps may share one line: `count`).
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+    step: int = 0
+    count: int = 1
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field="event"):
+    """A profiled step as this rank measured it."""
+
+    measured: MeasuredStep
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, tag="memory", tag_field="event"):
+    """This rank's memory account at the peak of `step`."""
+
+    step: int
+    account: MemoryAccount
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, tag="fault", tag_field="event"):
+    """Something went wrong on this rank; `what` is one line."""
+
+    step: int
+    time_s: float
+    what: str
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended", tag_field="event"):
+    """The rank left the attempt in good order; `how`: finished or stopped."""
+
+    step: int
+    time_s: float
+    how: str
+
+
+Event = Span | Step | Memory | Fault | Ended
+
+
+class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+    """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank."""
+
+    layout: Layout
+    step: StepAccount
+    overlapped: dict[str, float] = {}
+    memory: MemoryAccount
+    step_s: float
+    tokens_per_s: float
+    notes: tuple[str, ...] = ()

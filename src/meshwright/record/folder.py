@@ -1,0 +1,177 @@
+"""The run folder: where each thing lies, one writer, one reader."""
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from meshwright.record.events import Evaluation, Event, Metrics, Prediction
+from meshwright.spec import SettingError
+
+T = TypeVar("T")
+
+
+class RunFolder:
+    """Paths of one run. Creates nothing by itself."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job = path / "job.toml"
+        self.metrics = path / "metrics.jsonl"
+        self.attempts = path / "attempts"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+
+    def attempt(self, number: int) -> Path:
+        """Folder of one start of the job."""
+        return self.attempts / str(number)
+
+    def plan(self, attempt: int) -> Path:
+        """The attempt's layout and predicted accounts."""
+        return self.attempt(attempt) / "plan.json"
+
+    def events(self, attempt: int, rank: int) -> Path:
+        """The attempt's events of one rank."""
+        return self.attempt(attempt) / "events" / f"rank-{rank}.jsonl"
+
+    def attempt_numbers(self) -> list[int]:
+        """Attempts so far, oldest first."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.attempts.iterdir() if p.name.isdigit())
+
+
+def create_run(path: Path, job_toml: str) -> RunFolder:
+    """Make a new run folder with its job. Raises SettingError if one is there already: a run is never overwritten."""
+    folder = RunFolder(path)
+    try:
+        path.mkdir(parents=True)
+        replace_text(folder.job, job_toml)
+    except FileExistsError:
+        raise SettingError(
+            f"run folder {path}",
+            "exists already, and a run is never overwritten",
+            f"--resume {path}, or --set run.name={free_name(path)}",
+        ) from None
+    except OSError as error:
+        raise SettingError(
+            f"run folder {path}", f"cannot be made ({error.strerror})", "--set run.folder=runs"
+        ) from None
+    return folder
+
+
+def free_name(path: Path) -> str:
+    """A run name beside `path` that is not taken: name-2, name-3, ..."""
+    number = 2
+    while path.with_name(f"{path.name}-{number}").exists():
+        number += 1
+    return f"{path.name}-{number}"
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run folder. Raises SettingError where `path` is none."""
+    folder = RunFolder(path)
+    if not folder.job.is_file():
+        near = sorted(p.parent for p in path.parent.glob("*/job.toml")) if path.parent.is_dir() else []
+        found = ", ".join(str(p) for p in near[:3]) or "a folder that meshwright train made"
+        raise SettingError(f"run folder {path}", "holds no job.toml", found)
+    return folder
+
+
+def start_attempt(folder: RunFolder, prediction: Prediction) -> int:
+    """Make the next attempt's folder with its plan and return its number."""
+    number = max(folder.attempt_numbers(), default=-1) + 1
+    (folder.attempt(number) / "events").mkdir(parents=True)
+    replace_text(folder.plan(number), msgspec.json.format(msgspec.json.encode(prediction)).decode() + "\n")
+    return number
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class LineWriter:
+    """Appends JSON lines to one file, each in one write, so that a reader never sees two lines mixed.
+
+    A full disk does not stop a run: lines wait in memory and go out, in order, when there is room again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._waiting = b"" if _ends_with_newline(path) else b"\n"
+
+    def append(self, line: msgspec.Struct) -> None:
+        """Append one line; where the disk is full, keep it for the next call."""
+        self._waiting += msgspec.json.encode(line) + b"\n"
+        try:
+            while self._waiting:
+                written = os.write(self._file, self._waiting)
+                self._waiting = self._waiting[written:]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    """Whether a new line can follow at once: a writer that was killed may have left half a line."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
+    """The lines of a file as `kind`, while it may still be written: a line that is not whole is left out.
+
+    Lines of kinds that this version does not know are left out too, so that a newer run stays readable.
+    """
+    if not path.is_file():
+        return
+    decoder = msgspec.json.Decoder(kind)
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                yield decoder.decode(line)
+            except msgspec.DecodeError:
+                continue
+
+
+def read_metrics(folder: RunFolder) -> tuple[list[Metrics], list[Evaluation]]:
+    """Training steps and held-out losses across attempts, in order of step; a step run again replaces its forerunner."""
+    steps = {line.step: line for line in read_lines(folder.metrics, Metrics)}
+    evaluations = {line.step: line for line in read_lines(folder.metrics, Evaluation)}
+    return [steps[s] for s in sorted(steps)], [evaluations[s] for s in sorted(evaluations)]
+
+
+def read_events(folder: RunFolder, attempt: int) -> dict[int, list[Event]]:
+    """Events of each rank of an attempt."""
+    found = (folder.attempt(attempt) / "events").glob("rank-*.jsonl")
+    ranks = sorted(int(path.stem.removeprefix("rank-")) for path in found)
+    return {rank: list(read_lines(folder.events(attempt, rank), Event)) for rank in ranks}
+
+
+def read_prediction(folder: RunFolder, attempt: int) -> Prediction | None:
+    """What was predicted for an attempt, if its plan is there and can be read."""
+    try:
+        return msgspec.json.decode(folder.plan(attempt).read_bytes(), type=Prediction)
+    except (OSError, msgspec.DecodeError):
+        return None

@@ -1,0 +1,191 @@
+"""From TOML text and `--set a.b=c` to a checked Job, and back to TOML."""
+
+import re
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import msgspec
+import tomli_w
+
+from meshwright.spec.cluster import Cluster, Device
+from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.hardware import cluster_of, expand_cluster
+from meshwright.spec.job import Job, check_job
+from meshwright.spec.layout import AXES, Layout
+from meshwright.spec.model import expand_model
+
+Table = dict[str, Any]
+T = TypeVar("T")
+
+
+def read_job(path: Path, settings: Iterable[str] = (), *, local: Callable[[int], Cluster]) -> Job:
+    """Decode a job file, apply `--set` settings, resolve what is left to the machine, check the whole.
+
+    `local` describes this machine, given how many processes stand in for devices where it has no GPU; it is
+    called only if the job asks for it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(str(path), f"cannot be read as a job file ({error})", nearby_job(path)) from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(str(path), f"is not TOML ({error})", "see examples/quickstart.toml") from None
+    for setting in settings:
+        apply_setting(table, setting)
+    return decode_job(table, local=local)
+
+
+def nearby_job(path: Path) -> str:
+    """Another job file to suggest, in the folder of one that cannot be read."""
+    folder = path.parent
+    found = sorted(str(other) for other in folder.glob("*.toml") if other != path) if folder.is_dir() else []
+    return closest(str(path), found) if found else "examples/quickstart.toml"
+
+
+def apply_setting(table: Table, setting: str) -> None:
+    """Put one `a.b=c` into `table`; `c` is TOML, or a bare word taken as a string."""
+    key, equals, text = setting.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise SettingError(f"--set {setting}", "must look like section.key=value", "--set run.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    inner: Any = table
+    for part in parts[:-1]:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise SettingError(f"--set {setting}", f'"{part}" is a value, not a section', "--set run.steps=100")
+    inner[parts[-1]] = value
+
+
+def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
+    """A checked Job from a table that may leave sizes, precision and cluster to be resolved."""
+    check_keys(table, Job, "")
+    table = {name: dict(cast(Table, section)) for name, section in table.items()}
+    if "model" in table:
+        table["model"] = expand_model(table["model"])
+    table["cluster"] = expand_cluster(table.get("cluster", {}), local)
+    table["layout"] = expand_layout(table.get("layout", {}), table["cluster"])
+    job = convert(table, Job)
+    check_job(job)
+    return job
+
+
+def expand_layout(section: Table, cluster: Table) -> Table:
+    """Resolve `axis = "all"` (the devices that the other axes leave) and `precision = "auto"`."""
+    filled = dict(section)
+    devices = convert(cluster, Cluster).devices
+    open_axes = [axis for axis in AXES if filled.get(axis) == "all"]
+    if len(open_axes) > 1:
+        given = " and ".join(f"layout.{axis}" for axis in open_axes)
+        raise SettingError(f'{given} = "all"', "only one axis can take all the devices left", f"{open_axes[0]} alone")
+    for axis in open_axes:
+        others = 1
+        for other in AXES:
+            size = filled.get(other, 1)
+            others *= size if isinstance(size, int) and size > 0 else 1
+        if others > devices:
+            raise SettingError(
+                f'layout.{axis} = "all"', f"the other axes already take {others} of {devices} devices", "smaller axes"
+            )
+        filled[axis] = devices // others
+    if filled.get("precision", "auto") == "auto":
+        filled["precision"] = "bf16" if convert(cluster, Cluster).device.kind == "cuda" else "fp32"
+    return filled
+
+
+def convert(table: Table, kind: type[T], prefix: str = "") -> T:
+    """msgspec.convert with its message turned into a setting, a reason and the nearest value."""
+    try:
+        return msgspec.convert(table, kind)
+    except msgspec.ValidationError as error:
+        reason, _, where = str(error).partition(" - at `$")
+        path = [*prefix.split("."), *where.rstrip("`").strip(".").split(".")]
+        raise explain_invalid(table, kind, reason, [part for part in path if part]) from None
+
+
+def explain_invalid(table: Table, kind: type, reason: str, path: list[str]) -> SettingError:
+    """The SettingError for a msgspec message about the value at `path`."""
+    if missing := re.search(r"missing required field `(\w+)`", reason):
+        name = ".".join([*path, missing[1]])
+        return SettingError(name, "is missing", f"add {missing[1]} = ... under [{'.'.join(path)}]")
+    value: Any = table
+    for part in path:
+        name, *index = re.split(r"[\[\]]", part)
+        value = value.get(name) if isinstance(value, dict) else None
+        if index and isinstance(value, list) and index[0].isdigit():
+            value = value[int(index[0])]
+    shown = msgspec.json.encode(value).decode() if value is not None else "nothing"
+    return SettingError(f"{'.'.join(path)} = {shown}", reason.lower().replace("`", ""), default_of(kind, path))
+
+
+def default_of(kind: Any, path: list[str]) -> str:
+    """ "section.key = default" for a path into `kind`, or a word about its type."""
+    for part in path:
+        if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+            return "see docs/job.md"
+        field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == part.split("[")[0]), None)
+        if field is None:
+            return "see docs/job.md"
+        if part == path[-1] and field.default is not msgspec.NODEFAULT:
+            return f"{'.'.join(path)} = {msgspec.json.encode(field.default).decode()}"
+        kind = field.type
+    return f"a value of type {getattr(kind, '__name__', kind)}"
+
+
+def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
+    """Refuse keys that `kind` does not have, naming the one that was probably meant.
+
+    msgspec refuses them too, but names neither the whole key nor the nearest one.
+    """
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    # What a job file may say instead of the numbers; expand_cluster reads these words.
+    if kind is Cluster:
+        fields |= {"gpus": str, "processes": int}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            # The right word in the wrong section is a likelier slip than a near spelling in this one.
+            elsewhere = [f"{s.encode_name}.{key}" for s in msgspec.structs.fields(Job) if key in field_names(s.type)]
+            nearest = elsewhere[0] if elsewhere else f"{prefix}{closest(key, fields)}"
+            raise SettingError(name, "no such setting", nearest)
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            if isinstance(value, dict):
+                check_keys(cast(Table, value), inner, f"{name}.")
+            elif not (inner is Device and isinstance(value, str)):
+                raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
+
+
+def field_names(kind: Any) -> set[str]:
+    """Names of the settings of one section."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return {field.encode_name for field in msgspec.structs.fields(kind)}
+    return set()
+
+
+def encode_job(job: Job) -> str:
+    """The whole resolved job as TOML; `read_job` of it gives the same job on any machine."""
+    return tomli_w.dumps(msgspec.to_builtins(job))
+
+
+def planning_job(
+    *, model: str, gpus: str, sequence: int, global_batch: int, layout: Layout, settings: Iterable[str] = ()
+) -> Job:
+    """A job for planning alone: a named model on a described cluster ("8xh100", "4x8xh100")."""
+    table: Table = {
+        "run": {"name": "plan", "steps": 1},
+        "model": {"name": model},
+        "data": {"sequence": sequence, "global_batch": global_batch},
+        "layout": msgspec.to_builtins(layout),
+        "cluster": {"gpus": gpus},
+    }
+    for setting in settings:
+        apply_setting(table, setting)
+    return decode_job(table, local=lambda processes: cluster_of(gpus))

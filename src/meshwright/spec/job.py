@@ -1,0 +1,119 @@
+"""A job: model, data, optimizer, layout, cluster and run settings, concrete and checked."""
+
+from typing import Literal
+
+import msgspec
+
+from meshwright.spec.cluster import Cluster, check_cluster
+from meshwright.spec.errors import SettingError
+from meshwright.spec.layout import Layout, check_layout
+from meshwright.spec.model import ModelSpec, check_model
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the run is called, where its folder goes, how long it lasts."""
+
+    name: str
+    folder: str = "runs"
+    steps: int
+    seed: int = 0
+
+
+class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where tokens come from and how many make a step.
+
+    path: a folder of .txt or .jsonl (a "text" field a line), a prepared token folder, or "stdlib": the source of
+        the Python standard library found on the machine.
+    sequence: tokens per sample. global_batch: samples per optimizer step, whatever the layout.
+    held_out: share of documents kept for evaluation, never trained on.
+    cache: folder for prepared tokens.
+    """
+
+    path: str = "stdlib"
+    sequence: int
+    global_batch: int
+    held_out: float = 0.05
+    cache: str = ".meshwright/tokens"
+
+
+class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """AdamW (or SGD, for comparing weights exactly) under linear warmup and cosine decay.
+
+    Weight decay applies to matrices, not to norms. The last step's rate is learning_rate x final_rate.
+    clip_norm 0 turns clipping off.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 0
+    final_rate: float = 0.1
+    clip_norm: float = 1.0
+
+
+class EvaluationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Held-out loss: before the first step, every `every_steps` (0: only first and last), and after the last."""
+
+    every_steps: int = 0
+    sequences: int = 64
+
+
+class CheckpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Saves every `every_steps` (0: only at the end and when stopped); the newest `keep` stay (0: all)."""
+
+    every_steps: int = 0
+    keep: int = 2
+
+
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every `every_steps`-th step is profiled for the step account (0: none)."""
+
+    every_steps: int = 50
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a run depends on. Copies are made with msgspec.structs.replace."""
+
+    run: RunSettings
+    model: ModelSpec
+    data: DataSettings
+    optimizer: OptimizerSettings = OptimizerSettings()
+    layout: Layout
+    cluster: Cluster
+    evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    trace: TraceSettings = TraceSettings()
+
+
+def check_job(job: Job) -> None:
+    """Raise SettingError for the first setting that cannot be honoured."""
+    check_model(job.model)
+    for setting, value, least in (
+        ("run.steps", job.run.steps, 1),
+        ("data.sequence", job.data.sequence, 1),
+        ("data.global_batch", job.data.global_batch, 1),
+        ("optimizer.warmup_steps", job.optimizer.warmup_steps, 0),
+        ("evaluation.every_steps", job.evaluation.every_steps, 0),
+        ("evaluation.sequences", job.evaluation.sequences, 1),
+        ("checkpoint.every_steps", job.checkpoint.every_steps, 0),
+        ("checkpoint.keep", job.checkpoint.keep, 0),
+        ("trace.every_steps", job.trace.every_steps, 0),
+    ):
+        if value < least:
+            raise SettingError(f"{setting} = {value}", f"must be at least {least}", f"{setting} = {least}")
+    for setting, rate, low, high in (
+        ("data.held_out", job.data.held_out, 0.0, 0.5),
+        ("optimizer.learning_rate", job.optimizer.learning_rate, 0.0, 10.0),
+        ("optimizer.final_rate", job.optimizer.final_rate, 0.0, 1.0),
+        ("optimizer.weight_decay", job.optimizer.weight_decay, 0.0, 10.0),
+        ("optimizer.clip_norm", job.optimizer.clip_norm, 0.0, float("inf")),
+    ):
+        if not low <= rate <= high:
+            nearest = low if rate < low else high
+            raise SettingError(f"{setting} = {rate}", f"must lie between {low} and {high}", f"{setting} = {nearest}")
+    if not job.run.name or job.run.name != job.run.name.strip("./ ") or "/" in job.run.name:
+        raise SettingError(f'run.name = "{job.run.name}"', "must be a plain folder name", 'run.name = "run"')
+    check_layout(job.layout, job.data.global_batch)
+    check_cluster(job.cluster, job.layout.world_size)

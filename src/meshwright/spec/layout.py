@@ -1,0 +1,102 @@
+"""How a job is spread over ranks."""
+
+from typing import Literal, get_args
+
+import msgspec
+
+from meshwright.spec.errors import SettingError
+
+Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
+# The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
+AXES: tuple[Axis, ...] = get_args(Axis)
+# Axes that `parallel` can apply today; the others refuse any size but 1.
+OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard")
+
+Precision = Literal["fp32", "bf16"]
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Axis sizes, their order over the links, and what a rank does with its share.
+
+    microbatch: sequences that one rank runs through the model at once.
+    zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
+        3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
+        1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
+    precision: of the model's matrix products and of parameter transfers; parameters, gradient
+        reductions and optimizer states are fp32 in both.
+    """
+
+    pipeline: int = 1
+    replica: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+    order: tuple[Axis, ...] = AXES
+    microbatch: int = 1
+    zero: Literal[1, 2, 3] = 3
+    precision: Precision = "bf16"
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline * self.replica * self.shard * self.context * self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """Number of ranks that the global batch is divided over."""
+        return self.replica * self.shard
+
+    def size(self, axis: Axis) -> int:
+        """Number of ranks along `axis`."""
+        return getattr(self, axis)
+
+    def accumulation(self, global_batch: int) -> int:
+        """Microbatches that each rank runs in a step of `global_batch` sequences."""
+        return global_batch // (self.data_size * self.microbatch)
+
+    def label(self) -> str:
+        """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
+        sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
+        where = " x ".join(sizes) if sizes else "one process"
+        zero = f", zero {self.zero}" if self.shard > 1 else ""
+        return f"{where}{zero}, microbatch {self.microbatch}"
+
+
+def check_layout(layout: Layout, global_batch: int) -> None:
+    """Raise SettingError for sizes that no cluster could run."""
+    for axis in (*AXES, "expert"):
+        size: int = getattr(layout, axis)
+        if size < 1:
+            raise SettingError(f"layout.{axis} = {size}", "an axis has at least one rank", f"layout.{axis} = 1")
+        if size > 1 and axis not in OFFERED_AXES:
+            raise SettingError(
+                f"layout.{axis} = {size}",
+                f"the {axis} axis is not built yet",
+                f"layout.{axis} = 1 with layout.shard = {layout.shard * size}",
+            )
+    if layout.microbatch < 1:
+        raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
+    if sorted(layout.order) != sorted(AXES):
+        raise SettingError(
+            f"layout.order = {list(layout.order)}",
+            "must name each axis of the mesh once",
+            f"layout.order = {list(AXES)}",
+        )
+    if global_batch % layout.data_size:
+        fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        near = min(fits, key=lambda n: abs(n - layout.data_size))
+        up = -(-global_batch // layout.data_size) * layout.data_size
+        raise SettingError(
+            f"layout.replica x layout.shard = {layout.data_size}",
+            f"does not divide data.global_batch = {global_batch}",
+            f"{near} ranks, or data.global_batch = {up}",
+        )
+    if (global_batch // layout.data_size) % layout.microbatch:
+        share = global_batch // layout.data_size
+        near = min((m for m in range(1, share + 1) if share % m == 0), key=lambda m: abs(m - layout.microbatch))
+        raise SettingError(
+            f"layout.microbatch = {layout.microbatch}",
+            f"does not divide a rank's {share} sequences (data.global_batch = {global_batch} over {layout.data_size})",
+            f"layout.microbatch = {near}",
+        )
