@@ -1,0 +1,19 @@
+"""Text to a token folder, and a token folder to samples that depend on (seed, step, index) alone."""
+
+from meshwright.data.folder import END, VOCABULARY, Manifest, TokenFolder, open_folder
+from meshwright.data.loader import Batches, to_tensor
+from meshwright.data.prepare import prepare
+from meshwright.data.stream import Stream, open_stream
+
+__all__ = [
+    "END",
+    "VOCABULARY",
+    "Batches",
+    "Manifest",
+    "Stream",
+    "TokenFolder",
+    "open_folder",
+    "open_stream",
+    "prepare",
+    "to_tensor",
+]

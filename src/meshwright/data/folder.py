@@ -1,0 +1,96 @@
+"""A token folder: tokens.bin, documents.npy and manifest.json. docs/data.md describes the format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from meshwright.spec import SettingError
+
+# Byte-level tokens: 0 to 255 are bytes, END ends a document.
+END = 256
+VOCABULARY = 257
+
+TOKENS_FILE = "tokens.bin"
+DOCUMENTS_FILE = "documents.npy"
+MANIFEST_FILE = "manifest.json"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a token folder holds.
+
+    source: where the text came from. fingerprint: of the source's listing; a changed corpus has another.
+    checksum: SHA-256 of tokens.bin; two machines that train together, or a resumed run, can compare it.
+    bigram_entropy: nats per token that remain when the token before is known; what a model must beat to show that
+        it uses more context than one token. None where the folder's maker did not count it.
+    """
+
+    format: Literal[1] = 1
+    source: str
+    fingerprint: str
+    documents: int
+    tokens: int
+    tokens_bytes: int
+    dtype: Literal["uint16", "uint32"] = "uint16"
+    vocabulary: int
+    checksum: str
+    bigram_entropy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFolder:
+    """An opened token folder. Document d is tokens[offsets[d] : offsets[d + 1]], its last token the end token."""
+
+    path: Path
+    manifest: Manifest
+    tokens: NDArray[Any]  # on disk, mapped
+    offsets: NDArray[np.int64]
+
+
+def open_folder(path: Path) -> TokenFolder:
+    """Map a token folder. Raises SettingError where it is damaged."""
+    manifest = _read_manifest(path)
+    offsets = _read_offsets(path, manifest)
+    file = path / TOKENS_FILE
+    size = file.stat().st_size if file.is_file() else 0
+    expected = manifest.tokens * np.dtype(manifest.dtype).itemsize
+    if size != manifest.tokens_bytes or size != expected:
+        raise _damaged(path, f"{TOKENS_FILE} has {size} bytes where {MANIFEST_FILE} says {manifest.tokens_bytes}")
+    # Little-endian whatever the machine, so that a folder can be carried between machines.
+    tokens = np.memmap(file, dtype=np.dtype(manifest.dtype).newbyteorder("<"), mode="r")
+    return TokenFolder(path=path, manifest=manifest, tokens=tokens, offsets=offsets)
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        manifest = msgspec.json.decode((path / MANIFEST_FILE).read_bytes(), type=Manifest)
+    except OSError as error:
+        raise _damaged(path, f"{MANIFEST_FILE} cannot be read ({error.strerror})") from None
+    except msgspec.DecodeError as error:
+        raise _damaged(path, f"{MANIFEST_FILE} is damaged ({error})") from None
+    if manifest.tokens < 1 or manifest.documents < 1:
+        raise _damaged(path, f"{MANIFEST_FILE} says {manifest.documents} documents of {manifest.tokens} tokens")
+    return manifest
+
+
+def _read_offsets(path: Path, manifest: Manifest) -> NDArray[np.int64]:
+    try:
+        offsets = np.load(path / DOCUMENTS_FILE, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise _damaged(path, f"{DOCUMENTS_FILE} is missing or damaged") from None
+    if (
+        offsets.shape != (manifest.documents + 1,)
+        or offsets.dtype != np.int64
+        or offsets[0] != 0
+        or offsets[-1] != manifest.tokens
+        or bool((np.diff(offsets) < 0).any())
+    ):
+        raise _damaged(path, f"{DOCUMENTS_FILE} does not fit {MANIFEST_FILE}")
+    return offsets
+
+
+def _damaged(path: Path, reason: str) -> SettingError:
+    return SettingError(f"token folder {path}", reason, "remove the folder and prepare it again")

@@ -1,0 +1,52 @@
+"""Initial weights that do not depend on the layout, by construction: each is a pure function of its name."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from meshwright.models.decoder import Decoder
+from meshwright.spec import ModelSpec
+
+# Matrices whose products are added to the residual stream, twice a layer.
+RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+
+
+def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, device: torch.device | str) -> Tensor:
+    """The whole initial value of parameter `name`, fp32; a rank that holds a part of it makes the whole and cuts.
+
+    A pure function of its arguments. The kind of device is one of them: a CPU and a GPU draw different numbers from
+    the same seed, and so may two models of GPU. Pass "cpu" where weights must be equal across kinds.
+    """
+    if name.endswith("norm.weight"):
+        return torch.ones(tuple(shape), device=device)
+    generator = torch.Generator(device).manual_seed(seed_of(seed, name))
+    return torch.randn(tuple(shape), generator=generator, device=device).mul_(standard_deviation(name, spec))
+
+
+def standard_deviation(name: str, spec: ModelSpec) -> float:
+    """Spread of a matrix's initial values.
+
+    0.02 as in GPT-2 and Llama. Residual outputs are scaled down so that the residual stream's variance does not grow
+    with depth (GPT-2). Embedding and head never exceed 1/sqrt(D): logits then start with a spread of at most 1, which
+    matters where the embedding is also the head.
+    """
+    if name.endswith(RESIDUAL_OUTPUTS):
+        return 0.02 / (2 * spec.layers) ** 0.5
+    if name in ("embedding.weight", "head.weight"):
+        return min(0.02, spec.d_model**-0.5)
+    return 0.02
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A generator's seed from the run's seed and a parameter's name; Python's own hash differs between processes."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # torch takes 63 bits on every device
+
+
+@torch.no_grad()
+def initialize_(model: Decoder, spec: ModelSpec, seed: int) -> None:
+    """Fill a model that lives in one process."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_tensor(name, parameter.shape, spec, seed, parameter.device))
