@@ -12,25 +12,25 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 # Above this share of a step in `other`, the measurement itself is reported as poor.
 CLOSING_TOLERANCE = 0.02
 
-# What each bucket means, in the words that tables and reports print.
+# What each bucket means, in the words that tables and reports print: short enough for a line of 100 columns.
 MEANINGS: dict[str, str] = {
     "useful": "model FLOPs at the device's datasheet peak",
     "contention": "compute slowed by transfers that overlap it",
     "inefficiency": "the rest of compute: kernels below peak",
-    "recompute": "forward work done again for activation checkpointing",
+    "recompute": "forward redone for activation checkpointing",
     "optimizer": "gradient norm, clipping, parameter update",
     "comm.replica": "exposed gradient all-reduce between replicas",
-    "comm.shard": "exposed gathers and reductions of sharded data parallelism",
+    "comm.shard": "exposed gathers and reductions of shards",
     "comm.tensor": "exposed transfers of tensor parallelism",
     "comm.context": "exposed transfers of context parallelism",
     "comm.expert": "exposed transfers of expert parallelism",
     "comm.pipeline": "exposed transfers between pipeline stages",
-    "comm.control": "exposed small syncs: norms, counts, stop requests",
-    "imbalance": "waiting for a peer that the layout gave more work",
-    "straggler": "waiting for a peer that was slower at equal work",
-    "bubble": "pipeline idle with equal stages and free transfers",
+    "comm.control": "exposed small syncs: norms, counts, stops",
+    "imbalance": "waiting for a peer given more by the layout",
+    "straggler": "waiting for a peer slower at equal work",
+    "bubble": "pipeline idle, stages equal, transfers free",
     "input": "waiting for the next batch",
-    "host": "device idle because its next work was launched late",
+    "host": "device idle: its next work launched late",
     "checkpoint": "the step stalled by a save",
     "other": "what is left",
 }

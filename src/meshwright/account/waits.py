@@ -1,7 +1,7 @@
 """What only all ranks together can tell: which part of a collective was transfer, which was waiting, and for whom."""
 
-from collections import Counter
 from collections.abc import Sequence
+from statistics import median
 
 import msgspec
 
@@ -9,6 +9,8 @@ from meshwright.account.step import MeasuredStep, StepAccount, Transfer
 
 Group = tuple[int, ...]
 Key = tuple[str, Group, int]
+# Seconds by the rank that caused them.
+Seconds = dict[int, float]
 
 
 class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,52 +31,51 @@ def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
     """Separate transfer from waiting in one step, given as every rank measured it.
 
     A collective's transfer begins when its last participant starts; before that, the others wait for that one.
-    Blame follows the chain: if the last to arrive had itself waited elsewhere since it last met these peers, that
-    much of its lateness is charged to whom it waited for. With the replica and shard axes every rank has equal
-    work, so all waiting is `straggler`.
+    Blame follows the chain: what the last to arrive had itself been delayed by others is charged to those others.
+    With the replica and shard axes every rank has equal work, so all waiting is `straggler`.
     """
     offset = clock_offsets(ranks)
     meetings: dict[Key, dict[int, Transfer]] = {}
     for measured in ranks:
         for transfer in measured.transfers:
             meetings.setdefault(transfer.key, {})[measured.rank] = transfer
+    arrivals = {key: {r: t.start_s - offset[r] for r, t in met.items()} for key, met in meetings.items()}
 
-    def arrival(rank: int, transfer: Transfer) -> float:
-        return transfer.start_s - offset[rank]
-
-    waits: dict[int, list[tuple[int, float]]] = {measured.rank: [] for measured in ranks}
-    moved: dict[int, Counter[str]] = {measured.rank: Counter() for measured in ranks}
-    # How much of waits[rank] lies before the rank last met these peers.
-    met: dict[tuple[int, Group], int] = {}
-    order = sorted(meetings, key=lambda key: max(arrival(rank, t) for rank, t in meetings[key].items()))
-    for key in order:
-        arrivals = meetings[key]
-        peers = key[1]
-        last = max(arrivals, key=lambda rank: arrival(rank, arrivals[rank]))
-        ready = arrival(last, arrivals[last])
-        owed = waits[last][met.get((last, peers), 0) :]
-        for rank, transfer in arrivals.items():
-            wait = seconds_before(transfer.exposed, ready + offset[rank]) if rank != last else 0.0
+    # How much later than an undisturbed step each rank runs, by the rank that caused it.
+    delay: dict[int, Seconds] = {measured.rank: {} for measured in ranks}
+    moved: dict[int, dict[str, float]] = {measured.rank: {} for measured in ranks}
+    blame: dict[int, Seconds] = {measured.rank: {} for measured in ranks}
+    for key in sorted(arrivals, key=lambda key: max(arrivals[key].values())):
+        arrived = arrivals[key]
+        last = max(arrived, key=lambda rank: arrived[rank])
+        ready = arrived[last]
+        # At equal work all would have arrived together: what the last one's known delay does not explain is its own.
+        lateness = max(sum(delay[rank].values()) + ready - arrived[rank] for rank in arrived)
+        add(delay[last], last, lateness - sum(delay[last].values()))
+        for rank, transfer in meetings[key].items():
+            wait = min(seconds_before(transfer.exposed, ready + offset[rank]), ready - arrived[rank])
             if wait > 0:
-                moved[rank][transfer.purpose] += wait
-                waits[rank] += charge(wait, owed, last)
-        for rank in arrivals:
-            met[(rank, peers)] = len(waits[rank])
-    return [_resolved(measured, moved[measured.rank], waits[measured.rank]) for measured in ranks]
+                moved[rank][transfer.purpose] = moved[rank].get(transfer.purpose, 0.0) + wait
+                for culprit, seconds in charge(wait, last, delay[last], delay[rank]).items():
+                    add(blame[rank], culprit, seconds)
+                # The rank goes on when the last one lets it: it is now late for the last one's reasons.
+                total = sum(delay[rank].values()) + wait
+                delay[rank] = {culprit: s * total / lateness for culprit, s in delay[last].items()}
+    return [_resolved(measured, moved[measured.rank], blame[measured.rank]) for measured in ranks]
 
 
-def charge(wait: float, owed: Sequence[tuple[int, float]], last: int) -> list[tuple[int, float]]:
-    """Divide a wait for `last`: first over what it had itself waited for others, the rest is its own."""
-    charged: list[tuple[int, float]] = []
-    left = wait
-    for culprit, seconds in owed:
-        part = min(left, seconds)
-        if part > 0:
-            charged.append((culprit, part))
-            left -= part
-    if left > 0:
-        charged.append((last, left))
-    return charged
+def charge(wait: float, last: int, late: Seconds, waiting: Seconds) -> Seconds:
+    """Divide a wait for `last` over the causes of its delay that had not delayed the waiting rank before."""
+    news = {culprit: seconds - waiting.get(culprit, 0.0) for culprit, seconds in late.items()}
+    news = {culprit: seconds for culprit, seconds in news.items() if seconds > 0} or {last: wait}
+    total = sum(news.values())
+    return {culprit: wait * seconds / total for culprit, seconds in news.items()}
+
+
+def add(seconds: Seconds, rank: int, more: float) -> None:
+    """Add to one rank's entry; what is not positive adds nothing."""
+    if more > 0:
+        seconds[rank] = seconds.get(rank, 0.0) + more
 
 
 def seconds_before(intervals: Sequence[tuple[float, float]], until: float) -> float:
@@ -87,35 +88,33 @@ def clock_offsets(ranks: Sequence[MeasuredStep]) -> dict[int, float]:
 
     Ranks of one host share a clock. A collective ends at about the same moment for all its participants, so the
     median difference of ends between two hosts is their clocks' offset, however far apart they are. A host that
-    shares no collective with the others is taken as synchronised: its starts are compared with nobody's.
+    shares no collective with the others, directly or through a third, is taken as synchronised: its starts are
+    compared with nobody's.
     """
-    ends = {measured.rank: {t.key: t.end_s for t in measured.transfers} for measured in ranks}
-    host_offset: dict[str, float] = {}
+    ends: dict[str, dict[Key, float]] = {}
     for measured in ranks:
-        if measured.host in host_offset:
-            continue
-        host_offset[measured.host] = 0.0
-        for other in ranks:
-            common = ends[other.rank].keys() & ends[measured.rank].keys()
-            if common and other.host in host_offset and other.host != measured.host:
-                differences = sorted(ends[measured.rank][key] - ends[other.rank][key] for key in common)
-                host_offset[measured.host] = host_offset[other.host] + differences[len(differences) // 2]
-                break
-    return {measured.rank: host_offset[measured.host] for measured in ranks}
+        ends.setdefault(measured.host, {}).update({t.key: t.end_s for t in measured.transfers})
+    offset: dict[str, float] = {}
+    for host in ends:
+        offset.setdefault(host, 0.0)
+        reached = [host]
+        for known in reached:
+            for other in ends.keys() - offset.keys():
+                if common := ends[other].keys() & ends[known].keys():
+                    offset[other] = offset[known] + median(ends[other][key] - ends[known][key] for key in common)
+                    reached.append(other)
+    return {measured.rank: offset[measured.host] for measured in ranks}
 
 
-def _resolved(measured: MeasuredStep, moved: Counter[str], waits: Sequence[tuple[int, float]]) -> ResolvedStep:
+def _resolved(measured: MeasuredStep, moved: dict[str, float], blame: Seconds) -> ResolvedStep:
     account = measured.account
     changes = {f"comm_{purpose}": getattr(account, f"comm_{purpose}") - seconds for purpose, seconds in moved.items()}
-    changes["straggler"] = account.straggler + moved.total()
-    blame: Counter[int] = Counter()
-    for culprit, seconds in waits:
-        blame[culprit] += seconds
+    changes["straggler"] = account.straggler + sum(moved.values())
     return ResolvedStep(
         step=measured.step,
         rank=measured.rank,
         wall_s=measured.wall_s,
         account=msgspec.structs.replace(account, **changes),
         overlapped=measured.overlapped,
-        blame=dict(blame),
+        blame=blame,
     )

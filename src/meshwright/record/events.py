@@ -9,15 +9,16 @@ from meshwright.spec import Layout
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     """One training step of the whole job: a line of metrics.jsonl.
 
-    loss: mean over the global batch's tokens, nats. mfu: model FLOPs utilisation, 0 to 1; None where no peak is known.
-    memory_bytes: the largest rank's peak so far (on CPU its resident set).
+    loss: mean over the global batch's tokens, nats; None where it was not a finite number (JSON has no such thing),
+    so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;
+    None where no peak is known. memory_bytes: the largest rank's peak so far (on CPU its resident set).
     """
 
     step: int
     attempt: int
     time_s: float
-    loss: float
-    gradient_norm: float
+    loss: float | None
+    gradient_norm: float | None
     learning_rate: float
     step_s: float
     tokens_per_s: float
@@ -26,18 +27,19 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """Held-out loss after `step` steps, nats per token: a line of metrics.jsonl beside the steps."""
+    """Held-out loss after `step` steps, nats per token (None: not finite): a line of metrics.jsonl beside the steps."""
 
     step: int
     attempt: int
     time_s: float
-    held_out_loss: float
+    held_out_loss: float | None
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, tag="span", tag_field="event"):
     """A stretch of a rank's life that the run account has a word for.
 
-    `name`: startup, compile, evaluation, checkpoint, measurement or step (many steps may share one line: `count`).
+    `name`: startup, compile, evaluation, checkpoint, measurement or step (many steps may share one line: `count`
+    steps, of which `step` is the last).
     """
 
     name: str

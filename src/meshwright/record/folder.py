@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
@@ -41,7 +41,12 @@ class RunFolder:
         """Attempts so far, oldest first."""
         if not self.attempts.is_dir():
             return []
-        return sorted(int(p.name) for p in self.attempts.iterdir() if p.name.isdigit())
+        return sorted(int(p.name) for p in self.attempts.iterdir() if p.name.isdecimal())
+
+    def ranks(self, attempt: int) -> list[int]:
+        """Ranks that wrote events in an attempt."""
+        names = [path.stem.removeprefix("rank-") for path in self.attempt(attempt).glob("events/rank-*.jsonl")]
+        return sorted(int(name) for name in names if name.isdecimal())
 
 
 def create_run(path: Path, job_toml: str) -> RunFolder:
@@ -57,6 +62,9 @@ def create_run(path: Path, job_toml: str) -> RunFolder:
             f"--resume {path}, or --set run.name={free_name(path)}",
         ) from None
     except OSError as error:
+        # An empty folder left behind would make the next try fail for another reason.
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
         raise SettingError(
             f"run folder {path}", f"cannot be made ({error.strerror})", "--set run.folder=runs"
         ) from None
@@ -117,6 +125,9 @@ class LineWriter:
     def append(self, line: msgspec.Struct) -> None:
         """Append one line; where the disk is full, keep it for the next call."""
         self._waiting += msgspec.json.encode(line) + b"\n"
+        self._send()
+
+    def _send(self) -> None:
         try:
             while self._waiting:
                 written = os.write(self._file, self._waiting)
@@ -126,7 +137,8 @@ class LineWriter:
                 raise
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, after a last try to write what waits for room."""
+        self._send()
         os.close(self._file)
 
 
@@ -151,12 +163,12 @@ def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
         for line in file:
             try:
                 yield decoder.decode(line)
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 continue
 
 
 def read_metrics(folder: RunFolder) -> tuple[list[Metrics], list[Evaluation]]:
-    """Training steps and held-out losses across attempts, in order of step; a step run again replaces its forerunner."""
+    """Training steps and held-out losses across attempts, in order of step; a step run again replaces the first."""
     steps = {line.step: line for line in read_lines(folder.metrics, Metrics)}
     evaluations = {line.step: line for line in read_lines(folder.metrics, Evaluation)}
     return [steps[s] for s in sorted(steps)], [evaluations[s] for s in sorted(evaluations)]
@@ -164,14 +176,13 @@ def read_metrics(folder: RunFolder) -> tuple[list[Metrics], list[Evaluation]]:
 
 def read_events(folder: RunFolder, attempt: int) -> dict[int, list[Event]]:
     """Events of each rank of an attempt."""
-    found = (folder.attempt(attempt) / "events").glob("rank-*.jsonl")
-    ranks = sorted(int(path.stem.removeprefix("rank-")) for path in found)
-    return {rank: list(read_lines(folder.events(attempt, rank), Event)) for rank in ranks}
+    kind = cast(type[Event], Event)
+    return {rank: list(read_lines(folder.events(attempt, rank), kind)) for rank in folder.ranks(attempt)}
 
 
 def read_prediction(folder: RunFolder, attempt: int) -> Prediction | None:
     """What was predicted for an attempt, if its plan is there and can be read."""
     try:
         return msgspec.json.decode(folder.plan(attempt).read_bytes(), type=Prediction)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, msgspec.DecodeError, RecursionError):
         return None

@@ -1,0 +1,21 @@
+"""Predicted against measured: explaining is subtraction. Loads no torch."""
+
+from meshwright.explain.explanation import (
+    Explanation,
+    Finding,
+    MeasuredSteps,
+    MemoryComparison,
+    RankFault,
+    RunLife,
+)
+from meshwright.explain.run import explain_run
+
+__all__ = [
+    "Explanation",
+    "Finding",
+    "MeasuredSteps",
+    "MemoryComparison",
+    "RankFault",
+    "RunLife",
+    "explain_run",
+]

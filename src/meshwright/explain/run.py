@@ -1,0 +1,176 @@
+"""Read a run folder back and put what was predicted beside what was measured."""
+
+from collections.abc import Mapping, Sequence
+
+from meshwright.account import MemoryAccount
+from meshwright.explain.explanation import Explanation, MeasuredSteps, MemoryComparison, RankFault, RunLife
+from meshwright.explain.findings import find_in_losses, find_in_memory, find_in_step
+from meshwright.explain.life import mean_mfu, run_account, yield_of
+from meshwright.explain.steps import measure_steps, poor_account, unprofiled_step_s
+from meshwright.explain.words import ranks_text
+from meshwright.record import (
+    Ended,
+    Event,
+    Fault,
+    Memory,
+    Prediction,
+    RunFolder,
+    Step,
+    read_events,
+    read_metrics,
+    read_prediction,
+)
+from meshwright.spec import Cluster, Job, SettingError
+from meshwright.spec.decode import read_job
+
+
+def explain_run(folder: RunFolder) -> Explanation:
+    """Everything the folder tells about its run, which may still be going on or may have lost files."""
+    notes: list[str] = []
+    job = job_of(folder, notes)
+    numbers = folder.attempt_numbers()
+    attempts = [read_events(folder, number) for number in numbers]
+    newest = numbers[-1] if numbers else None
+    events = attempts[-1] if attempts else {}
+    prediction = read_prediction(folder, newest) if newest is not None else None
+    metrics, evaluations = read_metrics(folder)
+    world_size = world_size_of(job, prediction, events)
+    missing = tuple(rank for rank in range(world_size) if rank not in events)
+
+    step = measure_steps(events)
+    memory = compare_memory(events, prediction)
+    mfu = mean_mfu(metrics)
+    account = run_account(attempts, step.account if step is not None else None, mfu)
+    notes += notes_on(events, missing, prediction, step, newest)
+    findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction) if step is not None else [])
+    return Explanation(
+        path=str(folder.path),
+        name=job.run.name if job is not None else folder.path.name,
+        job=job,
+        job_toml=text_of(folder),
+        attempts=len(numbers),
+        attempt=newest,
+        world_size=world_size,
+        ranks=tuple(events),
+        missing_ranks=missing,
+        ending=ending_of(events, missing, numbers),
+        metrics=tuple(metrics),
+        evaluations=tuple(evaluations),
+        prediction=prediction,
+        step=step,
+        difference=prediction.step - step.account if prediction is not None and step is not None else None,
+        step_s=unprofiled_step_s(metrics, profiled_steps(events), newest),
+        memory=memory,
+        life=RunLife(account=account, yield_=yield_of(account)),
+        faults=faults_of(numbers, attempts),
+        findings=tuple(findings + find_in_memory(memory)),
+        notes=tuple(notes),
+    )
+
+
+def job_of(folder: RunFolder, notes: list[str]) -> Job | None:
+    """The resolved job, or None and a note: a run with a damaged job.toml can still be explained."""
+    try:
+        return read_job(folder.job, local=refuse_local)
+    except SettingError as error:
+        notes.append(f"The job cannot be read back: {error}")
+        return None
+
+
+def refuse_local(processes: int) -> Cluster:
+    """A run's job names its cluster in numbers, so that nothing about this machine is ever asked."""
+    raise SettingError("cluster", f"is not resolved ({processes} processes)", "a job.toml that meshwright train wrote")
+
+
+def text_of(folder: RunFolder) -> str:
+    """job.toml as it stands."""
+    try:
+        return folder.job.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def world_size_of(job: Job | None, prediction: Prediction | None, events: Mapping[int, Sequence[Event]]) -> int:
+    """Ranks of the newest attempt; its plan knows best, since a restart may have changed the layout."""
+    if prediction is not None:
+        return prediction.layout.world_size
+    if job is not None:
+        return job.layout.world_size
+    return max(events, default=-1) + 1
+
+
+def profiled_steps(events: Mapping[int, Sequence[Event]]) -> set[int]:
+    """Steps that any rank profiled."""
+    return {line.measured.step for lines in events.values() for line in lines if isinstance(line, Step)}
+
+
+def compare_memory(events: Mapping[int, Sequence[Event]], prediction: Prediction | None) -> MemoryComparison:
+    """Each rank's fullest moment, and the fullest of the ranks beside the plan."""
+    ranks: dict[int, MemoryAccount] = {}
+    for rank, lines in events.items():
+        accounts = [line.account for line in lines if isinstance(line, Memory)]
+        if accounts:
+            ranks[rank] = max(accounts, key=lambda account: account.total())
+    fullest = max(ranks, key=lambda rank: ranks[rank].total(), default=None)
+    return MemoryComparison(
+        predicted=prediction.memory if prediction is not None else None,
+        measured=ranks[fullest] if fullest is not None else None,
+        rank=fullest,
+        ranks=ranks,
+    )
+
+
+def faults_of(numbers: Sequence[int], attempts: Sequence[Mapping[int, Sequence[Event]]]) -> tuple[RankFault, ...]:
+    """Faults of all attempts, in order."""
+    return tuple(
+        RankFault(attempt=number, rank=rank, step=line.step, what=line.what)
+        for number, events in zip(numbers, attempts, strict=True)
+        for rank, lines in events.items()
+        for line in lines
+        if isinstance(line, Fault)
+    )
+
+
+def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], numbers: Sequence[int]) -> str:
+    """How the newest attempt ended, in words."""
+    if not numbers:
+        return "has not started"
+    ended = {rank: line for rank, lines in events.items() for line in lines if isinstance(line, Ended)}
+    if not ended:
+        faulty = any(isinstance(line, Fault) for lines in events.values() for line in lines)
+        return "ended with a fault" if faulty else "still running, or killed: no rank has written its end"
+    hows = sorted({line.how for line in ended.values()})
+    words = f"{' and '.join(hows)} at step {max(line.step for line in ended.values())}"
+    open_ranks = len(events) - len(ended) + len(missing)
+    return f"{words}; {open_ranks} ranks never wrote their end" if open_ranks else words
+
+
+def notes_on(
+    events: Mapping[int, Sequence[Event]],
+    missing: Sequence[int],
+    prediction: Prediction | None,
+    step: MeasuredSteps | None,
+    attempt: int | None,
+) -> list[str]:
+    """What could not be measured or compared, and why."""
+    notes: list[str] = []
+    if attempt is None:
+        return ["No attempt has started yet, so there is nothing to explain."]
+    if missing:
+        notes.append(f"No events from {ranks_text(missing)}; what they did and waited for is not in the accounts.")
+    if prediction is None:
+        notes.append("plan.json is missing or cannot be read, so nothing is compared with a prediction.")
+    if step is None:
+        some = profiled_steps(events)
+        notes.append(
+            "No step has been profiled on every rank yet, so there is no measured step account."
+            if some
+            else "No step was profiled, so there is no measured step account (trace.every_steps sets how often one is)."
+        )
+    else:
+        silent = sorted(events.keys() - step.ranks.keys())
+        if silent:
+            notes.append(f"No profiled step from {ranks_text(silent)}; waits for them show as transfer.")
+        if poor := poor_account(step):
+            notes.append(poor)
+    return notes

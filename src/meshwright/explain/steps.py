@@ -1,0 +1,98 @@
+"""The measured step account: what the profiled steps of all ranks say together."""
+
+from collections.abc import Collection, Mapping, Sequence
+from statistics import median
+
+from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, StepAccount, mean, split_waits
+from meshwright.explain.explanation import MeasuredSteps
+from meshwright.record import Event, Metrics, Step
+
+
+def measure_steps(events: Mapping[int, Sequence[Event]]) -> MeasuredSteps | None:
+    """The profiled steps that every rank with any profiled step has; None where there is none.
+
+    A step that some rank has not written yet cannot be split into transfer and waiting, so it is left out.
+    """
+    by_step: dict[int, dict[int, MeasuredStep]] = {}
+    for rank, lines in events.items():
+        for line in lines:
+            if isinstance(line, Step):
+                by_step.setdefault(line.measured.step, {})[rank] = line.measured
+    seen = {rank for ranks in by_step.values() for rank in ranks}
+    whole = {step: ranks for step, ranks in by_step.items() if ranks.keys() == seen}
+    if not whole:
+        return None
+    resolved = [one for step in sorted(whole) for one in split_waits([whole[step][rank] for rank in sorted(seen)])]
+    return summarise(resolved)
+
+
+def summarise(resolved: Sequence[ResolvedStep]) -> MeasuredSteps:
+    """Means over steps and ranks, the blame table, and whether the account closes."""
+    steps = sorted({one.step for one in resolved})
+    by_rank: dict[int, list[ResolvedStep]] = {}
+    for one in resolved:
+        by_rank.setdefault(one.rank, []).append(one)
+    ranks = {rank: mean([one.account for one in ones]) for rank, ones in by_rank.items()}
+    walls = {rank: sum(one.wall_s for one in ones) / len(ones) for rank, ones in by_rank.items()}
+    shares = {rank: ranks[rank].other / walls[rank] if walls[rank] > 0 else 0.0 for rank in ranks}
+    poor = max(shares, key=lambda rank: shares[rank])
+    return MeasuredSteps(
+        steps=tuple(steps),
+        account=mean(list(ranks.values())),
+        ranks=ranks,
+        overlapped=mean_by_name([one.overlapped for one in resolved]),
+        blame={rank: sum_by_rank([one.blame for one in ones], len(steps)) for rank, ones in by_rank.items()},
+        wall_s=sum(walls.values()) / len(walls),
+        closes=all(ranks[rank].closes(walls[rank], CLOSING_TOLERANCE) for rank in ranks),
+        poor_rank=poor,
+        poor_share=shares[poor],
+    )
+
+
+def mean_by_name(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Name by name mean; a name that a table lacks counts as 0 there. Zero rows are left out."""
+    total: dict[str, float] = {}
+    for table in tables:
+        for name, seconds in table.items():
+            total[name] = total.get(name, 0.0) + seconds
+    return {name: seconds / len(tables) for name, seconds in sorted(total.items()) if seconds > 0}
+
+
+def sum_by_rank(tables: Sequence[Mapping[int, float]], steps: int) -> dict[int, float]:
+    """Seconds per step waited for each culprit."""
+    total: dict[int, float] = {}
+    for table in tables:
+        for culprit, seconds in table.items():
+            total[culprit] = total.get(culprit, 0.0) + seconds
+    return {culprit: seconds / steps for culprit, seconds in sorted(total.items())}
+
+
+def unprofiled_step_s(metrics: Sequence[Metrics], profiled: Collection[int], attempt: int | None) -> float | None:
+    """Median step time of the attempt's steps that were not profiled.
+
+    The first step of an attempt warms caches and compiles, so it is left out when there are others.
+    """
+    own = [line for line in metrics if line.attempt == attempt]
+    plain = [line.step_s for line in own if line.step not in profiled]
+    first_is_plain = bool(own) and own[0].step not in profiled
+    if first_is_plain and len(plain) > 1:
+        plain = plain[1:]
+    return median(plain) if plain else None
+
+
+def poor_account(step: MeasuredSteps) -> str | None:
+    """A plain sentence about a measurement that cannot be trusted, or None."""
+    if step.poor_share > CLOSING_TOLERANCE:
+        return (
+            f"The step account does not close: {step.poor_share:.1%} of rank {step.poor_rank}'s step is in `other`, "
+            f"above {CLOSING_TOLERANCE:.0%}, so the other buckets may miss as much."
+        )
+    if not step.closes:
+        return "The step account does not close: on some rank its buckets do not sum to the step's wall time."
+    return None
+
+
+def compare(predicted: StepAccount, measured: StepAccount) -> list[tuple[str, float, float]]:
+    """(bucket, predicted seconds, measured seconds) of the buckets that either has."""
+    pairs = zip(predicted.rows(), measured.rows(), strict=True)
+    return [(name, p, m) for (name, p), (_, m) in pairs if p or m]

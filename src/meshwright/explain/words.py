@@ -1,0 +1,56 @@
+"""Numbers and names as people read them."""
+
+from collections.abc import Iterable, Sequence
+
+# How many ranks or steps a sentence names before it counts the rest.
+NAMED = 8
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with about three figures, in the unit that reads best."""
+    size = abs(seconds)
+    for least, factor, unit, decimals in (
+        (7200.0, 1 / 3600, "h", 1),
+        (100.0, 1.0, "s", 0),
+        (1.0, 1.0, "s", 2),
+        (0.1, 1e3, "ms", 0),
+        (1e-3, 1e3, "ms", 1),
+    ):
+        if size >= least:
+            return f"{seconds * factor:,.{decimals}f} {unit}"
+    return f"{seconds * 1e6:.0f} us" if size >= 5e-7 else "0 s"
+
+
+def bytes_text(size: float) -> str:
+    """Bytes in the decimal unit that reads best, as datasheets count them."""
+    for least, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(size) >= least:
+            return f"{size / least:,.2f} {unit}" if abs(size) < 10 * least else f"{size / least:,.1f} {unit}"
+    return f"{size:.0f} B"
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """ "rank 3", "ranks 1, 2", "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 5 more"."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = ", ".join(str(rank) for rank in ranks[:NAMED])
+    return f"ranks {shown}" if len(ranks) <= NAMED else f"ranks {shown} and {len(ranks) - NAMED} more"
+
+
+def steps_text(steps: Sequence[int]) -> str:
+    """ "step 25", "steps 25, 50, 75", "9 steps from 25 to 225"."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    if len(steps) > NAMED:
+        return f"{len(steps)} steps from {steps[0]} to {steps[-1]}"
+    return f"steps {listed(steps)}"
+
+
+def listed(things: Iterable[object]) -> str:
+    """Comma-separated."""
+    return ", ".join(str(thing) for thing in things)
+
+
+def plain(text: str) -> str:
+    """One line of text from elsewhere without characters that steer a terminal or turn the reading direction."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,1 @@
+"""Accounts drawn for people: text, JSON and a page. Loads no torch."""

@@ -1,0 +1,211 @@
+"""An explanation as one screen of text, and as JSON."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from meshwright.account import StepAccount
+from meshwright.explain import Explanation, MeasuredSteps
+from meshwright.explain.words import plain, steps_text
+from meshwright.report.words import (
+    Row,
+    Unit,
+    learned_line,
+    memory_rows,
+    memory_unit,
+    run_line,
+    run_rows,
+    speed_line,
+    step_rows,
+    time_unit,
+    yield_line,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+# Where no terminal says how wide it is.
+PLAIN_WIDTH = 100
+# Ranks listed before the table would fill the screen.
+LISTED_RANKS = 8
+# Ranks whose buckets differ by less than this share of the step are the same for a reader.
+ALIKE = 0.02
+
+
+def explain_json(explanation: Explanation) -> str:
+    """The whole explanation as JSON."""
+    return msgspec.json.format(msgspec.json.encode(explanation)).decode()
+
+
+def explain_text(explanation: Explanation, console: "Console") -> None:
+    """Print what the run was, what it learned, its accounts and what stands out."""
+    width = None if console.is_terminal else max(console.width, PLAIN_WIDTH)
+    head = [
+        ("Run", f"{explanation.name} · {run_line(explanation)}"),
+        ("Learned", learned_line(explanation)),
+        ("Speed", speed_line(explanation)),
+    ]
+    faults = [(f"attempt {f.attempt}, rank {f.rank}, step {f.step}", f.what) for f in explanation.faults]
+    tail = [("Yield", yield_line(explanation))]
+    tail += [("Fault", f"{where}: {what}") for where, what in faults]
+    tail += [("Finding", f"{finding.what} {finding.evidence}.") for finding in explanation.findings]
+    tail += [("Note", note) for note in explanation.notes]
+    console.print(labelled(head), width=width)
+    for table in tables(explanation):
+        console.print("")
+        console.print(table, width=width)
+    console.print("")
+    console.print(labelled(tail), width=width)
+
+
+def labelled(lines: Sequence[tuple[str, str]]) -> "Table":
+    """Lines with a word in front, wrapped beside it. The text may come from elsewhere, so it is never markup."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for label, text in lines:
+        grid.add_row(Text(label, style="bold"), Text(plain(text)))
+    return grid
+
+
+def tables(explanation: Explanation) -> list["Table"]:
+    """The tables that the run has numbers for."""
+    prediction, step, memory = explanation.prediction, explanation.step, explanation.memory
+    found: list[Table] = []
+    rows = step_rows(prediction.step if prediction is not None else None, step.account if step is not None else None)
+    if rows:
+        unit = time_unit(max(total(rows, "predicted"), total(rows, "measured")))
+        found.append(comparison(step_title(step), "bucket", rows, unit))
+        add_overlapped(found[-1], explanation, unit)
+    if step is not None and ranks_differ(step):
+        found.append(rank_table(step))
+    rows = memory_rows(memory.predicted, memory.measured)
+    if rows:
+        unit = memory_unit(max(total(rows, "predicted"), total(rows, "measured")))
+        where = f"on rank {memory.rank}, the fullest" if memory.rank is not None else "not measured"
+        found.append(comparison(f"Memory at the step's peak ({where})", "part", rows, unit))
+    if explanation.life.account.total() > 0:
+        found.append(run_table(explanation))
+    return found
+
+
+def step_title(step: MeasuredSteps | None) -> str:
+    """What the step table's numbers are means of."""
+    if step is None:
+        return "Where a step's time goes (predicted; nothing measured)"
+    return f"Where a step's time went (mean of {len(step.ranks)} ranks, {steps_text(step.steps)})"
+
+
+def comparison(title: str, kind: str, rows: Sequence[Row], unit: Unit) -> "Table":
+    """Predicted against measured, with share and difference, and a line of totals."""
+    table = new_table(f"{title}, {unit.name}", [kind, "meaning"], ["predicted", "measured", "share", "difference"])
+    whole = total(rows, "measured")
+    for row in rows:
+        share = f"{row.measured / whole:.1%}" if row.measured is not None and whole > 0 else "-"
+        cells = (number(row.predicted, unit), number(row.measured, unit), share, gap(row, unit))
+        table.add_row(row.name, row.meaning, *cells)
+    predicted = total(rows, "predicted") if rows[0].predicted is not None else None
+    measured = whole if rows[0].measured is not None else None
+    ends = Row("total", "", predicted, measured)
+    share = "100%" if measured else "-"
+    cells = (number(predicted, unit), number(measured, unit), share, gap(ends, unit))
+    table.add_row("total", "all of the above", *cells, style="bold")
+    return table
+
+
+def add_overlapped(table: "Table", explanation: Explanation, unit: Unit) -> None:
+    """Transfer hidden under compute, below the total: beside the account, never in it."""
+    predicted = explanation.prediction.overlapped if explanation.prediction is not None else {}
+    measured = explanation.step.overlapped if explanation.step is not None else {}
+    for name in sorted(predicted.keys() | measured.keys()):
+        guess = predicted.get(name, 0.0) if explanation.prediction is not None else None
+        seconds = measured.get(name, 0.0) if explanation.step is not None else None
+        row = Row(f"({name})", "hidden under compute, not in the total", guess, seconds)
+        table.add_row(row.name, row.meaning, number(guess, unit), number(seconds, unit), "", gap(row, unit))
+
+
+def rank_table(step: MeasuredSteps) -> "Table":
+    """Each rank's parts of the step, the ones that others wait for first where there are many."""
+    waited_for = step.waited_for()
+    unit = time_unit(step.wall_s)
+    names = ["compute", "transfer", "straggler", "input", "host", "other", "others waited for it"]
+    table = new_table(f"Ranks, {unit.name} a step", ["rank"], names)
+    ranks = sorted(step.ranks)
+    if len(ranks) > LISTED_RANKS:
+        ranks = sorted(sorted(ranks, key=lambda rank: -waited_for.get(rank, 0.0))[:LISTED_RANKS])
+        table.caption = f"the {LISTED_RANKS} of {len(step.ranks)} ranks that were waited for most"
+    for rank in ranks:
+        account = step.ranks[rank]
+        parts = (computing(account), transferring(account), account.straggler, account.input, account.host)
+        rest = account.total() - sum(parts)
+        cells = [number(seconds, unit) for seconds in (*parts, rest, waited_for.get(rank, 0.0))]
+        table.add_row(str(rank), *cells)
+    return table
+
+
+def run_table(explanation: Explanation) -> "Table":
+    """Every paid device-second."""
+    account = explanation.life.account
+    table = new_table("Where the paid device-seconds went", ["part", "meaning"], ["device-seconds", "share"])
+    paid = account.total()
+    for name, meaning, seconds in run_rows(account):
+        table.add_row(name, meaning, f"{seconds:,.1f}", f"{seconds / paid:.1%}")
+    table.add_row("paid", "all ranks, all attempts", f"{paid:,.1f}", "100%", style="bold")
+    return table
+
+
+def new_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> "Table":
+    """An empty table: words to the left, numbers to the right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for word in words:
+        table.add_column(word, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def ranks_differ(step: MeasuredSteps) -> bool:
+    """Whether any bucket of the ranks lies further apart than a reader should ignore."""
+    columns = zip(*([seconds for _, seconds in account.rows()] for account in step.ranks.values()), strict=True)
+    return any(max(column) - min(column) > ALIKE * step.wall_s for column in columns)
+
+
+def computing(account: StepAccount) -> float:
+    """Seconds in which the rank worked."""
+    return account.compute + account.recompute + account.optimizer
+
+
+def transferring(account: StepAccount) -> float:
+    """Seconds of exposed transfer of every purpose."""
+    return sum(seconds for name, seconds in account.rows() if name.startswith("comm."))
+
+
+def total(rows: Sequence[Row], side: str) -> float:
+    """Sum of one side of a table."""
+    return sum(getattr(row, side) or 0.0 for row in rows)
+
+
+def number(value: float | None, unit: Unit) -> str:
+    """A value in the table's unit."""
+    return f"{value / unit.size:,.1f}" if value is not None else "-"
+
+
+def gap(row: Row, unit: Unit) -> str:
+    """Predicted minus measured."""
+    if row.predicted is None or row.measured is None:
+        return "-"
+    return f"{(row.predicted - row.measured) / unit.size:+,.1f}"
