@@ -1,0 +1,8 @@
+"""Predict what a layout needs and how fast it is, and search for the best. Loads no torch."""
+
+from meshwright.plan.machine import local_cluster
+from meshwright.plan.memory import predict_memory
+from meshwright.plan.search import Plan, Rejected, build_plan, predict
+from meshwright.plan.time import predict_step
+
+__all__ = ["Plan", "Rejected", "build_plan", "local_cluster", "predict", "predict_memory", "predict_step"]

@@ -1,0 +1,154 @@
+"""Predicted bytes per rank, term by term. docs/planning.md has the table of what each zero holds whole."""
+
+from math import ceil, prod
+
+import msgspec
+
+from meshwright.account import MemoryAccount
+from meshwright.spec import Job, ModelSpec, Precision, block_shapes, count_parameters, parameter_shapes
+
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+# Masters, reduced gradients and optimizer states are fp32 in every precision (spec.Layout).
+STATE_BYTES = 4
+
+# Device context and NCCL's buffers: 0.5 GiB for a CUDA context with PyTorch's kernels on H100-class devices, and
+# about 1 GiB more for NCCL's channels at its defaults. Assumed until measured by trace (memory account, `framework`).
+CONTEXT_BYTES = 0.5 * 2**30
+NCCL_BYTES = 1.0 * 2**30
+# Resident set of a Python process that has imported torch (CPU build) and trained one step of a tiny model:
+# about 0.35 GiB, 2026-11-22, torch 2.13.
+CPU_PROCESS_BYTES = 0.35 * 2**30
+# Reserved by the caching allocator and not in use. Assumed; it matters near the limit, where retries also cost time
+# (notes on GPU baselines: microbatch 3 at the limit fell from 9,982 to 8,355 tokens/s).
+FRAGMENTATION_SHARE = 0.03
+
+
+class Groups(msgspec.Struct, frozen=True, kw_only=True):
+    """Parameters (elements) of FSDP's groups: `layers` blocks, the head with the final norm, and the root."""
+
+    block: int
+    head: int
+    root: int
+    layers: int
+
+    def whole(self) -> int:
+        """All of them."""
+        return self.layers * self.block + self.head + self.root
+
+
+def parameter_groups(model: ModelSpec) -> Groups:
+    """FSDP's groups as parallel/shard.py makes them: a tied head stays with the embedding in the root."""
+    block = sum(prod(shape) for shape in block_shapes(model).values())
+    outside = count_parameters(model) - model.layers * block
+    head = 0 if model.tied_embeddings else (model.vocabulary + 1) * model.d_model
+    return Groups(block=block, head=head, root=outside - head, layers=model.layers)
+
+
+def local_parameters(model: ModelSpec, shard: int) -> int:
+    """Parameters that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / shard)."""
+    return sum(ceil(shape[0] / shard) * prod(shape[1:]) for shape in parameter_shapes(model).values())
+
+
+def predict_memory(job: Job) -> MemoryAccount:
+    """Bytes of the fullest rank at the step's peak, when the backward pass begins."""
+    local = local_parameters(job.model, job.layout.shard)
+    states = 0
+    if job.optimizer.name == "adamw":
+        # Two moments, and a step count a parameter tensor.
+        states = 2 * STATE_BYTES * local + 4 * len(parameter_shapes(job.model))
+    account = MemoryAccount(
+        parameters=STATE_BYTES * local,
+        # Kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of the
+        # reduction's stream, which the compute stream's activations cannot use.
+        gradients=STATE_BYTES * local,
+        optimizer_states=states,
+        activations=activation_bytes(job),
+        logits=logits_bytes(job),
+        communication_buffers=gathered_bytes(job) + reduction_bytes(job),
+        framework=framework_bytes(job),
+    )
+    return msgspec.structs.replace(account, fragmentation=fragmentation_bytes(job, account))
+
+
+def activation_bytes(job: Job) -> float:
+    """Tensors that autograd keeps from the forward pass to the backward pass, all blocks of one microbatch."""
+    tokens = job.layout.microbatch * job.data.sequence
+    token_bytes = BYTES[job.layout.precision] * saved_elements(job.model, compiled=job.cluster.device.kind == "cuda")
+    # Attention's log-sum-exp and two norms' reciprocal roots, fp32.
+    token_bytes += 4 * (job.model.heads + 2)
+    # Beside the blocks: the embedding's output is the first block's input, counted there; the last block's output,
+    # normed, goes to the head (x and the norm's output).
+    outside = 2 * job.model.d_model * BYTES[job.layout.precision]
+    return float(tokens * (job.model.layers * token_bytes + outside))
+
+
+def saved_elements(model: ModelSpec, *, compiled: bool) -> int:
+    """Elements a token that one block keeps for its backward pass.
+
+    Residual inputs of the two norms 2D; the norms' outputs, which the projections keep, 2D; queries and attention's
+    output 2HE; keys and values 2KE; gate, up and their product 3F. Eager code keeps two more F-sized (silu's output)
+    and D-sized tensors (the norms' scaled inputs), 2D + F; tests hold that sum to the built block.
+    """
+    attention = 2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim
+    if compiled:
+        return 4 * model.d_model + attention + 3 * model.feed_forward
+    return 6 * model.d_model + attention + 4 * model.feed_forward
+
+
+def logits_bytes(job: Job) -> float:
+    """The loss's tensors of vocabulary width at their peak.
+
+    In the backward pass through fp32 cross entropy: the saved log-probabilities, the gradient with respect to them,
+    and the gradient with respect to the fp32 logits that is computed from both. (The forward pass holds less: logits,
+    their fp32 copy, log-probabilities.)
+    """
+    return float(job.layout.microbatch * job.data.sequence * job.model.vocabulary * 3 * 4)
+
+
+def keeps_parameters(job: Job) -> bool:
+    """Whether gathered parameters stay from forward to backward: zero 1 and 2, and replicas that accumulate."""
+    layout = job.layout
+    if layout.shard == 1:
+        return layout.accumulation(job.data.global_batch) > 1
+    return layout.zero < 3
+
+
+def gathered_bytes(job: Job) -> float:
+    """Parameters in compute precision beside the fp32 masters.
+
+    Kept whole, or else: root and head, which the ends of both passes need, one block at work and one gathered ahead.
+    A gather's own buffer, as large as the largest group, lies in the pool of the gather's stream. FSDP makes the
+    compute copy in a single process too.
+    """
+    groups, layout = parameter_groups(job.model), job.layout
+    elements = groups.root + groups.head + min(2, groups.layers) * groups.block
+    if keeps_parameters(job):
+        elements = groups.whole()
+    if layout.shard > 1:
+        elements += max(groups.block, groups.head, groups.root)
+    return float(elements * BYTES[layout.precision])
+
+
+def reduction_bytes(job: Job) -> float:
+    """Gradients on their way: of one block, and the fp32 input of its reduction; whole ones where they are kept.
+
+    FSDP accumulates gradients that it does not reduce yet in the reduction's precision, fp32.
+    """
+    groups, layout = parameter_groups(job.model), job.layout
+    in_flight = groups.block * (BYTES[layout.precision] + STATE_BYTES)
+    keeps = (layout.zero == 1 or layout.shard == 1) and layout.accumulation(job.data.global_batch) > 1
+    return float(in_flight + (STATE_BYTES * groups.whole() if keeps else 0))
+
+
+def framework_bytes(job: Job) -> float:
+    """What the process holds outside the model."""
+    if job.cluster.device.kind == "cpu":
+        return CPU_PROCESS_BYTES
+    return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
+
+
+def fragmentation_bytes(job: Job, account: MemoryAccount) -> float:
+    """Share of what the allocator hands out; a CPU process returns large blocks to the system."""
+    if job.cluster.device.kind == "cpu":
+        return 0.0
+    return FRAGMENTATION_SHARE * (account.total() - account.framework)

@@ -1,0 +1,99 @@
+"""How much of a device's datasheet rates real kernels reach. Every constant of the step model is in this file.
+
+GPU figures are read off the measured steps of notes on GPU baselines (H200, torch 2.11, 2026-11-22): one step of
+llama3-8b, 8,192 tokens on each of 2 GPUs, 855 ms, whose kernel timeline says how long each kind of work took. They are
+shares of the datasheet, so that they carry over to other devices; how well they do there is not measured yet.
+CPU figures: benchmarks/machine_rates.py on a 2-core x86 virtual machine, torch 2.13, 2026-11-22.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from meshwright.spec import Device
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Shares of a device's peak FLOP rate, memory bandwidth and link bandwidth; and seconds that the host takes.
+
+    attention_forward, attention_backward: of the peak, on the causal half of the products alone.
+    elementwise: norms, rotations, activation functions and residuals; loss: cross entropy over the vocabulary.
+    copy_in, copy_out: FSDP's copies before a reduction and after a gather.
+    update, clip: the optimizer's pass over states, and the gradient norm with the rescaling of gradients.
+    links: of the link's bandwidth, what a large collective moves along a ring.
+    overlaps: whether transfers run beside compute.
+    operator_s: host time to launch one operator. step_s: idle device per step outside the model (logging, syncs).
+    """
+
+    matmul: float
+    attention_forward: float
+    attention_backward: float
+    elementwise: float
+    loss: float
+    copy_in: float
+    copy_out: float
+    update: float
+    clip: float
+    links: dict[Collective, float]
+    overlaps: bool
+    operator_s: float
+    step_s: float
+
+
+GPU = Rates(
+    # 6 x 7.50e9 parameters x 8,192 tokens in 557 ms: 662 TFLOP/s of 989.4.
+    matmul=0.67,
+    # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
+    attention_forward=0.51,
+    attention_backward=0.37,
+    # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
+    elementwise=0.53,
+    # Device copy 4.26 TB/s of 4.8: the loss is a few passes over large tensors. Assumed equal to a copy's rate.
+    loss=0.89,
+    # 8.03e9 parameters x (2 + 4) bytes in 26 ms: 1.85 TB/s of 4.8.
+    copy_in=0.39,
+    # 2 gathers x 8.03e9 parameters x (2 + 2) bytes in 17 ms: 3.8 TB/s of 4.8.
+    copy_out=0.79,
+    # 4.02e9 parameters a rank x 28 bytes in 33 ms (fused AdamW): 3.4 TB/s of 4.8.
+    update=0.71,
+    # 4.02e9 gradients a rank x 12 bytes in 57 ms: 0.85 TB/s of 4.8 (clip_grad_norm_ over DTensors).
+    clip=0.18,
+    # Bus bandwidth at 1 GiB on 4 H200s: 353, 325 and 320 GB/s of NVLink's 450.
+    links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71},
+    overlaps=True,
+    # An eager operator's Python and dispatcher on the measured CPU; servers of GPUs are not slower.
+    operator_s=3.6e-6,
+    # Device idle 7 ms of the step's 855.
+    step_s=7e-3,
+)
+
+CPU = Rates(
+    # 192 to 200 GFLOP/s of a nominal 332, in 1 and in 2 processes; inside a block 179.
+    matmul=0.56,
+    # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
+    attention_forward=0.17,
+    attention_backward=0.17,
+    # A block's rest, 11.5 ms for 109 MB by elementwise_elements (eager, many passes): 9.5 GB/s of a copy's 32.
+    elementwise=0.30,
+    loss=0.30,
+    # Plain copies are what the row's bandwidth was measured with.
+    copy_in=1.0,
+    copy_out=1.0,
+    # Assumed: fused AdamW and foreach operators stream as well as a copy.
+    update=1.0,
+    clip=1.0,
+    # The link rows of plan/machine.py are those of all-reduce; the other two in the same run: 1.36 and 0.83 of
+    # 1.83 GB/s in 2 processes, 1.23 and 0.59 of 1.03 in 4.
+    links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5},
+    # gloo blocks the training thread.
+    overlaps=False,
+    operator_s=3.6e-6,
+    step_s=0.5e-3,
+)
+
+
+def rates_of(device: Device) -> Rates:
+    """The shares that hold for a kind of device."""
+    return GPU if device.kind == "cuda" else CPU

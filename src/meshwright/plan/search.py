@@ -1,0 +1,240 @@
+"""The layouts a job could have: which fit, how fast they are, and whether more than one device helps."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import msgspec
+
+from meshwright.account import MemoryAccount
+from meshwright.plan.memory import predict_memory
+from meshwright.plan.time import predict_step, share_machine
+from meshwright.record import Prediction
+from meshwright.spec import Cluster, Job, Layout, SettingError, check_layout
+
+# Predicted step times closer than this are a tie: the simpler layout comes first.
+TIE = 0.01
+# Larger microbatches fill no kernel better; gradient accumulation serves as well.
+LARGEST_MICROBATCH = 64
+# Layouts that a plan lists; the rest are counted.
+LISTED = 20
+
+PRECISION_NOTE = {
+    "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
+    "cpu": "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds",
+}
+UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
+
+
+class Rejected(msgspec.Struct, frozen=True, kw_only=True):
+    """A layout that cannot run: why, and the nearest that can. memory: None where the batch is at fault."""
+
+    layout: Layout
+    reason: str
+    nearest: str
+    memory: MemoryAccount | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What planning found.
+
+    verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
+    it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
+    of `considered` that fit. capacity_bytes: of one device, for the job's own number of ranks.
+    """
+
+    verdict: str
+    model: str
+    cluster: Cluster
+    sequence: int
+    global_batch: int
+    capacity_bytes: float
+    job: Prediction
+    job_fits: bool
+    one_device: Prediction | None
+    ranked: tuple[Prediction, ...]
+    considered: int
+    rejected: tuple[Rejected, ...]
+
+
+def predict(job: Job) -> Prediction:
+    """The accounts of the job's own layout."""
+    job = share_machine(job)
+    step, overlapped = predict_step(job)
+    step_s = step.total()
+    tokens = job.data.global_batch * job.data.sequence
+    note = PRECISION_NOTE[job.cluster.device.kind] if step_s else UNKNOWN_PEAK_NOTE
+    return Prediction(
+        layout=job.layout,
+        step=step,
+        overlapped=overlapped,
+        memory=predict_memory(job),
+        step_s=step_s,
+        tokens_per_s=tokens / step_s if step_s else 0.0,
+        notes=(note,),
+    )
+
+
+def build_plan(job: Job) -> Plan:
+    """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
+    found, rejected = search_layouts(job)
+    own = predict(job)
+    ranked = rank_predictions(found)
+    one = next((p for p in ranked if p.layout.world_size == 1), None)
+    capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    return Plan(
+        verdict=explain_verdict(job, own, one, ranked),
+        model=job.model.name,
+        cluster=job.cluster,
+        sequence=job.data.sequence,
+        global_batch=job.data.global_batch,
+        capacity_bytes=capacity_bytes,
+        job=own,
+        job_fits=own.memory.total() <= capacity_bytes,
+        one_device=one,
+        ranked=tuple(ranked[:LISTED]),
+        considered=len(ranked),
+        rejected=tuple(name_nearest(r, ranked) for r in rejected),
+    )
+
+
+def search_layouts(job: Job) -> tuple[list[Prediction], list[Rejected]]:
+    """Predictions of every layout that fits, and one rejection for each split that does not divide or fit."""
+    found: list[Prediction] = []
+    rejected: list[Rejected] = []
+    for ranks in rank_counts(job.cluster.devices):
+        if job.data.global_batch % ranks:
+            rejected.append(reject_division(job, ranks))
+            continue
+        for split in splits(job.layout, ranks):
+            for microbatch in microbatches(job.data.global_batch // ranks):
+                layout = msgspec.structs.replace(split, microbatch=microbatch)
+                candidate = msgspec.structs.replace(job, layout=layout)
+                missing = reject_memory(candidate)
+                if missing is not None:
+                    # Larger microbatches need more still.
+                    rejected.append(missing)
+                    break
+                found.append(predict(candidate))
+    return found, rejected
+
+
+def rank_counts(devices: int) -> list[int]:
+    """Powers of two and divisors up to the number of devices."""
+    powers = {1 << exponent for exponent in range(devices.bit_length()) if 1 << exponent <= devices}
+    divisors = {n for n in range(1, devices + 1) if devices % n == 0}
+    return sorted(powers | divisors)
+
+
+def splits(layout: Layout, ranks: int) -> Iterator[Layout]:
+    """Every division of `ranks` over replica and shard, with every zero where it means something."""
+    for shard in (n for n in range(1, ranks + 1) if ranks % n == 0):
+        for zero in (3, 2, 1) if shard > 1 else (3,):
+            yield msgspec.structs.replace(layout, replica=ranks // shard, shard=shard, zero=zero)
+
+
+def microbatches(share: int) -> list[int]:
+    """Sequences at once that divide a rank's share of the batch."""
+    return [n for n in range(1, min(share, LARGEST_MICROBATCH) + 1) if share % n == 0]
+
+
+def rank_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Fastest first; within TIE of the fastest that is left, simplest first."""
+    left = sorted(predictions, key=lambda p: p.step_s)
+    ranked: list[Prediction] = []
+    while left:
+        ties = [p for p in left if p.step_s <= left[0].step_s * (1 + TIE)]
+        ranked += sorted(ties, key=complexity)
+        left = left[len(ties) :]
+    return ranked
+
+
+def complexity(prediction: Prediction) -> tuple[float, ...]:
+    """What makes a layout the harder one to run: ranks, axes in use, then memory."""
+    layout = prediction.layout
+    axes = sum(size > 1 for size in (layout.replica, layout.shard))
+    return (layout.world_size, axes, prediction.memory.total())
+
+
+def reject_division(job: Job, ranks: int) -> Rejected:
+    """Why `ranks` cannot share the batch, in check_layout's words."""
+    layout = msgspec.structs.replace(job.layout, replica=1, shard=ranks, microbatch=1)
+    try:
+        check_layout(layout, job.data.global_batch)
+    except SettingError as error:
+        return Rejected(layout=layout, reason=error.reason, nearest=error.nearest)
+    raise AssertionError(f"{ranks} ranks divide the batch")
+
+
+def reject_memory(job: Job) -> Rejected | None:
+    """The rejection of a layout that does not fit its device: by how much, and which terms are largest."""
+    memory = predict_memory(share_machine(job))
+    capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    total_bytes = memory.total()
+    if total_bytes <= capacity_bytes:
+        return None
+    largest = sorted(memory.rows(), key=lambda row: -row[1])[:2]
+    terms = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest)
+    reason = f"needs {gib(total_bytes)} GiB of {gib(capacity_bytes)}: {terms}"
+    return Rejected(layout=job.layout, reason=reason, nearest="", memory=memory)
+
+
+def gib(size_bytes: float) -> str:
+    """Bytes in GiB with one digit."""
+    return f"{size_bytes / 2**30:.1f}"
+
+
+def name_nearest(rejected: Rejected, ranked: Sequence[Prediction]) -> Rejected:
+    """A memory rejection with the nearest layout that works: as many ranks first, then as large a microbatch."""
+    if rejected.nearest or not ranked:
+        return rejected
+    wanted = rejected.layout
+
+    def distance(prediction: Prediction) -> tuple[float, ...]:
+        layout = prediction.layout
+        return (
+            abs(layout.world_size - wanted.world_size),
+            abs(layout.microbatch - wanted.microbatch),
+            layout.shard != wanted.shard,
+            abs(layout.zero - wanted.zero),
+            prediction.step_s,
+        )
+
+    return msgspec.structs.replace(rejected, nearest=min(ranked, key=distance).layout.label())
+
+
+def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction]) -> str:
+    """Whether one device is enough, how it compares with the best layout and with the job's own."""
+    device = "process" if job.cluster.device.kind == "cpu" else "device"
+    if not ranked:
+        return f"No layout of {job.model.name} on {job.cluster.label()} fits."
+    if one is None:
+        fewest = min(ranked, key=lambda p: (p.layout.world_size, p.step_s))
+        return (
+            f"One {device} is not enough: the model does not fit. The fewest that hold it are "
+            f"{fewest.layout.world_size} ({fewest.layout.label()}); the fastest found is {in_words(ranked[0])}."
+        )
+    capacity = gib(share_machine(msgspec.structs.replace(job, layout=one.layout)).cluster.device.memory_bytes)
+    fits = f"it fits ({gib(one.memory.total())} of {capacity} GiB)"
+    best = ranked[0]
+    if not one.step_s:
+        return f"One {device} is enough to hold it: {fits}. {UNKNOWN_PEAK_NOTE}."
+    if best.layout.world_size == 1:
+        compared = ""
+        if own.layout.world_size > 1:
+            compared = (
+                f" and is predicted {own.step_s / one.step_s:.1f} times as fast as this job's "
+                f"{own.layout.world_size} ranks ({one.step_s:.3g} s a step against {own.step_s:.3g} s)"
+            )
+        why = ", because ranks on one machine share its cores" if device == "process" else ""
+        return f"One {device} is enough: {fits}{compared}{why}."
+    gain, ranks = one.step_s / best.step_s, best.layout.world_size
+    return (
+        f"One {device} is enough to hold it: {fits}, {one.step_s:.3g} s a step. {ranks} are predicted {gain:.1f} "
+        f"times as fast ({100 * gain / ranks:.0f}% of linear): {in_words(best)}."
+    )
+
+
+def in_words(prediction: Prediction) -> str:
+    """A layout with its speed."""
+    if not prediction.step_s:
+        return prediction.layout.label()
+    return f"{prediction.layout.label()} at {prediction.tokens_per_s:,.0f} tokens/s"

@@ -1,0 +1,109 @@
+"""The predicted step account of a job's layout."""
+
+import msgspec
+
+from meshwright.account import StepAccount
+from meshwright.plan.collective import Ring, predict_collective
+from meshwright.plan.rates import rates_of
+from meshwright.plan.walk import Walk, walk_backward, walk_forward
+from meshwright.plan.work import OPERATORS_PER_BLOCK, build_pieces, has_known_peak, predict_optimizer
+from meshwright.spec import Job, count_flops
+
+# Loss, gradient norm and a stop request, summed over all ranks once a step.
+CONTROL_BYTES = 12
+
+
+def predict_step(job: Job) -> tuple[StepAccount, dict[str, float]]:
+    """Seconds of one step by bucket, and transfers hidden under compute by purpose.
+
+    All zero where the device's peak is not known: a step time would be a guess.
+    """
+    device = job.cluster.device
+    if not has_known_peak(device, job):
+        return StepAccount(), {}
+    rates = rates_of(device)
+    walk = walk_step(job)
+    sequences = job.data.global_batch // job.layout.data_size
+    useful_s = (
+        sequences * count_flops(job.model, job.data.sequence).training() / device.peak_flops_per_s(job.layout.precision)
+    )
+    optimizer_s = predict_optimizer(job)
+    launches_s = rates.operator_s * OPERATORS_PER_BLOCK * job.model.layers * accumulation_of(job)
+    device_s = walk.compute_s + walk.exposed_shard_s + walk.exposed_replica_s
+    # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
+    late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - device_s)
+    account = StepAccount(
+        useful=useful_s,
+        inefficiency=walk.compute_s - useful_s,
+        optimizer=optimizer_s,
+        comm_shard=walk.exposed_shard_s,
+        comm_replica=walk.exposed_replica_s,
+        comm_control=predict_control(job),
+        host=late_s + rates.step_s,
+    )
+    hidden = {"shard": walk.shard_s - walk.exposed_shard_s, "replica": walk.replica_s - walk.exposed_replica_s}
+    return account, {purpose: seconds for purpose, seconds in hidden.items() if seconds > 0}
+
+
+def accumulation_of(job: Job) -> int:
+    """Microbatches a rank runs in a step."""
+    return job.layout.accumulation(job.data.global_batch)
+
+
+def walk_step(job: Job) -> Walk:
+    """All microbatches of a step. What is gathered and reduced in which of them is `zero`'s meaning (spec.Layout)."""
+    pieces, layout = build_pieces(job), job.layout
+    overlaps = rates_of(job.cluster.device).overlaps
+    microbatches = accumulation_of(job)
+    # Replicas alone, and zero 1, keep whole parameters and gradients from the first microbatch to the last.
+    holds = layout.shard == 1 or layout.zero == 1
+    regathers = layout.zero == 3 and not (layout.shard == 1 and microbatches > 1)
+
+    def pass_over(*, first: bool, last: bool) -> Walk:
+        forward = walk_forward(pieces, gathers=first or not holds, overlaps=overlaps)
+        reduces = last or not holds
+        return forward + walk_backward(
+            pieces,
+            gathers=regathers,
+            scatters=reduces,
+            all_reduces=last and layout.replica > 1,
+            overlaps=overlaps,
+        )
+
+    if microbatches == 1:
+        return pass_over(first=True, last=True)
+    middle = pass_over(first=False, last=False).repeated(microbatches - 2)
+    return pass_over(first=True, last=False) + middle + pass_over(first=False, last=True)
+
+
+def predict_control(job: Job) -> float:
+    """The step's one small synchronisation over all ranks."""
+    cluster, size = job.cluster, job.layout.world_size
+    nodes = -(-size // cluster.devices_per_node)
+    across_s = nodes * cluster.inter.latency_s if nodes > 1 else 0.0
+    inside_s = (size - nodes if nodes > 1 else size) * cluster.intra.latency_s
+    ring = Ring(
+        size=size, nodes=nodes, link_bytes_per_s=cluster.intra.bytes_per_s, round_s=(inside_s + across_s) / size
+    )
+    return predict_collective("all_reduce", CONTROL_BYTES, ring, rates_of(cluster.device))
+
+
+def share_machine(job: Job) -> Job:
+    """The job with its cluster cut to the layout's ranks where ranks share a machine's cores.
+
+    A CPU device row is one process's share: fewer processes than the row assumes have more each.
+    """
+    cluster, ranks = job.cluster, job.layout.world_size
+    if cluster.device.kind != "cpu" or cluster.nodes > 1 or ranks >= cluster.devices_per_node:
+        return job
+    more = cluster.devices_per_node / ranks
+    device = cluster.device
+    device = msgspec.structs.replace(
+        device,
+        memory_bytes=device.memory_bytes * more,
+        memory_bytes_per_s=device.memory_bytes_per_s * more,
+        peak_bf16_flops_per_s=device.peak_bf16_flops_per_s * more,
+        peak_fp32_flops_per_s=device.peak_fp32_flops_per_s * more,
+    )
+    cluster = msgspec.structs.replace(cluster, device=device, devices_per_node=ranks)
+    return msgspec.structs.replace(job, cluster=cluster)
