@@ -109,7 +109,7 @@ def test_models_know_nothing_of_ranks():
         for node, name in mentioned(source.tree)
         if name == "torch.distributed" or name.startswith("torch.distributed.")
     ]
-    assert offences == []
+    assert not offences, "\n".join(offences)
 
 
 def test_only_parallel_creates_process_groups_and_meshes():
@@ -120,7 +120,7 @@ def test_only_parallel_creates_process_groups_and_meshes():
         for node in ast.walk(source.tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in GROUP_MAKERS
     ]
-    assert offences == []
+    assert not offences, "\n".join(offences)
 
 
 # --- What is not done ------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_nothing_is_pickled_or_unpickled():
         for node in ast.walk(source.tree):
             if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
                 offences.append(source.at(node.value))
-    assert offences == []
+    assert not offences, "\n".join(offences)
 
 
 def test_only_the_command_line_reads_argv_and_environment():
@@ -159,7 +159,7 @@ def test_only_the_command_line_reads_argv_and_environment():
                 offences.append(source.at(node))
             if name == "os.environ" and not is_written_or_handed_on(node, parents):
                 offences.append(source.at(node))
-    assert offences == []
+    assert not offences, "\n".join(offences)
 
 
 def is_written_or_handed_on(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> bool:
@@ -180,7 +180,7 @@ def is_written_or_handed_on(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> b
 
 def test_nothing_probes_objects_for_attributes():
     offences = [source.at(node) for source in sources() for node, name in mentioned(source.tree) if name == "hasattr"]
-    assert offences == []
+    assert not offences, "\n".join(offences)
 
 
 # --- What fits a page ------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_the_ground_floor_is_documented():
                 is_definition = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
                 if is_definition and not node.name.startswith("_") and not ast.get_docstring(node):
                     missing.append(f"{source.path}:{node.lineno} {node.name}")
-    assert missing == []
+    assert not missing, "\n".join(missing)
 
 
 # --- What a newcomer is told -----------------------------------------------------------------------------------------
