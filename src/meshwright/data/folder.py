@@ -50,6 +50,11 @@ class TokenFolder:
     offsets: NDArray[np.int64]
 
 
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is a token folder, damaged or not. manifest.json is too common a name to tell."""
+    return (path / TOKENS_FILE).is_file() or (path / DOCUMENTS_FILE).is_file()
+
+
 def open_folder(path: Path) -> TokenFolder:
     """Map a token folder. Raises SettingError where it is damaged."""
     manifest = _read_manifest(path)

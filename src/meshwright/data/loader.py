@@ -39,7 +39,7 @@ class Batches:
         self._thread = ThreadPoolExecutor(1, "batches")
 
     def next(self, step: int) -> Microbatches:
-        """The rank's (tokens, targets) of `step`, [microbatch, S] each, on the device; an error in making them is raised here."""
+        """The rank's (tokens, targets) of `step`, each [microbatch, S], on the device. The thread's errors come here."""
         for ahead in range(step, step + 1 + DEPTH):
             if ahead not in self._coming:
                 self._coming[ahead] = self._thread.submit(self._load, ahead)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +20,10 @@ from meshwright.data.folder import (
     VOCABULARY,
     Manifest,
     TokenFolder,
+    is_prepared,
     open_folder,
 )
-from meshwright.data.source import list_files, read_documents
+from meshwright.data.source import STANDARD_LIBRARY, list_files, read_documents
 from meshwright.spec import DataSettings, SettingError
 
 # Bumped when the same text would give other tokens: it is part of the fingerprint.
@@ -35,7 +37,7 @@ def prepare(settings: DataSettings) -> TokenFolder:
     Any number of processes may do this at once; each makes its own and the first to finish is kept.
     """
     given = Path(settings.path).expanduser()
-    if (given / MANIFEST_FILE).is_file():
+    if settings.path != STANDARD_LIBRARY and is_prepared(given):
         return open_folder(given)
     root, files = list_files(settings.path)
     fingerprint = fingerprint_of(root, files)
@@ -68,7 +70,7 @@ def build(settings: DataSettings, files: list[Path], fingerprint: str, place: Pa
             partial.rename(place)
         except OSError:
             # Another process was first; what it made is the same. Any other reason is raised on.
-            if not (place / MANIFEST_FILE).is_file():
+            if not is_prepared(place):
                 raise
     except OSError as error:
         raise SettingError(
@@ -83,7 +85,7 @@ def build(settings: DataSettings, files: list[Path], fingerprint: str, place: Pa
 
 def write_folder(path: Path, source: str, files: list[Path], fingerprint: str) -> None:
     """Fill `path` with the three files, one pass over the text and one over the tokens."""
-    with (path / TOKENS_FILE).open("wb") as file:
+    with (path / TOKENS_FILE).open("wb", buffering=1 << 20) as file:
         offsets, checksum = write_tokens(file, source, files)
         flush(file)
     if len(offsets) == 1:
@@ -108,10 +110,10 @@ def write_folder(path: Path, source: str, files: list[Path], fingerprint: str) -
 
 
 def write_tokens(file: BinaryIO, source: str, files: list[Path]) -> tuple[NDArray[np.int64], str]:
-    """Write each document and its end token. Returns the offsets and the checksum; documents without text are left out."""
+    """Write each document that has text, and its end token. Returns the offsets and the checksum."""
     end = np.array([END], dtype="<u2").tobytes()
     checksum = hashlib.sha256()
-    offsets = [0]
+    offsets = array("q", [0])  # 8 bytes a document, where a list takes 40
     for document in read_documents(source, files):
         length = 0
         for piece in document:

@@ -1,13 +1,9 @@
 """A seeded order of n things that is computed, not kept: no list of a corpus's samples is ever held."""
 
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 MASK = (1 << 64) - 1
 ROUNDS = 6
-Word = TypeVar("Word", int, NDArray[np.uint64])
 
 
 def permute(position: int, size: int, key: tuple[int, ...]) -> int:

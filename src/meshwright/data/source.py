@@ -4,7 +4,6 @@ import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -13,6 +12,13 @@ from meshwright.spec import SettingError
 STANDARD_LIBRARY = "stdlib"
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
 PIECE_BYTES = 1 << 20
+EXAMPLE_LINE = '{"text": "..."}'
+
+
+class Line(msgspec.Struct):
+    """What is read of a line of .jsonl; its other fields are passed over."""
+
+    text: str
 
 
 def list_files(source: str) -> tuple[Path, list[Path]]:
@@ -26,7 +32,7 @@ def list_files(source: str) -> tuple[Path, list[Path]]:
         nearest = f'data.path = "{root.parent}"' if root.exists() else 'data.path = "stdlib"'
         raise SettingError(f'data.path = "{source}"', reason, nearest)
     found: list[Path] = []
-    for folder, inner, names in os.walk(root):
+    for folder, inner, names in os.walk(root, onerror=_refuse):
         inner[:] = [name for name in inner if name not in NOT_THE_LIBRARY] if source == STANDARD_LIBRARY else inner
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     if not found:
@@ -58,14 +64,12 @@ def read_lines(file: Path) -> Iterator[bytes]:
             if not line.strip():
                 continue
             try:
-                document: Any = msgspec.json.decode(line)
+                text = msgspec.json.decode(line, type=Line).text
+            except msgspec.ValidationError:
+                raise SettingError(f"{file} line {number}", 'has no "text" that is a string', EXAMPLE_LINE) from None
             except (msgspec.DecodeError, UnicodeDecodeError):
-                raise SettingError(f"{file} line {number}", "is not JSON", '{"text": "..."}') from None
-            text = document.get("text") if isinstance(document, dict) else None
-            if not isinstance(text, str):
-                raise SettingError(f"{file} line {number}", 'has no "text" that is a string', '{"text": "..."}')
-            # A lone surrogate is valid JSON and no valid UTF-8; its three bytes still are text to a byte-level model.
-            yield text.encode("utf-8", "surrogatepass")
+                raise SettingError(f"{file} line {number}", "is not JSON in UTF-8", EXAMPLE_LINE) from None
+            yield text.encode()
 
 
 def read_module(file: Path) -> bytes:
@@ -91,3 +95,8 @@ def read_pieces(file: Path) -> Iterator[bytes]:
 def unreadable(file: Path, error: OSError) -> SettingError:
     """A source file that cannot be read."""
     return SettingError(str(file), f"cannot be read ({error.strerror})", "a readable file, or a folder without it")
+
+
+def _refuse(error: OSError) -> None:
+    # os.walk passes over a folder that it cannot list, and part of the corpus would be missing without a word.
+    raise unreadable(Path(error.filename), error)

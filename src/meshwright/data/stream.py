@@ -20,25 +20,21 @@ class Split:
         # A run starts where `chosen` turns true and ends where it turns false.
         edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
         runs = folder.offsets[edges].reshape(-1, 2)
-        self._tokens = folder.tokens
-        self._corpus_starts = runs[:, 0]
-        self._ends = np.cumsum(runs[:, 1] - runs[:, 0])
-        self.tokens = int(self._ends[-1]) if len(runs) else 0
+        self._corpus = folder.tokens
+        self._starts = runs[:, 0]  # in the corpus
+        self._before = np.concatenate(([0], np.cumsum(runs[:, 1] - runs[:, 0])))  # tokens of the split before each run
+        self.tokens = int(self._before[-1])
 
     def read(self, start: int, count: int) -> NDArray[Any]:
         """`count` tokens from the split's token `start` on."""
         pieces: list[NDArray[Any]] = []
-        run = int(np.searchsorted(self._ends, start, side="right"))
+        run = int(np.searchsorted(self._before, start, side="right")) - 1
         while count > 0:
-            left = int(self._ends[run]) - start  # of this run
-            end = int(self._corpus_starts[run]) + self._length(run)
-            take = min(left, count)
-            pieces.append(self._tokens[end - left : end - left + take])
+            take = min(count, int(self._before[run + 1]) - start)
+            place = int(self._starts[run] - self._before[run]) + start
+            pieces.append(self._corpus[place : place + take])
             start, count, run = start + take, count - take, run + 1
         return np.concatenate(pieces)
-
-    def _length(self, run: int) -> int:
-        return int(self._ends[run] - (self._ends[run - 1] if run else 0))
 
 
 class Stream:
@@ -48,6 +44,7 @@ class Stream:
         held_out = held_out_documents(folder.manifest.documents, settings.held_out)
         self._training = Split(folder, ~held_out)
         self._held_out = Split(folder, held_out)
+        self._path = folder.path
         self._vocabulary = folder.manifest.vocabulary
         self.sequence = settings.sequence
         self.global_batch = settings.global_batch
@@ -55,9 +52,9 @@ class Stream:
         self.training_samples = (self._training.tokens - 1) // self.sequence
         self.held_out_samples = max(0, (self._held_out.tokens - 1) // self.sequence)
         if self.training_samples < 1:
-            raise _too_short(settings, "training", self._training.tokens)
+            raise too_short(settings, "training", self._training.tokens)
         if settings.held_out > 0 and self.held_out_samples < 1:
-            raise _too_short(settings, "held-out", self._held_out.tokens)
+            raise too_short(settings, "held-out", self._held_out.tokens)
 
     def sample_offset(self, step: int, index: int) -> int:
         """Where in the training split sample `index` of `step`'s global batch starts."""
@@ -79,7 +76,8 @@ class Stream:
         samples = np.stack([split.read(offset, self.sequence + 1) for offset in offsets]).astype(np.int64)
         # Only a folder made elsewhere can break this; on a GPU it would end in an assertion without a place.
         if samples.max() >= self._vocabulary:
-            raise SettingError(f"tokens.bin holds token {samples.max()}", f"vocabulary is {self._vocabulary}")
+            reason = f"holds token {samples.max()} and manifest.json says its vocabulary is {self._vocabulary}"
+            raise SettingError(f"token folder {self._path}", reason)
         return np.ascontiguousarray(samples[:, :-1]), np.ascontiguousarray(samples[:, 1:])
 
 
@@ -95,7 +93,7 @@ def held_out_documents(documents: int, share: float) -> NDArray[np.bool_]:
             f"data.held_out = {share}", "the corpus is one document, and documents are not divided", "data.held_out = 0"
         )
     hashes = mix(np.arange(documents, dtype=np.uint64))
-    held_out = hashes < np.uint64(min(share, 1.0) * (2**64 - 2**11))
+    held_out = hashes.astype(np.float64) < share * 2.0**64
     held_out[np.argmin(hashes)] = True
     if held_out.all():
         raise SettingError(
@@ -118,10 +116,11 @@ def open_stream(job: Job) -> Stream:
     return Stream(folder, job.data, job.run.seed)
 
 
-def _too_short(settings: DataSettings, which: str, tokens: int) -> SettingError:
-    longest = tokens - 1
+def too_short(settings: DataSettings, which: str, tokens: int) -> SettingError:
+    """One of the splits has not a single sample."""
+    longest = f"data.sequence = {tokens - 1}" if tokens > 1 else "more text"
     return SettingError(
         f"data.sequence = {settings.sequence}",
         f"a sample needs {settings.sequence + 1} tokens and the {which} documents have {tokens}",
-        f"data.sequence = {longest}" if longest > 0 else "more text",
+        longest if which == "training" else f"{longest}, or a larger data.held_out",
     )
