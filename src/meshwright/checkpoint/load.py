@@ -1,0 +1,120 @@
+"""Loading: each rank reads the parts it needs, whatever layout wrote them."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.optim import Optimizer
+
+from meshwright.checkpoint.manifest import Entry, Manifest, Part, local_part, read_manifest
+from meshwright.checkpoint.save import saved_steps
+from meshwright.record import RunFolder
+from meshwright.spec import SettingError
+
+
+def latest_step(folder: RunFolder) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return max(saved_steps(folder), default=None)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+    """Fill model and optimizer from a checkpoint and return its step.
+
+    Raises SettingError where a tensor is missing or mis-shaped, or a file is missing or damaged.
+    """
+    manifest = read_manifest(folder)
+    reader = Reader(folder, manifest)
+    for name, parameter in model.named_parameters():
+        reader.fill(f"model.{name}", parameter.detach())
+        state = optimizer.state[parameter]
+        for key in state_keys(manifest, name):
+            entry = manifest.entries[f"optimizer.{key}.{name}"]
+            like_parameter = tuple(entry.shape) == tuple(parameter.shape)
+            # fp32 both: the optimizers here keep a step count for each parameter, and moments like the parameter.
+            state[key] = torch.zeros_like(parameter) if like_parameter else torch.zeros((), device=parameter.device)
+            reader.fill(f"optimizer.{key}.{name}", state[key])
+    return manifest.step
+
+
+def state_keys(manifest: Manifest, parameter: str) -> list[str]:
+    """The optimizer's states for a parameter."""
+    ending = f".{parameter}"
+    found = (name for name in manifest.entries if name.startswith("optimizer.") and name.endswith(ending))
+    keys = (name.removeprefix("optimizer.").removesuffix(ending) for name in found)
+    # "weight" is also the ending of "norm.weight": a key of ours has no dot in it.
+    return [key for key in keys if "." not in key]
+
+
+def read_model_weights(folder: Path, model: nn.Module) -> int:
+    """Fill a whole model in one process from a checkpoint and return the checkpoint's step."""
+    manifest = read_manifest(folder)
+    reader = Reader(folder, manifest)
+    for name, parameter in model.named_parameters():
+        reader.fill(f"model.{name}", parameter.detach())
+    return manifest.step
+
+
+class Reader:
+    """Reads blocks of tensors from a checkpoint's files, each checked once against its checksum before use."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._checked: set[str] = set()
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy the whole tensor `name`, or this rank's part of it, into `tensor`."""
+        entry = self._manifest.entries.get(name)
+        if entry is None:
+            raise SettingError(f"checkpoint {self._folder}", f"holds no tensor {name}", "the job that wrote it")
+        if tuple(entry.shape) != tuple(tensor.shape):
+            raise SettingError(
+                f"checkpoint {self._folder}",
+                f"{name} has shape {tuple(entry.shape)} where the model has {tuple(tensor.shape)}",
+                "the job that wrote it",
+            )
+        local, offset, shape = local_part(tensor)
+        for part in entry.parts:
+            self._copy_overlap(name, entry, part, local, offset, shape)
+
+    def _copy_overlap(
+        self,
+        name: str,
+        entry: Entry,
+        part: Part,
+        local: torch.Tensor,
+        offset: tuple[int, ...],
+        shape: tuple[int, ...],
+    ) -> None:
+        low = [max(a, b) for a, b in zip(offset, part.offset, strict=True)]
+        high = [min(a + n, b + m) for a, n, b, m in zip(offset, shape, part.offset, part.shape, strict=True)]
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            return
+        self._check(part.file)
+        with safe_open(self._folder / part.file, framework="pt") as file:
+            if not entry.shape:
+                local.copy_(file.get_tensor(name))
+                return
+            source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, part.offset, strict=True))
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offset, strict=True))
+            local[target].copy_(file.get_slice(name)[source])
+
+    def _check(self, file: str) -> None:
+        if file in self._checked:
+            return
+        path = self._folder / file
+        size, digest = self._manifest.files.get(file, (0, ""))
+        try:
+            with path.open("rb") as opened:
+                whole = path.stat().st_size == size and hashlib.file_digest(opened, "sha256").hexdigest() == digest
+        except OSError as error:
+            raise SettingError(f"checkpoint {self._folder}", f"{file}: {error.strerror}", "an earlier step") from None
+        if not whole:
+            raise SettingError(
+                f"checkpoint {self._folder}",
+                f"{file} is damaged: its checksum differs",
+                "an earlier step",
+            )
+        self._checked.add(file)

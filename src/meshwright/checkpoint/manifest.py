@@ -1,0 +1,76 @@
+"""What a checkpoint holds: every tensor's whole shape, and which file has which part of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from meshwright.spec import Layout, SettingError
+
+MANIFEST = "manifest.json"
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """A block of a tensor: its offset and shape within the whole, in the file named."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """A tensor: its whole shape and the parts that make it up."""
+
+    shape: tuple[int, ...]
+    parts: list[Part]
+
+
+class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank wrote, and its file's size and SHA-256."""
+
+    entries: dict[str, Entry]
+    file: str
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole checkpoint. `step`: training steps done. The data's position follows from it."""
+
+    format: int = 1
+    step: int
+    layout: Layout
+    entries: dict[str, Entry]
+    files: dict[str, tuple[int, str]]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint's folder. Raises SettingError where it is missing or damaged."""
+    try:
+        return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except OSError as error:
+        raise SettingError(f"checkpoint {folder}", f"has no manifest ({error.strerror})", "an earlier step") from None
+    except msgspec.DecodeError as error:
+        raise SettingError(f"checkpoint {folder}", f"has a damaged manifest ({error})", "an earlier step") from None
+
+
+def named_state(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a run's state with its name: model.<parameter>, optimizer.<state>.<parameter>."""
+    for name, parameter in model.named_parameters():
+        yield f"model.{name}", parameter.detach()
+        if optimizer is not None:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"optimizer.{key}.{name}", value
+
+
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
+    """This rank's part of a tensor, with its offset and shape within the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * tensor.dim(), tuple(tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(offset), tuple(shape)

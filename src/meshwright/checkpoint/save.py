@@ -1,0 +1,134 @@
+"""Saving: every rank writes its part, the manifest comes last, and a rename makes the checkpoint exist."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from meshwright.checkpoint.manifest import MANIFEST, Entry, Manifest, Part, ShardIndex, local_part, named_state
+from meshwright.record import RunFolder, replace_text
+from meshwright.spec import Layout
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be saved. What was saved before is untouched."""
+
+
+def save_checkpoint(
+    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, layout: Layout, *, keep: int
+) -> Path:
+    """Save the state after `step` steps; all ranks call it together. Returns the checkpoint's folder.
+
+    Raises CheckpointError on every rank if any rank failed; the unfinished folder is removed and the earlier
+    checkpoints stay. Otherwise all but the newest `keep` are removed (0: none).
+    """
+    rank = dist.get_rank()
+    final = folder.checkpoints / f"step-{step}"
+    partial = folder.checkpoints / f".step-{step}.partial"
+    if final.exists():
+        return final
+    reason = _on_rank_zero(rank, lambda: _make_empty(partial))
+    agree(reason, step, folder)
+    reason = attempt_to(lambda: write_shard(partial, rank, model, optimizer))
+    try:
+        agree(reason, step, folder)
+        reason = _on_rank_zero(rank, lambda: finish(partial, final, step, layout))
+        agree(reason, step, folder)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if rank == 0 and keep:
+        for old in saved_steps(folder)[:-keep]:
+            shutil.rmtree(folder.checkpoints / f"step-{old}", ignore_errors=True)
+    return final
+
+
+def saved_steps(folder: RunFolder) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    names = [path.parent.name.removeprefix("step-") for path in folder.checkpoints.glob(f"step-*/{MANIFEST}")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def write_shard(partial: Path, rank: int, model: nn.Module, optimizer: Optimizer) -> None:
+    """Write this rank's parts of the state, and beside them an index for the manifest."""
+    file = f"rank-{rank}.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    entries: dict[str, Entry] = {}
+    for name, tensor in named_state(model, optimizer):
+        local, offset, shape = local_part(tensor)
+        if is_first_copy(tensor, rank) and local.numel():
+            tensors[name] = local.cpu().contiguous()
+            entries[name] = Entry(shape=tuple(tensor.shape), parts=[Part(file=file, offset=offset, shape=shape)])
+    save_file(tensors, partial / file)
+    with (partial / file).open("rb") as written:
+        os.fsync(written.fileno())
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    index = ShardIndex(entries=entries, file=file, bytes=(partial / file).stat().st_size, sha256=digest)
+    replace_text(partial / f"rank-{rank}.json", msgspec.json.encode(index).decode())
+
+
+def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
+    """Whether this rank is the one that writes its part, among those that hold the same."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    coordinates = tensor.device_mesh.get_coordinate()
+    assert coordinates is not None
+    return all(c == 0 for c, p in zip(coordinates, tensor.placements, strict=True) if p.is_replicate())
+
+
+def finish(partial: Path, final: Path, step: int, layout: Layout) -> None:
+    """Join the ranks' indices into the manifest and rename the folder into place."""
+    entries: dict[str, Entry] = {}
+    files: dict[str, tuple[int, str]] = {}
+    for path in sorted(partial.glob("rank-*.json")):
+        index = msgspec.json.decode(path.read_bytes(), type=ShardIndex)
+        files[index.file] = (index.bytes, index.sha256)
+        for name, entry in index.entries.items():
+            entries.setdefault(name, Entry(shape=entry.shape, parts=[])).parts.extend(entry.parts)
+        path.unlink()
+    manifest = Manifest(step=step, layout=layout, entries=entries, files=files)
+    replace_text(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n")
+    partial.rename(final)
+    # The rename itself must survive a power cut.
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _on_rank_zero(rank: int, action) -> str:
+    return attempt_to(action) if rank == 0 else ""
+
+
+def attempt_to(action) -> str:
+    """Do it and return why it failed; nothing if it did not. safetensors reports a full disk by its own exception."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def agree(reason: str, step: int, folder: RunFolder) -> None:
+    """Let every rank go on, or none: raise CheckpointError everywhere if anyone gives a reason."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    failed = [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]
+    if failed:
+        kept = saved_steps(folder)
+        newest = f"the newest whole checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
+        raise CheckpointError(f"step {step} could not be saved to {folder.checkpoints} ({failed[0]}); {newest}")

@@ -1,0 +1,232 @@
+"""The command line: the only reader of arguments and environment. Every verb imports what it needs when it runs."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from meshwright import __version__
+from meshwright.spec.errors import SettingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.spec import Cluster, Job
+
+# How many tokens make a step where a plan is asked for without a job: a round middle of what 7B to 70B runs used
+# (Llama 2: 4M, arXiv:2307.09288; GPT-3 13B: 1M, arXiv:2005.14165).
+PLANNING_TOKENS = 2**20
+
+SET = click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change one key of the job.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="meshwright")
+def cli() -> None:
+    """Decide how to spread a transformer's training over GPUs, train it that way, see where every second went."""
+
+
+@cli.command()
+@click.argument("job", required=False, type=click.Path(path_type=Path))
+@click.option("--model", help="A named model, without a job file: llama3-8b.")
+@click.option("--gpus", help="Its cluster: 8xh100, or 4x8xh100 for four nodes of eight.")
+@click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
+@click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@SET
+def plan(
+    job: Path | None,
+    model: str | None,
+    gpus: str | None,
+    sequence: int | None,
+    global_batch: int | None,
+    as_json: bool,
+    settings: tuple[str, ...],
+) -> None:
+    """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
+    from meshwright.plan import build_plan
+    from meshwright.report.plan import plan_json, plan_text
+
+    if job is not None:
+        given = {"--model": model, "--gpus": gpus, "--sequence": sequence, "--global-batch": global_batch}
+        for option, value in given.items():
+            if value is not None:
+                raise SettingError(option, "is for planning without a job file", f"--set, as in {as_setting(option)}")
+        planned = build_plan(read(job, settings))
+    else:
+        planned = build_plan(described(model, gpus, sequence or 8192, global_batch, settings))
+    if as_json:
+        click.echo(plan_json(planned))
+    else:
+        plan_text(planned, console())
+
+
+@cli.command()
+@click.argument("job", required=False, type=click.Path(path_type=Path))
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with a run from its checkpoint.")
+@SET
+def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> None:
+    """Train a JOB file's model on this machine, or as a rank under torchrun."""
+    from meshwright import launch
+
+    began_s = time.time()
+    if (job is None) == (resume is None):
+        raise SettingError(
+            "meshwright train", "takes a job file or --resume RUN", "meshwright train examples/quickstart.toml"
+        )
+    launch.needs_torch("train")
+    if resume is not None:
+        folder, resolved = launch.reopen_run(resume, settings, local=local)
+    else:
+        assert job is not None
+        folder, resolved = None, read(job, settings)
+    check_devices(resolved)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        join(resolved, folder.path if folder else None, began_s)
+        return
+    folder, attempt = launch.begin_attempt(folder, resolved)
+    sys.exit(launch.run_attempt(folder, attempt, began_s))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON.")
+def explain(run: Path, as_json: bool) -> None:
+    """Predicted against measured: where a RUN's seconds went. Writes RUN/report.html."""
+    from meshwright.explain import explain_run
+    from meshwright.record import open_run
+    from meshwright.report.explain import explain_json, explain_text
+
+    folder = open_run(run)
+    explanation = explain_run(folder)
+    if as_json:
+        click.echo(explain_json(explanation))
+        return
+    from meshwright.report.html import write_report
+
+    explain_text(explanation, console())
+    write_report(explanation, folder.report)
+    click.echo(f"report: {folder.report}")
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
+@click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="How many tokens to add.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    """Continue a text with the newest checkpoint of a RUN."""
+    from meshwright import launch
+    from meshwright.record import open_run
+
+    launch.needs_torch("sample")
+    open_run(run)
+    sys.exit(launch.run_sample([str(run), prompt, str(tokens), str(temperature), str(seed)]))
+
+
+def as_setting(option: str) -> str:
+    """What to type instead of a planning option when there is a job file."""
+    keys = {
+        "--model": "--set model.name=llama3-8b",
+        "--gpus": "--set cluster.gpus=8xh100",
+        "--sequence": "--set data.sequence=8192",
+        "--global-batch": "--set data.global_batch=64",
+    }
+    return keys[option]
+
+
+def read(job: Path, settings: tuple[str, ...]) -> "Job":
+    """The job file, resolved for this machine."""
+    from meshwright.spec.decode import read_job
+
+    return read_job(job, settings, local=local)
+
+
+def described(
+    model: str | None, gpus: str | None, sequence: int, global_batch: int | None, settings: tuple[str, ...]
+) -> "Job":
+    """A job for planning from the options alone."""
+    from meshwright.spec.decode import planning_job
+    from meshwright.spec.hardware import cluster_of
+
+    if model is None or gpus is None:
+        raise SettingError(
+            "meshwright plan", "takes a job file, or --model with --gpus", "--model llama3-8b --gpus 8xh100"
+        )
+    if sequence < 1:
+        raise SettingError(f"--sequence {sequence}", "must be at least 1", "--sequence 8192")
+    if global_batch is None:
+        devices = cluster_of(gpus).devices
+        global_batch = devices * max(1, round(PLANNING_TOKENS / sequence / devices))
+    return planning_job(model=model, gpus=gpus, sequence=sequence, global_batch=global_batch, settings=settings)
+
+
+def local(processes: int) -> "Cluster":
+    """This machine, with the GPUs that the environment lets us see."""
+    from meshwright.plan import local_cluster
+
+    return local_cluster(processes, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def check_devices(job: "Job") -> None:
+    """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
+    wanted, here = job.cluster, local(job.cluster.devices_per_node)
+    if wanted.device.kind == "cuda" and (here.device.kind != "cuda" or here.devices < wanted.devices_per_node):
+        raise SettingError(
+            f"cluster of {wanted.label()}",
+            f"this machine has {here.label() if here.device.kind == 'cuda' else 'no GPU'}",
+            "a job without cluster.gpus, which takes what is here",
+        )
+
+
+def join(job: "Job", resume: Path | None, began_s: float) -> None:
+    """Be one rank of an external torchrun: rank 0 makes the run folder and its attempt, the others are told."""
+    from meshwright import launch
+    from meshwright.record import RunFolder
+    from meshwright.train.worker import join_ranks
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != job.layout.world_size:
+        raise SettingError(
+            f"layout of {job.layout.world_size} ranks",
+            f"torchrun started {world_size}",
+            f"torchrun --nproc-per-node {job.layout.world_size}",
+        )
+
+    def begin() -> tuple[str, int]:
+        folder, attempt = launch.begin_attempt(RunFolder(resume) if resume else None, job)
+        return str(folder.path), attempt
+
+    join_ranks(job, begin, began_s)
+
+
+def console() -> "Console":
+    """Where tables go: 100 columns where there is no terminal to ask."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; what cannot be honoured is one line and exit code 2."""
+    try:
+        cli.main(standalone_mode=False)
+    except SettingError as error:
+        fail(str(error))
+    except click.ClickException as error:
+        fail(error.format_message())
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(line: str) -> None:
+    """Print one line and end with exit code 2."""
+    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,47 @@
+"""What is on disk before a rank starts: the job as it is run, and what was predicted for it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from meshwright.plan import predict
+from meshwright.record import RunFolder, create_run, open_run, replace_text, start_attempt
+from meshwright.spec import Cluster, Job, SettingError
+from meshwright.spec.decode import encode_job, read_job
+
+# What a resumed run may change; anything else would make it another run.
+CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "trace")
+
+
+def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
+    """The next attempt at `job`, in its run folder or in a new one. Raises SettingError if a new one exists already."""
+    if folder is None:
+        folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
+    return folder, start_attempt(folder, predict(job))
+
+
+def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cluster]) -> tuple[RunFolder, Job]:
+    """An existing run and its job with `settings` applied, for one more attempt.
+
+    Raises SettingError for a setting that would make it another run, and for a run that has no steps left.
+    """
+    folder = open_run(path)
+    for setting in settings:
+        key = setting.partition("=")[0].strip()
+        if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE):
+            raise SettingError(
+                f"--set {setting}", "cannot change in a run that has begun", f"one of {', '.join(CHANGEABLE)}"
+            )
+    job = read_job(folder.job, settings, local=local)
+    done = steps_done(folder)
+    if done >= job.run.steps:
+        more = f"--set run.steps={2 * job.run.steps}"
+        raise SettingError(f"--resume {path}", f"all {job.run.steps} steps are done", more)
+    if settings:
+        replace_text(folder.job, encode_job(job))
+    return folder, job
+
+
+def steps_done(folder: RunFolder) -> int:
+    """Steps of the newest complete checkpoint; 0 without one."""
+    names = [path.parent.name.removeprefix("step-") for path in folder.checkpoints.glob("step-*/manifest.json")]
+    return max((int(name) for name in names if name.isdigit()), default=0)

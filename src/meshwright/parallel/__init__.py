@@ -1,0 +1,31 @@
+"""The only creator of meshes and process groups, and the one order in which a layout is applied."""
+
+from meshwright.parallel.apply import build_parallel_model, copy_whole
+from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
+from meshwright.parallel.reduce import (
+    StepTotals,
+    clip_gradients,
+    reduce_step,
+    squared_norm,
+    sum_over_ranks,
+    wait_for_all,
+)
+from meshwright.parallel.shard import begin_microbatch, free_gathered
+
+__all__ = [
+    "StepTotals",
+    "begin_microbatch",
+    "build_mesh",
+    "build_parallel_model",
+    "clip_gradients",
+    "copy_whole",
+    "data_rank",
+    "free_gathered",
+    "reduce_step",
+    "squared_norm",
+    "start_distributed",
+    "stop_distributed",
+    "sum_over_ranks",
+    "tell_all",
+    "wait_for_all",
+]

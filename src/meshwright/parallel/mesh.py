@@ -1,0 +1,70 @@
+"""Process groups and the device mesh. Nothing outside this package creates either."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.spec import AXES, Cluster, Layout, SettingError
+
+T = TypeVar("T")
+
+# Long enough for a first step that compiles on one rank and not yet on another.
+TIMEOUT = timedelta(minutes=10)
+
+
+def start_distributed(cluster: Cluster) -> torch.device:
+    """Join the job's process group as the launcher's environment says; return this rank's device.
+
+    NCCL on GPUs, gloo on CPUs: everything after this line is the same for both.
+    """
+    if cluster.device.kind == "cuda":
+        device = torch.device("cuda", dist.get_node_local_rank())
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)
+    else:
+        device = torch.device("cpu")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    return device
+
+
+def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    """A mesh over all of the design's axes, those of size 1 included.
+
+    Ranks are laid along `layout.order`, outermost first, so the last axis has neighbouring ranks; the mesh itself
+    always names its dimensions in the order of AXES, so that code may slice it without knowing the placement.
+    """
+    sizes = [layout.size(axis) for axis in layout.order]
+    ranks = torch.arange(layout.world_size).reshape(sizes)
+    ranks = ranks.permute([layout.order.index(axis) for axis in AXES]).contiguous()
+    return DeviceMesh(device.type, ranks, mesh_dim_names=AXES)
+
+
+def data_rank(mesh: DeviceMesh) -> int:
+    """This rank's share of the global batch: its position in replica x shard."""
+    replica, shard = mesh["replica"].get_local_rank(), mesh["shard"].get_local_rank()
+    return replica * mesh["shard"].size() + shard
+
+
+def tell_all(decide: Callable[[], T]) -> T:
+    """What rank 0 decides, on every rank. If deciding raises a SettingError there, it is raised on every rank."""
+    told: list[Any] = [None, ""]
+    if dist.get_rank() == 0:
+        try:
+            told = [decide(), None]
+        except SettingError as error:
+            told = [None, error.args]
+    dist.broadcast_object_list(told)
+    value, refusal = told
+    if refusal is not None:
+        raise SettingError(*refusal)
+    return value
+
+
+def stop_distributed() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

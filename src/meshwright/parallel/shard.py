@@ -1,0 +1,70 @@
+"""The replica and shard axes: FSDP2 over a two-dimensional mesh.
+
+Parameters are split along `shard` and copied along `replica`.
+
+With shard 1 nothing is split and only the gradient all-reduce of plain data parallelism remains; with both sizes 1
+there is no communication at all. It is one code path for all of them.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from meshwright.models import Decoder
+from meshwright.spec import Layout
+
+COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
+    """Split `model`'s parameters in place, one group of transfers a block.
+
+    Parameters and optimizer states are fp32, gradients are summed in fp32; what is gathered and computed with is
+    `layout.precision`. zero 3 frees a block's gathered parameters after its forward pass and gathers them again in
+    the backward pass; zero 2 and 1 keep them in between.
+    """
+    # Inputs are not cast: a block is given its rotary tables in fp32 on purpose, and activations are cast already.
+    policy = MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    plane = mesh["replica", "shard"]
+    keep = layout.zero < 3
+    for block in model.blocks:
+        fully_shard(block, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+    if model.head is not None:
+        # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
+        fully_shard([model.norm, model.head], mesh=plane, mp_policy=policy, reshard_after_forward=False)
+    root = fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+    if layout.data_size > 1:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                # The loss is already divided by the global batch's tokens, so gradients are summed, not averaged.
+                # gloo has no scaled sum; asking for a plain sum makes both backends do the same.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
+    """Say whether the coming backward pass is the step's last, and so which reductions it runs.
+
+    zero 3 and 2 reduce along `shard` in every microbatch and along `replica` in the last; zero 1, and replicas
+    alone, keep whole gradients and reduce in the last microbatch only.
+    """
+    assert isinstance(model, FSDPModule)
+    model.set_is_last_backward(last)
+    if layout.zero == 1 or layout.shard == 1:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    else:
+        model.set_requires_all_reduce(last)
+
+
+def free_gathered(model: nn.Module) -> None:
+    """Free parameters that a forward pass without a backward pass left gathered.
+
+    Until then `parameters()` would give the gathered copies, not the parts that the optimizer updates.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

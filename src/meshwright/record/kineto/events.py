@@ -1,0 +1,49 @@
+"""What both readers need of a profiler trace in Kineto's Chrome format. Times there are microseconds; here seconds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from meshwright.account import PURPOSES, Purpose
+from meshwright.account.intervals import Interval, union
+
+# Annotations that the training loop puts around its phases; STEP around the whole step.
+PREFIX = "meshwright."
+STEP = f"{PREFIX}step"
+PHASES = ("input", "forward", "backward", "optimizer", "control", "checkpoint")
+
+TraceEvent = dict[str, Any]
+
+
+def group_ranks(trace: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Description and ranks of each process group, by its name in the trace."""
+    configs = trace.get("distributedInfo", {}).get("pg_config", [])
+    return {str(c["pg_name"]): (str(c.get("pg_desc", "")), tuple(c.get("ranks", ()))) for c in configs}
+
+
+def span(event: TraceEvent) -> Interval:
+    """Start and end of an event, seconds."""
+    start = float(event["ts"]) * 1e-6
+    return start, start + float(event.get("dur", 0.0)) * 1e-6
+
+
+def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Interval]]]:
+    """The last annotated step on the host, and each phase's intervals on the same thread, all steps."""
+    steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == STEP]
+    if not steps:
+        raise ValueError("the trace holds no annotated step")
+    step = max(steps, key=lambda e: e["ts"])
+    found: dict[str, list[Interval]] = {name: [] for name in PHASES}
+    for event in events:
+        name = str(event["name"]).removeprefix(PREFIX)
+        if event.get("cat") == "user_annotation" and name in found and event["name"].startswith(PREFIX):
+            found[name].append(span(event))
+    return step, {name: union(intervals) for name, intervals in found.items()}
+
+
+def purpose_of(description: str, purposes: Mapping[str, Purpose]) -> Purpose:
+    """What a process group carries; groups that nobody named are small syncs."""
+    named = purposes.get(description)
+    if named is not None:
+        return named
+    bare = description.removeprefix("mesh_")
+    return next((p for p in PURPOSES if p == bare), "control")

@@ -1,0 +1,123 @@
+"""A GPU rank's step, on the device's clock: from the end of the previous step's last kernel to the end of its own."""
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from meshwright.account import Purpose, Transfer
+from meshwright.account.intervals import Interval, intersect, subtract, union
+from meshwright.record.kineto.events import STEP, TraceEvent, phases, purpose_of, span
+from meshwright.record.timeline import Timeline, contention, numbered
+
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+LAUNCH = ("cuda_runtime", "cuda_driver")
+
+# A launch reaches an idle device in about this time; longer means that the kernel waited for another stream.
+# Measured: median gap from launch to start of a kernel on an idle H200, docs/accounts.md.
+LAUNCH_LATENCY_S = 20e-6
+
+
+def gpu_timeline(
+    events: Sequence[TraceEvent],
+    groups: Mapping[str, tuple[str, tuple[int, ...]]],
+    purposes: Mapping[str, Purpose],
+) -> Timeline:
+    """The last step of a GPU trace that holds at least two: the first one marks where the second begins."""
+    step, during = phases(events)
+    launched = {e["args"]["correlation"]: span(e) for e in events if e.get("cat") in LAUNCH and "args" in e}
+    device = sorted((e for e in events if e.get("cat") in ON_DEVICE), key=lambda e: e["ts"])
+    start, end = device_window(events, step, device, launched)
+    inside = [e for e in device if start < span(e)[1] and span(e)[0] < end]
+    kernels = [e for e in inside if not is_nccl(e)]
+    transfers = numbered([transfer_of(e, groups, purposes) for e in inside if is_nccl(e)])
+    updating = union(span(e) for e in kernels if within(launch_of(e, launched)[0], during["optimizer"]))
+    working = subtract(union(span(e) for e in kernels), updating)
+    late = late_launches(start, kernels, launched)
+    stalled = {name: intersect(late, during[name]) for name in ("input", "checkpoint")}
+    return Timeline(
+        start_s=start,
+        end_s=end,
+        busy={"optimizer": updating, "compute": working},
+        waits={**stalled, "host": late},
+        transfers=transfers,
+        contention_s=slowed(kernels, transfers, during, launched),
+    )
+
+
+def is_nccl(event: TraceEvent) -> bool:
+    """Whether a device event is a collective's kernel."""
+    return "nccl" in str(event["name"]).lower()
+
+
+def launch_of(event: TraceEvent, launched: Mapping[int, Interval]) -> Interval:
+    """When the host launched a device event; the event's own time where the trace does not say."""
+    return launched.get(event.get("args", {}).get("correlation", -1), span(event))
+
+
+def within(moment: float, intervals: Sequence[Interval]) -> bool:
+    """Whether a moment lies in one of some sorted, disjoint intervals."""
+    position = bisect_right(intervals, (moment, float("inf"))) - 1
+    return position >= 0 and moment <= intervals[position][1]
+
+
+def device_window(
+    events: Sequence[TraceEvent], step: TraceEvent, device: Sequence[TraceEvent], launched: Mapping[int, Interval]
+) -> Interval:
+    """The step between device events: end of the last kernel launched before it, end of the last launched in it."""
+    opened, closed = span(step)
+    if sum(1 for e in events if e["name"] == STEP and e.get("cat") == "user_annotation") < 2:
+        raise ValueError("a GPU step is bounded by the step before it, and the trace holds only one")
+    before = [span(e)[1] for e in device if launch_of(e, launched)[0] < opened]
+    during = [span(e)[1] for e in device if opened <= launch_of(e, launched)[0] <= closed]
+    if not before or not during:
+        raise ValueError("the trace holds no kernels of the annotated step")
+    return max(before), max(during)
+
+
+def transfer_of(
+    event: TraceEvent, groups: Mapping[str, tuple[str, tuple[int, ...]]], purposes: Mapping[str, Purpose]
+) -> Transfer:
+    """A collective's kernel as a transfer, with the process group that the trace names."""
+    args = event.get("args", {})
+    description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
+    described = str(args.get("Process Group Description", description))
+    start, end = span(event)
+    return Transfer(purpose=purpose_of(described, purposes), ranks=ranks, index=0, start_s=start, end_s=end)
+
+
+def late_launches(start: float, kernels: Sequence[TraceEvent], launched: Mapping[int, Interval]) -> list[Interval]:
+    """Device idle before a kernel that the host had not launched yet when the device ran out of work.
+
+    The idle stretch counts up to the launch; from there to the kernel's start the device was told and waited for
+    something else, except for the few microseconds that a launch takes to arrive, which belong to it.
+    """
+    late: list[Interval] = []
+    free = start
+    for event in kernels:
+        begin, end = span(event)
+        if begin > free:
+            launch = launch_of(event, launched)[1]
+            if launch > free:
+                arrived = launch + LAUNCH_LATENCY_S
+                late.append((free, begin if begin <= arrived else launch))
+        free = max(free, end)
+    return union(late)
+
+
+def slowed(
+    kernels: Sequence[TraceEvent],
+    transfers: Sequence[Transfer],
+    during: Mapping[str, list[Interval]],
+    launched: Mapping[int, Interval],
+) -> float:
+    """Contention of compute kernels: those that ran beside a transfer against the same ones alone."""
+    moving = union([(t.start_s, t.end_s) for t in transfers])
+    samples: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+    for event in kernels:
+        if within(launch_of(event, launched)[0], during["optimizer"]):
+            continue
+        start, end = span(event)
+        args = event.get("args", {})
+        same = f"{event['name']} {args.get('grid')} {args.get('block')}"
+        samples[same].append((end - start, bool(intersect(moving, [(start, end)]))))
+    return contention(samples)

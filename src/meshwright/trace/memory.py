@@ -1,0 +1,143 @@
+"""What one rank's memory holds at a step's peak, measured."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from meshwright.account import MemoryAccount
+from meshwright.spec import Layout
+
+
+class MemoryProbe:
+    """Watches one step. On a GPU the caching allocator is asked; on a CPU, which has none, saved tensors are counted.
+
+    Order of calls: `forward` around the first microbatch's forward pass, `states` when gradients and optimizer
+    states are all there, `account` at the step's end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cuda = device.type == "cuda"
+        # What the process holds before it has a model: libraries, the device context.
+        self._baseline_bytes = 0 if self._cuda else resident_bytes()
+        self._found = MemoryAccount()
+        self._activations = self._logits = self._gathered = 0.0
+        self._states: dict[str, float] = {}
+
+    @contextmanager
+    def forward(self, model: nn.Module, layout: Layout, *, active: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Around a forward pass that ends in the loss; yields what the logits are to be passed through.
+
+        Does nothing unless `active`, so that a loop can have it in every step.
+        """
+        if not active:
+            yield lambda logits: logits
+            return
+        self._gathered = gathered_bytes(model, layout)
+        held = self._allocator if self._cuda else self._saved
+        with held() as count:
+            yield self._note
+            kept = count()
+        # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
+        kept -= self._gathered if self._cuda else 0.0
+        self._activations = max(0.0, kept - self._logits)
+
+    def _note(self, logits: Tensor) -> Tensor:
+        self._logits = float(logits.numel() * logits.element_size())
+        return logits
+
+    @contextmanager
+    def _allocator(self) -> Iterator[Callable[[], float]]:
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        yield lambda: float(torch.cuda.memory_allocated(self._device) - before)
+
+    @contextmanager
+    def _saved(self) -> Iterator[Callable[[], float]]:
+        """Bytes of the distinct tensors that autograd keeps for the backward pass, parameters left out."""
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+                storage = tensor.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield lambda: float(sum(seen.values()))
+
+    def states(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Count parameters, gradients and optimizer states, exactly, while all of them are there."""
+        self._states = {
+            "parameters": tensor_bytes(model.parameters()),
+            "gradients": tensor_bytes(p.grad for p in model.parameters() if p.grad is not None),
+            "optimizer_states": tensor_bytes(
+                v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+            ),
+        }
+
+    def account(self) -> MemoryAccount:
+        """The account of the step watched; what the peak holds beyond the parts counted is transfer buffers."""
+        known = sum(self._states.values()) + self._activations + self._logits
+        if self._cuda:
+            free, whole = torch.cuda.mem_get_info(self._device)
+            peak = float(torch.cuda.max_memory_allocated(self._device))
+            reserved = float(torch.cuda.max_memory_reserved(self._device))
+            framework = whole - free - torch.cuda.memory_reserved(self._device)
+        else:
+            peak = known + self._gathered
+            reserved = max(peak, peak_resident_bytes() - self._baseline_bytes)
+            framework = self._baseline_bytes
+        return MemoryAccount(
+            **self._states,
+            activations=self._activations,
+            logits=self._logits,
+            communication_buffers=max(0.0, peak - known),
+            framework=framework,
+            fragmentation=reserved - max(peak, known),
+        )
+
+
+def tensor_bytes(tensors: Any) -> float:
+    """Bytes of this rank's part of some tensors."""
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return float(sum(t.numel() * t.element_size() for t in local))
+
+
+def resident_bytes() -> float:
+    """This process's resident set now, in bytes; its peak where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return float(pages) * resource.getpagesize()
+    except OSError:
+        return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> float:
+    """The largest resident set of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most memory this rank has taken so far: reserved on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_reserved(device))
+    return peak_resident_bytes()
+
+
+def gathered_bytes(model: nn.Module, layout: Layout) -> float:
+    """Bytes of whole parameters that stay gathered from forward to backward: none under zero 3, all under 2 and 1.
+
+    With shard 1 and fp32 the gathered copy is still a copy: parameters are held twice.
+    """
+    if layout.zero == 3:
+        return 0.0
+    width = 2 if layout.precision == "bf16" else 4
+    return float(sum(p.numel() for p in model.parameters()) * width)

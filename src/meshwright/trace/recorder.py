@@ -1,0 +1,176 @@
+"""What one rank writes down of its life: spans for the run account, profiled steps for the step account."""
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from meshwright.account import Purpose
+from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
+from meshwright.record.kineto import PREFIX, STEP, measure_step
+from meshwright.spec import Job, count_flops
+from meshwright.trace.memory import MemoryProbe
+
+# The mesh names its groups after its axes; the group of all ranks carries the step's small syncs.
+PURPOSES: dict[str, Purpose] = {
+    "mesh_replica": "replica",
+    "mesh_shard": "shard",
+    "mesh_tensor": "tensor",
+    "mesh_context": "context",
+    "mesh_pipeline": "pipeline",
+    "default_pg": "control",
+}
+# Steps share a span until this many seconds have passed, so that a long run stays a short file.
+FLUSH_S = 10.0
+# Steps left alone before the first is profiled: the first compiles and fills caches.
+WARM_STEPS = 3
+
+
+class Recorder:
+    """One rank's record of one attempt. Times are seconds since the epoch, on this host's clock."""
+
+    def __init__(self, folder: RunFolder, attempt: int, job: Job, device: torch.device, *, began_s: float) -> None:
+        self.rank = dist.get_rank()
+        self._job = job
+        self._device = device
+        self._writer = LineWriter(folder.events(attempt, self.rank))
+        self._profiler: profile | None = None
+        # The steps since the last span: start of the first, end of the last, how many.
+        self._steps: tuple[float, float, int] | None = None
+        self._compiled_s = compile_seconds()
+        self._first: int | None = None
+        self._last_step = 0
+        self.useful_s = useful_seconds(job)
+        self._write("startup", began_s, time.time())
+
+    def _write(self, name: str, start_s: float, end_s: float, *, step: int = 0, count: int = 1) -> None:
+        self._writer.append(Span(name=name, start_s=start_s, end_s=end_s, step=step, count=count))
+
+    @contextmanager
+    def span(self, name: str, step: int = 0) -> Iterator[None]:
+        """A stretch outside the steps: evaluation, checkpoint, measurement."""
+        self._flush_steps()
+        start = time.time()
+        try:
+            yield
+        finally:
+            self._write(name, start, time.time(), step=step)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """A part of a step, named for the profiler: input, forward, backward, optimizer, control."""
+        with record_function(PREFIX + name):
+            yield
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """One training step; every trace.every_steps-th is profiled."""
+        self._first = step if self._first is None else self._first
+        self._last_step = step
+        if self._opens_before(step):
+            with self.span("measurement", step):
+                self._open()
+        start = time.time()
+        with record_function(STEP):
+            yield
+        compiled = compile_seconds() - self._compiled_s
+        if compiled > 0:
+            self._compiled_s += compiled
+            self._write("compile", start, start + compiled, step=step)
+            start += compiled
+        began, count = (self._steps[0], self._steps[2]) if self._steps else (start, 0)
+        self._steps = (began, time.time(), count + 1)
+        if self._steps[1] - began > FLUSH_S:
+            self._flush_steps()
+        if self._profiler is not None and self.is_profiled(step):
+            with self.span("measurement", step):
+                self._close(step)
+
+    def is_profiled(self, step: int) -> bool:
+        """Whether `step` is one that is profiled."""
+        every = self._job.trace.every_steps
+        warm = self._first is not None and step >= self._first + WARM_STEPS
+        return every > 0 and warm and step % every == every // 2
+
+    def _opens_before(self, step: int) -> bool:
+        # A GPU step begins where the device finished the one before, so that one must be in the trace too.
+        lead = 1 if self._device.type == "cuda" else 0
+        return self._profiler is None and self.is_profiled(step + lead)
+
+    def _open(self) -> None:
+        self._synchronize()
+        gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+        self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self._profiler.start()
+
+    def _close(self, step: int) -> None:
+        profiler, self._profiler = self._profiler, None
+        assert profiler is not None
+        self._synchronize()
+        profiler.stop()
+        try:
+            measured = measure_step(
+                chrome_trace(profiler),
+                step=step,
+                rank=self.rank,
+                host=socket.gethostname(),
+                purposes=PURPOSES,
+                useful_s=self.useful_s,
+            )
+        except ValueError as error:
+            self.fault(step, f"step {step} was profiled but not measured: {error}")
+        else:
+            self._writer.append(Step(measured=measured))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _flush_steps(self) -> None:
+        if self._steps:
+            start, end, count = self._steps
+            self._write("step", start, end, step=self._last_step, count=count)
+            self._steps = None
+
+    def memory(self, step: int, probe: MemoryProbe) -> None:
+        """Write the memory account that `probe` measured in `step`."""
+        self._writer.append(Memory(step=step, account=probe.account()))
+
+    def fault(self, step: int, what: str) -> None:
+        """Write down that something went wrong."""
+        self._writer.append(Fault(step=step, time_s=time.time(), what=what))
+
+    def close(self, how: str) -> None:
+        """Write what is left and that this rank ended in good order."""
+        self._flush_steps()
+        self._writer.append(Ended(step=self._last_step, time_s=time.time(), how=how))
+        self._writer.close()
+
+
+def chrome_trace(profiler: profile) -> dict[str, Any]:
+    """A stopped profiler's trace as Chrome's format has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_bytes())
+
+
+def useful_seconds(job: Job) -> float:
+    """One rank's model FLOPs of a step at its device's peak, seconds; 0 where no peak is known."""
+    peak = job.cluster.device.peak_flops_per_s(job.layout.precision)
+    flops = count_flops(job.model, job.data.sequence).training() * job.data.global_batch / job.layout.world_size
+    return flops / peak if peak else 0.0
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process so far."""
+    spent = torch._dynamo.utils.cumulative_time_spent_ns
+    return (spent.get("entire_frame_compile", 0.0) + spent.get("entire_backward_compile", 0.0)) * 1e-9

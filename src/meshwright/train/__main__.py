@@ -1,0 +1,83 @@
+"""The torch side of the seam: `python -m meshwright.train RUN ATTEMPT BEGAN` starts and watches a node's ranks.
+
+A job goes in, a run folder comes out. Prints the first failure, once, and ends with its exit code.
+"""
+
+import ctypes
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from meshwright.record import RunFolder
+from meshwright.spec.decode import read_job
+from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
+
+PR_SET_PDEATHSIG = 1
+
+
+def watch_ranks(run: str, attempt: int, began_s: float) -> int:
+    """Start the node's ranks through torchrun's agent and wait for them; return the exit code."""
+    folder = RunFolder(Path(run))
+    job = read_job(folder.job, local=no_machine)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=job.layout.world_size,
+        run_id=f"{folder.path.name}-{attempt}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        start_method="spawn",
+        # SIGINT asks the ranks to finish their step and save; the agent only waits for them.
+        signals_to_handle="SIGTERM",
+    )
+    try:
+        elastic_launch(config, run_rank)(run, attempt, began_s)
+    except ChildFailedError as error:
+        return report_failure(folder, attempt, {rank: failure.exitcode for rank, failure in error.failures.items()})
+    return 0
+
+
+def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) -> int:
+    """Say on standard error which rank failed first and why; return the exit code for it.
+
+    A rank that was killed leaves no word, and its peers fail after it with broken connections: a signal that the
+    agent did not send comes first.
+    """
+    words = [msgspec.json.decode(p.read_bytes(), type=Failure) for p in folder.attempt(attempt).glob("failure-*.json")]
+    killed = {rank: -code for rank, code in exit_codes.items() if code < 0 and -code != signal.SIGTERM}
+    if killed:
+        rank, number = min(killed.items())
+        print(f"rank {rank} was killed by {signal.Signals(number).name}", file=sys.stderr)
+        return 128 + number
+    if not words:
+        print(f"ranks ended without a word, with exit codes {exit_codes}", file=sys.stderr)
+        return CRASHED
+    first = min(words, key=lambda word: word.time_s)
+    if not first.traceback:
+        print(f"error: {first.line}", file=sys.stderr)
+        return REFUSED
+    print(f"rank {first.rank} failed:\n{first.traceback}rank {first.rank} failed: {first.line}", file=sys.stderr)
+    return CRASHED
+
+
+def main() -> int:
+    """Run as a child of the command line, which sends this process group what the user sends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # If the command is killed, its agent is told, and the agent ends the ranks: nothing is left behind.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # The agent logs each rank's failure in its own words; ours come once, from report_failure.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    run, attempt, began_s = sys.argv[1:]
+    return watch_ranks(run, int(attempt), float(began_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The optimizer and its schedule."""
+
+import math
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from meshwright.spec import OptimizerSettings
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """AdamW or SGD; weight decay on matrices only. Fused: one kernel for all parameters, on CPU and GPU."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if settings.name == "sgd":
+        return SGD(groups, lr=settings.learning_rate, fused=True)
+    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+
+
+def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """Rate of `step` (from 0) of `steps`: linear warmup, then a cosine to learning_rate x final_rate."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)

@@ -1,0 +1,73 @@
+"""What surrounds the loop: data on one rank first, restoring, saving, and the wish to stop."""
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from meshwright.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
+from meshwright.data import Stream, open_stream
+from meshwright.models import token_loss
+from meshwright.parallel import wait_for_all
+from meshwright.record import RunFolder
+from meshwright.spec import Job, SettingError
+from meshwright.trace import Recorder
+
+
+class StopRequest:
+    """Whether this rank was asked to stop. The first signal asks, a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        """Take over SIGINT. SIGTERM keeps ending the process at once: the launcher ends peers of a crashed rank so."""
+        signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+
+
+def open_data(job: Job) -> Stream:
+    """The job's stream; rank 0 prepares the tokens while the others wait."""
+    if dist.get_rank() == 0:
+        stream = open_stream(job)
+        wait_for_all()
+        return stream
+    wait_for_all()
+    return open_stream(job)
+
+
+def build_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """token_loss; compiled on a GPU, where its fp32 copies of the logits would otherwise be the largest tensors."""
+    return torch.compile(token_loss) if device.type == "cuda" else token_loss
+
+
+def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer) -> int:
+    """Fill model and optimizer from the run's newest checkpoint and return its step; 0 if there is none."""
+    step = latest_step(folder)
+    return 0 if step is None else load_checkpoint(folder.checkpoints / f"step-{step}", model, optimizer)
+
+
+def save(
+    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, job: Job, recorder: Recorder, *, final: bool
+) -> None:
+    """Save a checkpoint. One that fails on the way is reported and training goes on: the next save may find room,
+    and nothing trained so far is lost meanwhile. The last one must not fail."""
+    try:
+        save_checkpoint(folder, step, model, optimizer, job.layout, keep=job.checkpoint.keep)
+    except CheckpointError as error:
+        recorder.fault(step, str(error))
+        if final:
+            resume = f"free space there, then meshwright train --resume {folder.path}"
+            raise SettingError("checkpoint", str(error), resume) from None
+        if recorder.rank == 0:
+            print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)

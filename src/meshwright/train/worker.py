@@ -1,0 +1,112 @@
+"""One rank's process: join the job, run the loop, and leave word of how it ended."""
+
+import gc
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from meshwright.parallel import start_distributed, stop_distributed, tell_all
+from meshwright.record import RunFolder, replace_text
+from meshwright.spec import Cluster, Job, SettingError
+from meshwright.spec.decode import read_job
+from meshwright.train.loop import train
+from meshwright.train.setup import StopRequest
+
+# How a rank's process ends, besides 0.
+CRASHED = 1
+REFUSED = 2
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a rank ended: one line; the traceback too, unless a setting was to blame."""
+
+    rank: int
+    time_s: float
+    line: str
+    traceback: str = ""
+
+
+def run_rank(run: str, attempt: int, began_s: float) -> None:
+    """A rank started by our own agent: train the run folder's job. Failures end the process and leave word."""
+    stop = StopRequest()
+    stop.listen()
+    folder = RunFolder(Path(run))
+    rank = -1
+
+    def work() -> None:
+        nonlocal rank
+        job = read_job(folder.job, local=no_machine)
+        settle_process(job)
+        device = start_distributed(job.cluster)
+        rank = torch.distributed.get_rank()
+        train(job, folder, attempt, device, stop, began_s=began_s)
+
+    failure = caught(work)
+    if failure:
+        word = msgspec.structs.replace(failure, rank=rank)
+        name = f"failure-{socket.gethostname()}-{os.getpid()}.json"
+        replace_text(folder.attempt(attempt) / name, msgspec.json.encode(word).decode())
+        end_now(CRASHED if failure.traceback else REFUSED)
+    stop_distributed()
+
+
+def join_ranks(job: Job, begin: Callable[[], tuple[str, int]], began_s: float) -> None:
+    """A rank started by an external torchrun. `begin`, on rank 0, makes the run folder and its attempt.
+
+    torchrun watches the process here, so failures go to standard error and the exit code.
+    """
+    stop = StopRequest()
+    stop.listen()
+
+    def work() -> None:
+        settle_process(job)
+        device = start_distributed(job.cluster)
+        run, attempt = tell_all(begin)
+        train(job, RunFolder(Path(run)), attempt, device, stop, began_s=began_s)
+
+    failure = caught(work)
+    if failure:
+        print(failure.traceback or f"error: {failure.line}", file=sys.stderr, flush=True)
+        end_now(CRASHED if failure.traceback else REFUSED)
+    stop_distributed()
+
+
+def caught(work: Callable[[], None]) -> Failure | None:
+    """Do the work; say how it failed if it did."""
+    try:
+        work()
+    except SettingError as error:
+        return Failure(rank=-1, time_s=time.time(), line=str(error))
+    except BaseException as error:
+        line = f"{type(error).__name__}: {error}"
+        return Failure(rank=-1, time_s=time.time(), line=line, traceback=traceback.format_exc())
+    return None
+
+
+def settle_process(job: Job) -> None:
+    """Seed, share the cores, and keep the garbage collector from walking through what lives as long as the process."""
+    torch.manual_seed(job.run.seed)
+    if job.cluster.device.kind == "cpu":
+        # More threads than cores only wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.cluster.devices_per_node))
+    gc.collect()
+    gc.freeze()
+
+
+def no_machine(processes: int) -> Cluster:
+    """A run folder's job is resolved: it never asks what machine it is on."""
+    raise SettingError("cluster", f"is not resolved ({processes} processes)", "a run folder made by meshwright train")
+
+
+def end_now(code: int) -> None:
+    """End the process without waiting for peers: a collective in flight would keep an ordinary exit waiting."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
