@@ -19,6 +19,7 @@ from meshwright.report.words import (
     speed_line,
     step_rows,
     time_unit,
+    total,
     yield_line,
 )
 
@@ -192,11 +193,6 @@ def computing(account: StepAccount) -> float:
 def transferring(account: StepAccount) -> float:
     """Seconds of exposed transfer of every purpose."""
     return sum(seconds for name, seconds in account.rows() if name.startswith("comm."))
-
-
-def total(rows: Sequence[Row], side: str) -> float:
-    """Sum of one side of a table."""
-    return sum(getattr(row, side) or 0.0 for row in rows)
 
 
 def number(value: float | None, unit: Unit) -> str:

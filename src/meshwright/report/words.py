@@ -1,5 +1,9 @@
 """What the text and the page say alike: headlines, rows of the tables, one unit per table."""
 
+from collections.abc import Sequence
+from statistics import median
+from typing import Literal
+
 import msgspec
 
 from meshwright.account import MEANINGS, Account, MemoryAccount, RunAccount, StepAccount
@@ -84,6 +88,11 @@ def table_rows(predicted: Account | None, measured: Account | None, meanings: di
     return [Row(name, meanings[name], guesses.get(name), values.get(name)) for name in names]
 
 
+def total(rows: Sequence[Row], side: Literal["predicted", "measured"]) -> float:
+    """Sum of one side of a table."""
+    return sum(getattr(row, side) or 0.0 for row in rows)
+
+
 def run_rows(account: RunAccount) -> list[tuple[str, str, float]]:
     """(part, meaning, device-seconds) of the run account, the steps in two parts; zero rows left out."""
     useful, steps = account.steps.useful, account.steps.total()
@@ -138,10 +147,16 @@ def speed_line(explanation: Explanation) -> str:
     if explanation.step_s and explanation.job is not None:
         data = explanation.job.data
         parts.append(f"{count_text(data.global_batch * data.sequence / explanation.step_s)} tokens/s")
-    known = [line.mfu for line in explanation.metrics if line.mfu is not None]
-    if known:
-        parts.append(f"MFU {sorted(known)[len(known) // 2]:.1%}")
+    mfu = typical_mfu(explanation)
+    if mfu is not None:
+        parts.append(f"MFU {mfu:.1%}")
     return ", ".join(parts) or "no step time recorded yet"
+
+
+def typical_mfu(explanation: Explanation) -> float | None:
+    """The median step's model FLOPs utilisation, where a peak is known."""
+    known = [line.mfu for line in explanation.metrics if line.mfu is not None]
+    return median(known) if known else None
 
 
 def yield_line(explanation: Explanation) -> str:

@@ -1,0 +1,315 @@
+"""report.html: an explanation as one self-contained page that opens offline."""
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from meshwright.explain import Explanation, MeasuredSteps
+from meshwright.explain.words import plain, ranks_text, seconds_text, steps_text
+from meshwright.record import replace_text
+from meshwright.report.charts import (
+    Figure,
+    comparison_figure,
+    drawn_ranks,
+    loss_figure,
+    rank_figure,
+    run_figure,
+)
+from meshwright.report.colours import COLOURS
+from meshwright.report.words import (
+    Row,
+    Unit,
+    bytes_text,
+    count_text,
+    loss_text,
+    memory_line,
+    memory_rows,
+    memory_unit,
+    run_line,
+    run_rows,
+    step_rows,
+    time_unit,
+    total,
+    typical_mfu,
+    yield_line,
+)
+
+# Even if a later change let a reference to a network slip in, a browser would refuse to follow it.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; font-src data:"
+# A blame row below this share of the step is noise.
+WORTH_A_ROW = 0.001
+BLAMED_RANKS = 8
+
+
+def write_report(explanation: Explanation, path: Path) -> None:
+    """Write the page whole or not at all."""
+    replace_text(path, report_html(explanation))
+
+
+def report_html(explanation: Explanation) -> str:
+    """The page. Text from the run is escaped; figures travel as JSON in which no tag can open."""
+    from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+
+    figures: dict[str, Figure] = {}
+    body = "\n".join(sections(explanation, figures))
+    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
+    title = text(explanation.name)
+    script = f"<script>{get_plotlyjs()}</script>\n<script>{asset('page.js')}</script>" if figures else ""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{title} · Meshwright</title>
+<style>
+{asset("page.css")}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+<script type="application/json" id="figures">{data}</script>
+{script}
+</body>
+</html>
+"""
+
+
+def asset(name: str) -> str:
+    """A file that lies beside this one."""
+    return files("meshwright.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def text(words: object) -> str:
+    """Text from anywhere, safe inside a tag and inside an attribute."""
+    return escape(plain(str(words)), quote=True)
+
+
+def sections(explanation: Explanation, figures: dict[str, Figure]) -> Iterable[str]:
+    """The page from top to bottom; a section with nothing to say is left out, or says why."""
+    yield f'<h1>{text(explanation.name)}</h1>\n<p class="soft">{text(run_line(explanation))}</p>'
+    yield tiles(explanation)
+    yield found(explanation)
+    yield loss_section(explanation, figures)
+    yield step_section(explanation, figures)
+    if explanation.step is not None and len(explanation.step.ranks) > 1:
+        yield rank_section(explanation.step, figures)
+    yield memory_section(explanation, figures)
+    yield run_section(explanation, figures)
+    yield f"<section><details><summary>The job</summary><pre>{escape(explanation.job_toml)}</pre></details></section>"
+    made = "explained by Meshwright; this page needs no network"
+    yield f'<footer class="soft">{text(explanation.path)} · {made}</footer>'
+
+
+def tiles(explanation: Explanation) -> str:
+    """The headline numbers."""
+    metrics, evaluations = explanation.metrics, explanation.evaluations
+    cells: list[tuple[str, str, str]] = []
+    if evaluations:
+        first, last = loss_text(evaluations[0].held_out_loss), loss_text(evaluations[-1].held_out_loss)
+        cells.append(("Held-out loss", last, f"{first} before" if len(evaluations) > 1 else "nats per token"))
+    if metrics:
+        cells.append(("Training loss", loss_text(metrics[-1].loss), f"{loss_text(metrics[0].loss)} at first"))
+    if explanation.step_s is not None:
+        guess = explanation.prediction
+        beside = f"{seconds_text(guess.step_s)} predicted" if guess is not None else "median, not profiled"
+        cells.append(("Step time", seconds_text(explanation.step_s), beside))
+        if explanation.job is not None:
+            tokens = explanation.job.data.global_batch * explanation.job.data.sequence
+            mfu = typical_mfu(explanation)
+            beside = f"MFU {mfu:.1%}" if mfu is not None else "no peak known for MFU"
+            cells.append(("Tokens per second", count_text(tokens / explanation.step_s), beside))
+    memory = explanation.memory
+    if memory.measured is not None:
+        beside = f"{bytes_text(memory.predicted.total())} predicted" if memory.predicted is not None else "fullest rank"
+        cells.append(("Peak memory", bytes_text(memory.measured.total()), beside))
+    if explanation.life.yield_ is not None:
+        cells.append(("Yield", f"{explanation.life.yield_:.1%}", "useful over paid"))
+    return '<div class="tiles">' + "".join(tile(*cell) for cell in cells) + "</div>" if cells else ""
+
+
+def tile(name: str, value: str, beside: str) -> str:
+    """One headline number."""
+    return (
+        f'<div class="tile"><div class="name">{text(name)}</div><div class="value">{text(value)}</div>'
+        f'<div class="beside">{text(beside)}</div></div>'
+    )
+
+
+def found(explanation: Explanation) -> str:
+    """Findings, faults and notes."""
+    items = [(f.what, f.evidence, "") for f in explanation.findings]
+    items += [
+        (f"Fault on rank {f.rank}: {f.what}", f"attempt {f.attempt}, step {f.step}", "fault")
+        for f in explanation.faults
+    ]
+    items += [(note, "", "note") for note in explanation.notes]
+    if not items:
+        return section("What stands out", "Nothing: no cause takes enough of the step to be worth a sentence.")
+    lines = "".join(
+        f'<li class="{kind}">{text(what)}<span class="soft">{text(evidence)}</span></li>'
+        for what, evidence, kind in items
+    )
+    return section("What stands out", "", f"<ul>{lines}</ul>")
+
+
+def loss_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
+    """Did it learn?"""
+    figure = loss_figure(explanation)
+    if figure is None:
+        return section("Loss", "No step has been recorded yet.")
+    figures["loss"] = figure
+    return section(
+        "Loss", "Training loss of each step, and held-out loss on documents never trained on.", chart("loss")
+    )
+
+
+def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
+    """The step account, predicted above measured."""
+    prediction, step = explanation.prediction, explanation.step
+    rows = step_rows(prediction.step if prediction is not None else None, step.account if step is not None else None)
+    title = "Where a step's time goes"
+    if not rows:
+        return section(title, "Neither predicted nor measured: see the notes above.")
+    unit = time_unit(max(total(rows, "predicted"), total(rows, "measured")))
+    figures["step"] = comparison_figure(rows, unit, "time of a step")
+    under = (
+        f"Mean of {len(step.ranks)} ranks over {steps_text(step.steps)}."
+        if step is not None
+        else "Predicted; not measured."
+    )
+    beside = overlapped_rows(explanation)
+    return section(title, under, chart("step") + comparison_table("bucket", rows, unit, beside))
+
+
+def overlapped_rows(explanation: Explanation) -> list[Row]:
+    """Transfer hidden under compute: beside the account, never in it."""
+    predicted = explanation.prediction.overlapped if explanation.prediction is not None else None
+    measured = explanation.step.overlapped if explanation.step is not None else None
+    return [
+        Row(
+            f"{name}, hidden",
+            "transfer that ran under compute, not in the total",
+            predicted.get(name, 0.0) if predicted is not None else None,
+            measured.get(name, 0.0) if measured is not None else None,
+        )
+        for name in sorted((predicted or {}).keys() | (measured or {}).keys())
+    ]
+
+
+def rank_section(step: MeasuredSteps, figures: dict[str, Figure]) -> str:
+    """Rank against rank, and who waited for whom."""
+    unit = time_unit(step.wall_s)
+    figures["ranks"] = rank_figure(step, unit)
+    drawn = drawn_ranks(step)
+    under = "Every rank's measured step, in the same colours."
+    if len(drawn) < len(step.ranks):
+        under = f"The {len(drawn)} of {len(step.ranks)} ranks that waited, or were waited for, most."
+    return section("Rank by rank", under, chart("ranks") + blame_table(step, unit))
+
+
+def blame_table(step: MeasuredSteps, unit: Unit) -> str:
+    """The ranks that others waited for, the most waited for first; empty where nobody waited."""
+    lines = [
+        f'<tr><td class="word">rank {culprit}</td><td>{text(waiting(step, culprit))}</td>'
+        f"{numbers([seconds / unit.size])}</tr>"
+        for culprit, seconds in list(step.waited_for().items())[:BLAMED_RANKS]
+        if step.longest_wait_for(culprit) > WORTH_A_ROW * step.wall_s
+    ]
+    head = f'<tr><th>waited for</th><th>by</th><th class="n">device time lost, {unit.name} a step</th></tr>'
+    return table(head, lines) if lines else ""
+
+
+def waiting(step: MeasuredSteps, culprit: int) -> str:
+    """The ranks that waited for `culprit`, in words."""
+    ranks = [rank for rank, waits in step.blame.items() if waits.get(culprit, 0.0) > WORTH_A_ROW * step.wall_s]
+    return f"{ranks_text(ranks)}, at most {seconds_text(step.longest_wait_for(culprit))} each"
+
+
+def memory_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
+    """The fullest rank's peak."""
+    memory = explanation.memory
+    rows = memory_rows(memory.predicted, memory.measured)
+    if not rows:
+        return section("Memory", "Neither predicted nor measured.")
+    unit = memory_unit(max(total(rows, "predicted"), total(rows, "measured")))
+    figures["memory"] = comparison_figure(rows, unit, "peak memory of the fullest rank")
+    under = memory_line(explanation)
+    if explanation.job is not None:
+        under += f"; a device has {bytes_text(explanation.job.cluster.device.memory_bytes)}"
+    return section("Memory", f"{under}.", chart("memory") + comparison_table("part", rows, unit, []))
+
+
+def run_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
+    """Every paid device-second."""
+    account = explanation.life.account
+    paid = account.total()
+    if paid <= 0:
+        return section("The run", "No rank has recorded its life yet.")
+    figures["run"] = run_figure(explanation)
+    lines = [
+        f'<tr>{word(name)}<td class="meaning">{text(meaning)}</td>{numbers([seconds])}'
+        f'<td class="n">{seconds / paid:.1%}</td></tr>'
+        for name, meaning, seconds in run_rows(account)
+    ]
+    lines.append(
+        f'<tr class="total"><td>paid</td><td class="meaning"></td>{numbers([paid])}<td class="n">100%</td></tr>'
+    )
+    heads = '<th class="meaning">meaning</th><th class="n">device-seconds</th><th class="n">share</th>'
+    head = f"<tr><th>part</th>{heads}</tr>"
+    return section("The run", f"Yield {yield_line(explanation)}.", chart("run") + table(head, lines))
+
+
+def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequence[Row]) -> str:
+    """The chart's numbers; the swatches are its legend."""
+    whole = total(rows, "measured")
+    head = "".join(
+        f'<th class="n">{name}</th>' for name in (f"predicted, {unit.name}", "measured", "share", "difference")
+    )
+    lines = [f'<tr><th>{kind}</th><th class="meaning">meaning</th>{head}</tr>']
+    ends = Row(
+        "total",
+        "",
+        total(rows, "predicted") if rows[0].predicted is not None else None,
+        whole if rows[0].measured is not None else None,
+    )
+    for row, kind_of_row in [*((row, "") for row in rows), (ends, "total"), *((row, "beside") for row in beside)]:
+        known = row.measured is not None and whole > 0 and kind_of_row != "beside"
+        share = f"{(row.measured or 0.0) / whole:.1%}" if known else ""
+        gap = None if row.predicted is None or row.measured is None else row.predicted - row.measured
+        lines.append(
+            f'<tr class="{kind_of_row}">{word(row.name)}<td class="meaning">{text(row.meaning)}</td>'
+            + numbers([None if v is None else v / unit.size for v in (row.predicted, row.measured)])
+            + f'<td class="n">{share}</td><td class="n">{"-" if gap is None else f"{gap / unit.size:+,.1f}"}</td></tr>'
+        )
+    return table(lines[0], lines[1:])
+
+
+def table(head: str, lines: Sequence[str]) -> str:
+    """A table that scrolls by itself where the screen is narrow."""
+    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'
+
+
+def word(name: str) -> str:
+    """A cell with a word of the account, and its colour where it has one."""
+    swatch = f'<span class="swatch" style="background:{COLOURS[name]}"></span>' if name in COLOURS else ""
+    return f'<td class="word">{swatch}{text(name.replace("_", " "))}</td>'
+
+
+def numbers(values: Sequence[float | None]) -> str:
+    """Cells of numbers, a dash where there is none."""
+    return "".join(f'<td class="n">{"-" if value is None else f"{value:,.1f}"}</td>' for value in values)
+
+
+def section(title: str, under: str, inner: str = "") -> str:
+    """A card of the page."""
+    line = f'<p class="soft">{text(under)}</p>' if under else ""
+    return f"<section><h2>{text(title)}</h2>{line}{inner}</section>"
+
+
+def chart(name: str) -> str:
+    """Where a figure is drawn."""
+    return f'<div class="chart" id="{name}"></div>'
