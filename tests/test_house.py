@@ -89,6 +89,12 @@ def test_every_module_has_its_place_in_one_part_of_the_house():
         assert len(homes) == 1, f"{source.path}: add meshwright.{source.part} to one wing's contract in pyproject.toml"
 
 
+def test_every_folder_is_a_package():
+    """The import contracts do not see a folder without an __init__.py."""
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert {str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").is_file()} == set()
+
+
 def test_everything_outside_the_torch_wing_loads_without_torch():
     modules = [source.module for source in sources() if source.part not in TORCH_WING]
     script = (
