@@ -34,12 +34,13 @@ class Batches:
         self._first = data_rank * microbatch * accumulation
         self._microbatch = microbatch
         self._accumulation = accumulation
-        self._device = device
+        # A new thread's current GPU is 0 whatever the process chose, so "cuda" alone would mean another device there.
+        self._device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
         self._coming: dict[int, Future[Microbatches]] = {}
         self._thread = ThreadPoolExecutor(1, "batches")
 
     def next(self, step: int) -> Microbatches:
-        """The rank's (tokens, targets) of `step`, each [microbatch, S], on the device. The thread's errors come here."""
+        """A step's (tokens, targets), each [microbatch, S], on the device. An error of the thread comes here."""
         for ahead in range(step, step + 1 + DEPTH):
             if ahead not in self._coming:
                 self._coming[ahead] = self._thread.submit(self._load, ahead)
@@ -52,7 +53,7 @@ class Batches:
 
     def _load(self, step: int) -> Microbatches:
         if self._device.type == "cuda":
-            # A new thread's current GPU is 0 whatever the process chose: pinning there would open a context on GPU 0.
+            # Pinning on the thread's own current GPU would open a context on GPU 0 in every process.
             torch.cuda.set_device(self._device)
         firsts = [self._first + part * self._microbatch for part in range(self._accumulation)]
         pairs = [self._stream.batch(step, first, self._microbatch) for first in firsts]

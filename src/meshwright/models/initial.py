@@ -17,7 +17,7 @@ def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, 
     """The whole initial value of parameter `name`, fp32; a rank that holds a part of it makes the whole and cuts.
 
     A pure function of its arguments. The kind of device is one of them: a CPU and a GPU draw different numbers from
-    the same seed, and so may two models of GPU. Pass "cpu" where weights must be equal across kinds.
+    the same seed, and two models of GPU may too. Pass "cpu" where weights must be equal across kinds.
     """
     if name.endswith("norm.weight"):
         return torch.ones(tuple(shape), device=device)
