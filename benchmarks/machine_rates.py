@@ -3,7 +3,7 @@
     python benchmarks/machine_rates.py
 
 Prints, for 1, 2 and 4 processes that share the cores: matrix products, copies and gloo collectives; for one process
-also the cost of launching an operator and the time of a decoder block beside its matrix products alone.
+also the host's time for a block and for FSDP around it, and a decoder block beside its matrix products alone.
 """
 
 import os
@@ -16,8 +16,12 @@ from multiprocessing import get_context
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 
+from meshwright.models import build_model, token_loss
+from meshwright.parallel.shard import apply_shard
 from meshwright.plan.machine import cpu_flops_per_s, processor_name
+from meshwright.spec import Layout, ModelSpec
 
 
 def measure_s(work: Callable[[], object], repeats: int = 15) -> float:
@@ -66,17 +70,20 @@ def measure_collectives(rank: int, ranks: int) -> None:
             print(f"  {name}: {shown}; ring {link_bytes_per_s / 1e9:.2f} GB/s, {latency_s * 1e6:.0f} us a round")
 
 
-def measure_operator_s() -> float:
-    """Seconds that PyTorch needs to launch one tiny operator, forward and backward counted as two."""
-    x = torch.ones(4, requires_grad=True)
-
-    def chain() -> None:
-        y = x
-        for _ in range(200):
-            y = y * 1.0
-        y.sum().backward()
-
-    return measure_s(chain) / 400
+def measure_host(layers: int = 6) -> tuple[float, float]:
+    """Host seconds a microbatch of one block, and of one FSDP group around it: a model too small to compute."""
+    spec = ModelSpec(layers=layers, d_model=32, heads=2, kv_heads=1, head_dim=16, feed_forward=64, vocabulary=64)
+    tokens = torch.zeros(1, 8, dtype=torch.int64)
+    seconds: list[float] = []
+    for sharded in (False, True):
+        model = build_model(spec, device="meta")
+        if sharded:
+            mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
+            apply_shard(model, mesh, Layout(precision="fp32"))
+        model.to_empty(device="cpu")
+        seconds.append(measure_s(lambda model=model: token_loss(model(tokens), tokens).backward()))
+    plain_s, sharded_s = seconds
+    return plain_s / layers, (sharded_s - plain_s) / (layers + 2)
 
 
 def measure_block(rows: int = 2048, d: int = 256, f: int = 768, sequence: int = 256) -> tuple[float, float, float]:
@@ -130,7 +137,8 @@ def rates_of(rank: int, ranks: int, store: str) -> None:
     if ranks > 1:
         measure_collectives(rank, ranks)
     else:
-        print(f"  operator launch {measure_operator_s() * 1e6:.1f} us")
+        block_s, group_s = measure_host()
+        print(f"  host: a block {block_s * 1e3:.2f} ms, an FSDP group {group_s * 1e3:.2f} ms, forward and backward")
         whole_s, products_s, attention_s = measure_block()
         print(
             f"  block of 2048 tokens, 256 wide, forward and backward: {whole_s * 1e3:.1f} ms, of it matrix products "

@@ -46,7 +46,13 @@ def parameter_groups(model: ModelSpec) -> Groups:
 
 def local_parameters(model: ModelSpec, shard: int) -> int:
     """Parameters that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / shard)."""
-    return sum(ceil(shape[0] / shard) * prod(shape[1:]) for shape in parameter_shapes(model).values())
+
+    def local(shapes: dict[str, tuple[int, ...]]) -> int:
+        return sum(ceil(shape[0] / shard) * prod(shape[1:]) for shape in shapes.values())
+
+    # Blocks are alike: counted once, because a search asks this of thousands of layouts.
+    outside = parameter_shapes(msgspec.structs.replace(model, layers=0))
+    return model.layers * local(block_shapes(model)) + local(outside)
 
 
 def predict_memory(job: Job) -> MemoryAccount:
@@ -55,7 +61,7 @@ def predict_memory(job: Job) -> MemoryAccount:
     states = 0
     if job.optimizer.name == "adamw":
         # Two moments, and a step count a parameter tensor.
-        states = 2 * STATE_BYTES * local + 4 * len(parameter_shapes(job.model))
+        states = 2 * STATE_BYTES * local + 4 * count_tensors(job.model)
     account = MemoryAccount(
         parameters=STATE_BYTES * local,
         # Kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of the
@@ -68,6 +74,12 @@ def predict_memory(job: Job) -> MemoryAccount:
         framework=framework_bytes(job),
     )
     return msgspec.structs.replace(account, fragmentation=fragmentation_bytes(job, account))
+
+
+def count_tensors(model: ModelSpec) -> int:
+    """Number of parameter tensors."""
+    outside = parameter_shapes(msgspec.structs.replace(model, layers=0))
+    return model.layers * len(block_shapes(model)) + len(outside)
 
 
 def activation_bytes(job: Job) -> float:
@@ -96,13 +108,16 @@ def saved_elements(model: ModelSpec, *, compiled: bool) -> int:
 
 
 def logits_bytes(job: Job) -> float:
-    """The loss's tensors of vocabulary width at their peak.
+    """The loss's tensors of vocabulary width at their peak, in the backward pass through fp32 cross entropy.
 
-    In the backward pass through fp32 cross entropy: the saved log-probabilities, the gradient with respect to them,
-    and the gradient with respect to the fp32 logits that is computed from both. (The forward pass holds less: logits,
-    their fp32 copy, log-probabilities.)
+    Eager: the saved log-probabilities, the gradient with respect to them, and the gradient with respect to the fp32
+    logits that is computed from both. (The forward pass holds less: logits, their fp32 copy, log-probabilities.)
+    Compiled: the logits and an fp32 intermediate; taking everything else off the peaks of torchtitan's compiled loss
+    in the notes on GPU baselines leaves 5 to 7 bytes a logit.
     """
-    return float(job.layout.microbatch * job.data.sequence * job.model.vocabulary * 3 * 4)
+    elements = job.layout.microbatch * job.data.sequence * job.model.vocabulary
+    compiled = job.cluster.device.kind == "cuda"
+    return float(elements * (BYTES[job.layout.precision] + 4 if compiled else 3 * 4))
 
 
 def keeps_parameters(job: Job) -> bool:

@@ -24,7 +24,9 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     update, clip: the optimizer's pass over states, and the gradient norm with the rescaling of gradients.
     links: of the link's bandwidth, what a large collective moves along a ring.
     overlaps: whether transfers run beside compute.
-    operator_s: host time to launch one operator. step_s: idle device per step outside the model (logging, syncs).
+    block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
+        group, forward and backward of one microbatch.
+    step_s: idle device per step outside the model (logging, syncs).
     """
 
     matmul: float
@@ -38,7 +40,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     clip: float
     links: dict[Collective, float]
     overlaps: bool
-    operator_s: float
+    block_host_s: float
+    group_host_s: float
     step_s: float
 
 
@@ -50,7 +53,7 @@ GPU = Rates(
     attention_backward=0.37,
     # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
     elementwise=0.53,
-    # Device copy 4.26 TB/s of 4.8: the loss is a few passes over large tensors. Assumed equal to a copy's rate.
+    # Device copy 4.26 TB/s of 4.8: the compiled loss is a few passes over large tensors. Assumed to equal a copy.
     loss=0.89,
     # 8.03e9 parameters x (2 + 4) bytes in 26 ms: 1.85 TB/s of 4.8.
     copy_in=0.39,
@@ -63,8 +66,9 @@ GPU = Rates(
     # Bus bandwidth at 1 GiB on 4 H200s: 353, 325 and 320 GB/s of NVLink's 450.
     links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71},
     overlaps=True,
-    # An eager operator's Python and dispatcher on the measured CPU; servers of GPUs are not slower.
-    operator_s=3.6e-6,
+    # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
+    block_host_s=0.75e-3,
+    group_host_s=0.8e-3,
     # Device idle 7 ms of the step's 855.
     step_s=7e-3,
 )
@@ -89,8 +93,11 @@ CPU = Rates(
     links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5},
     # gloo blocks the training thread.
     overlaps=False,
-    operator_s=3.6e-6,
-    step_s=0.5e-3,
+    # A model too small to compute: 0.75 ms a block, 0.8 ms an FSDP group.
+    block_host_s=0.75e-3,
+    group_host_s=0.8e-3,
+    # Assumed: the optimizer's and the loop's own Python.
+    step_s=2e-3,
 )
 
 

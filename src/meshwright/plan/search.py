@@ -172,14 +172,14 @@ def reject_memory(job: Job) -> Rejected | None:
     if total_bytes <= capacity_bytes:
         return None
     largest = sorted(memory.rows(), key=lambda row: -row[1])[:2]
-    terms = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in largest)
-    reason = f"needs {gib(total_bytes)} GiB of {gib(capacity_bytes)}: {terms}"
+    terms = ", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in largest)
+    reason = f"needs {gb(total_bytes)} GB of {gb(capacity_bytes)}: {terms}"
     return Rejected(layout=job.layout, reason=reason, nearest="", memory=memory)
 
 
-def gib(size_bytes: float) -> str:
-    """Bytes in GiB with one digit."""
-    return f"{size_bytes / 2**30:.1f}"
+def gb(size_bytes: float) -> str:
+    """Bytes in GB, as datasheets count them."""
+    return f"{size_bytes / 1e9:.1f}"
 
 
 def name_nearest(rejected: Rejected, ranked: Sequence[Prediction]) -> Rejected:
@@ -205,31 +205,40 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
     """Whether one device is enough, how it compares with the best layout and with the job's own."""
     device = "process" if job.cluster.device.kind == "cpu" else "device"
     if not ranked:
-        return f"No layout of {job.model.name} on {job.cluster.label()} fits."
+        name, size_bytes = max(own.memory.rows(), key=lambda row: row[1])
+        largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
+        return f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
     if one is None:
         fewest = min(ranked, key=lambda p: (p.layout.world_size, p.step_s))
+        best = "also the fastest found" if fewest == ranked[0] else f"the fastest found is {in_words(ranked[0])}"
         return (
-            f"One {device} is not enough: the model does not fit. The fewest that hold it are "
-            f"{fewest.layout.world_size} ({fewest.layout.label()}); the fastest found is {in_words(ranked[0])}."
+            f"One {device} is not enough: the model does not fit it. The fewest that work: {in_words(fewest)}; {best}."
         )
-    capacity = gib(share_machine(msgspec.structs.replace(job, layout=one.layout)).cluster.device.memory_bytes)
-    fits = f"it fits ({gib(one.memory.total())} of {capacity} GiB)"
-    best = ranked[0]
+    placed = share_machine(msgspec.structs.replace(job, layout=one.layout))
+    fits = f"it fits ({gb(one.memory.total())} of {gb(placed.cluster.device.memory_bytes)} GB)"
     if not one.step_s:
-        return f"One {device} is enough to hold it: {fits}. {UNKNOWN_PEAK_NOTE}."
-    if best.layout.world_size == 1:
-        compared = ""
-        if own.layout.world_size > 1:
-            compared = (
-                f" and is predicted {own.step_s / one.step_s:.1f} times as fast as this job's "
-                f"{own.layout.world_size} ranks ({one.step_s:.3g} s a step against {own.step_s:.3g} s)"
-            )
-        why = ", because ranks on one machine share its cores" if device == "process" else ""
-        return f"One {device} is enough: {fits}{compared}{why}."
-    gain, ranks = one.step_s / best.step_s, best.layout.world_size
+        return f"One {device} is enough: {fits}. How fast is not known, because the device's peak is not."
+    best = ranked[0]
+    if best.layout.world_size > 1:
+        gain, ranks = one.step_s / best.step_s, best.layout.world_size
+        return (
+            f"One {device} is enough: {fits}, {one.step_s:.3g} s a step. {ranks} are predicted {gain:.2g} times as "
+            f"fast ({100 * gain / ranks:.0f}% of linear): {in_words(best)}."
+        )
+    return f"One {device} is enough: {fits}{compare_own(own, one, device)}."
+
+
+def compare_own(own: Prediction, one: Prediction, device: str) -> str:
+    """How the job's own layout compares with one device that nothing beats."""
+    if own.layout.world_size == 1:
+        return ", and nothing found is faster" if device == "process" else ""
+    gain = own.step_s / one.step_s - 1
+    why = ": they would share its cores" if device == "process" else ""
+    if gain < TIE:
+        return f", and this job's {own.layout.world_size} ranks are predicted no faster{why}"
     return (
-        f"One {device} is enough to hold it: {fits}, {one.step_s:.3g} s a step. {ranks} are predicted {gain:.1f} "
-        f"times as fast ({100 * gain / ranks:.0f}% of linear): {in_words(best)}."
+        f", and is predicted {100 * gain:.0f}% faster than this job's {own.layout.world_size} ranks "
+        f"({one.step_s:.3g} s a step against {own.step_s:.3g} s){why}"
     )
 
 

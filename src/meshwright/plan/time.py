@@ -6,7 +6,7 @@ from meshwright.account import StepAccount
 from meshwright.plan.collective import Ring, predict_collective
 from meshwright.plan.rates import rates_of
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
-from meshwright.plan.work import OPERATORS_PER_BLOCK, build_pieces, has_known_peak, predict_optimizer
+from meshwright.plan.work import build_pieces, has_known_peak, predict_optimizer
 from meshwright.spec import Job, count_flops
 
 # Loss, gradient norm and a stop request, summed over all ranks once a step.
@@ -28,7 +28,9 @@ def predict_step(job: Job) -> tuple[StepAccount, dict[str, float]]:
         sequences * count_flops(job.model, job.data.sequence).training() / device.peak_flops_per_s(job.layout.precision)
     )
     optimizer_s = predict_optimizer(job)
-    launches_s = rates.operator_s * OPERATORS_PER_BLOCK * job.model.layers * accumulation_of(job)
+    layers = job.model.layers
+    # FSDP wraps each block, the head and the root.
+    launches_s = (rates.block_host_s * layers + rates.group_host_s * (layers + 2)) * accumulation_of(job)
     device_s = walk.compute_s + walk.exposed_shard_s + walk.exposed_replica_s
     # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
     late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - device_s)

@@ -7,12 +7,12 @@ from meshwright.plan.memory import BYTES, STATE_BYTES, local_parameters, paramet
 from meshwright.plan.rates import Rates, rates_of
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
-# Operators that a block's Python launches, forward and backward, counted in models/decoder.py: 45 forward (7
-# projections, 2 norms, 2 rotations of 8, attention, activation, product, residuals, views) and twice as many backward.
-OPERATORS_PER_BLOCK = 135
-# Passes over tensors of vocabulary width in eager cross entropy, in bytes an element beside the logits' own: to fp32
-# (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill 4, read 4 + 4, write 4), back (read 4).
-LOSS_FP32_BYTES = 36
+# Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
+# their gradient: to fp32 (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill 4, read 4 + 4,
+# write 4), back (read 4).
+EAGER_LOSS_BYTES = 36
+# Compiled: reads logits for their maximum and sum, again for the gradient, and writes it, in compute precision.
+COMPILED_LOSS_PASSES = 4
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,8 +66,9 @@ def head_seconds(job: Job) -> tuple[float, float]:
     flops = sequences * count_flops(job.model, job.data.sequence).head
     matmul_s = flops / (device.peak_flops_per_s(job.layout.precision) * rates.matmul)
     logits = sequences * job.data.sequence * job.model.vocabulary
-    passes_bytes = logits * (LOSS_FP32_BYTES + 2 * BYTES[job.layout.precision])
-    loss_s = passes_bytes / (device.memory_bytes_per_s * rates.loss)
+    size = BYTES[job.layout.precision]
+    logit_bytes = COMPILED_LOSS_PASSES * size if device.kind == "cuda" else EAGER_LOSS_BYTES + 2 * size
+    loss_s = logits * logit_bytes / (device.memory_bytes_per_s * rates.loss)
     return matmul_s + loss_s / 2, 2 * matmul_s + loss_s / 2
 
 

@@ -1,0 +1,194 @@
+"""A plan as one screen of text, and as JSON."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from meshwright.account import MEANINGS
+from meshwright.plan import Plan, Rejected
+from meshwright.record import Prediction
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+# Where no terminal says how wide it is.
+PLAIN_WIDTH = 100
+# Rows of the ranking and of the rejections on the screen; JSON has more.
+LISTED_LAYOUTS = 10
+LISTED_REJECTIONS = 6
+BAR_CELLS = 20
+# Buckets below this share of the step are summed into one line.
+SMALL = 0.005
+
+MEMORY_WORDS = {"optimizer_states": "optimizer states", "communication_buffers": "communication buffers"}
+
+
+def plan_json(plan: Plan) -> str:
+    """The whole plan as JSON."""
+    return msgspec.json.format(msgspec.json.encode(plan)).decode()
+
+
+def plan_text(plan: Plan, console: "Console") -> None:
+    """Print the verdict, the job's own layout in detail, the ranking and the rejections."""
+    width = None if console.is_terminal else max(console.width, PLAIN_WIDTH)
+    console.print(headline(plan), width=width)
+    for part in (job_table(plan), ranking(plan), rejections(plan.rejected)):
+        if part is not None:
+            console.print("")
+            console.print(part, width=width)
+    console.print("")
+    console.print(notes(plan.job), width=width)
+
+
+def headline(plan: Plan) -> "Text":
+    """What is planned, and the verdict. Text, not markup: names come from files."""
+    from rich.text import Text
+
+    tokens = plan.global_batch * plan.sequence
+    what = f"{plan.model} on {plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
+    text = Text()
+    text.append("Plan     ", style="bold").append(f"{what}, {tokens:,} tokens a step\n")
+    text.append("Verdict  ", style="bold").append(plan.verdict)
+    return text
+
+
+def job_table(plan: Plan) -> "Table":
+    """The job's own layout: its step by bucket, largest first, beside its memory by term."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 3))
+    grid.add_row(step_table(plan.job), memory_table(plan))
+    return titled(f"This job: {plan.job.layout.label()}{'' if plan.job_fits else ' (does not fit)'}", grid)
+
+
+def titled(title: str, inner: "Table") -> "Table":
+    """A title over something, both to the left."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid()
+    grid.add_row(Text(title, style="bold"))
+    grid.add_row(inner)
+    return grid
+
+
+def step_table(prediction: Prediction) -> "Table":
+    """Seconds and share of every bucket."""
+    table = new_table([f"step {seconds_text(prediction.step_s)}"], ["time", "share", ""])
+    rows = sorted(prediction.step.rows(), key=lambda row: -row[1])
+    large = [(n, s) for n, s in rows if s > SMALL * prediction.step_s and s]
+    small_s = sum(s for _, s in rows) - sum(s for _, s in large)
+    for name, seconds in large:
+        share = seconds / prediction.step_s
+        table.add_row(name, seconds_text(seconds), f"{share:.1%}", bar(share))
+    if small_s > 0:
+        table.add_row("the other buckets", seconds_text(small_s), f"{small_s / prediction.step_s:.1%}", "")
+    for purpose, seconds in prediction.overlapped.items():
+        table.add_row(f"({purpose}, hidden)", seconds_text(seconds), "", "", style="dim")
+    return table
+
+
+def memory_table(plan: Plan) -> "Table":
+    """Bytes of every term against the device's capacity."""
+    memory, capacity_bytes = plan.job.memory, plan.capacity_bytes
+    total_bytes = memory.total()
+    table = new_table([f"memory {gb(total_bytes)} of {gb(capacity_bytes)}"], ["bytes", "of device"])
+    for name, size_bytes in sorted(memory.rows(), key=lambda row: -row[1]):
+        if size_bytes:
+            table.add_row(MEMORY_WORDS.get(name, name), gb(size_bytes), f"{size_bytes / capacity_bytes:.1%}")
+    left_bytes = capacity_bytes - total_bytes
+    word = "left" if left_bytes >= 0 else "missing"
+    table.add_row(word, gb(abs(left_bytes)), f"{abs(left_bytes) / capacity_bytes:.1%}", style="bold")
+    return table
+
+
+def ranking(plan: Plan) -> "Table | None":
+    """The fastest layouts that fit; the job's own is marked."""
+    if not plan.ranked:
+        return None
+    shown = plan.ranked[:LISTED_LAYOUTS]
+    known = bool(shown[0].step_s)
+    title = f"{'Fastest' if known else 'First'} {len(shown)} of the {plan.considered} layouts that fit"
+    table = new_table(["", "layout"], ["ranks", "step", "tokens/s", "MFU", "memory"])
+    for position, prediction in enumerate(shown, 1):
+        cells = layout_cells(prediction)
+        own = prediction.layout == plan.job.layout
+        table.add_row(
+            f"{position}", cells[0] + ("  <- this job" if own else ""), *cells[1:], style="bold" if own else ""
+        )
+    if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
+        cells = layout_cells(plan.job)
+        table.add_row("...", cells[0] + "  <- this job", *cells[1:], style="bold")
+    return titled(title, table)
+
+
+def layout_cells(prediction: Prediction) -> list[str]:
+    """A row of the ranking."""
+    layout, size = prediction.layout, gb(prediction.memory.total())
+    if not prediction.step_s:
+        return [layout.label(), str(layout.world_size), "-", "-", "-", size]
+    useful_share = prediction.step.useful / prediction.step_s
+    step, tokens = seconds_text(prediction.step_s), f"{prediction.tokens_per_s:,.0f}"
+    return [layout.label(), str(layout.world_size), step, tokens, f"{useful_share:.1%}", size]
+
+
+def rejections(rejected: Sequence[Rejected]) -> "Table | None":
+    """What cannot run, why, and the nearest that can: for each number of ranks the split that misses least."""
+    if not rejected:
+        return None
+    groups: dict[tuple[int, bool], list[Rejected]] = {}
+    for one in rejected:
+        groups.setdefault((one.layout.world_size, one.memory is None), []).append(one)
+    table = new_table(["rejected", "why", "nearest that works"], [])
+    for (ranks, _), members in list(groups.items())[:LISTED_REJECTIONS]:
+        least = min(members, key=lambda r: r.memory.total() if r.memory is not None else 0.0)
+        others = f" (and {len(members) - 1} more of {ranks} ranks)" if len(members) > 1 else ""
+        table.add_row(least.layout.label() + others, least.reason, least.nearest or "none found")
+    hidden = sum(len(members) for members in list(groups.values())[LISTED_REJECTIONS:])
+    if hidden:
+        table.add_row(f"... and {hidden} more", "see --json", "")
+    return table
+
+
+def notes(prediction: Prediction) -> "Text":
+    """How far to trust the numbers, and what the largest words mean."""
+    from rich.text import Text
+
+    lines = list(prediction.notes)
+    largest = max(prediction.step.rows(), key=lambda row: row[1])
+    lines += [f"{name}: {MEANINGS[name]}" for name in dict.fromkeys(("useful", "inefficiency", largest[0]))]
+    return Text("Notes  " + "\n       ".join(lines), style="dim")
+
+
+def new_table(words: Sequence[str], numbers: Sequence[str]) -> "Table":
+    """A table without frames: columns of words to the left, of numbers to the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="underline")
+    for word in words:
+        table.add_column(word, overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def bar(share: float) -> str:
+    """A share as cells of a bar; a character that every terminal and log can show."""
+    return "=" * round(share * BAR_CELLS)
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds with three figures."""
+    if not seconds:
+        return "unknown"
+    if seconds >= 1:
+        return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def gb(size_bytes: float) -> str:
+    """Bytes in GB, as datasheets count them; in MB below one."""
+    return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
