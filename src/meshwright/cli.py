@@ -74,9 +74,7 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
 
     began_s = time.time()
     if (job is None) == (resume is None):
-        raise SettingError(
-            "meshwright train", "takes a job file or --resume RUN", "meshwright train examples/quickstart.toml"
-        )
+        raise SettingError("meshwright train", "takes either a job file or --resume RUN", "meshwright train JOB.toml")
     launch.needs_torch("train")
     if resume is not None:
         folder, resolved = launch.reopen_run(resume, settings, local=local)
@@ -84,6 +82,8 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
         assert job is not None
         folder, resolved = None, read(job, settings)
     check_devices(resolved)
+    # The profiler prints a line for each step it watches, and only the environment can silence it.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         join(resolved, folder.path if folder else None, began_s)
         return
@@ -125,7 +125,21 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
 
     launch.needs_torch("sample")
     open_run(run)
-    sys.exit(launch.run_sample([str(run), prompt, str(tokens), str(temperature), str(seed)]))
+    from meshwright.train.sample import sample_text
+
+    click.echo(sample_text(run, prompt, tokens, temperature, seed))
+
+
+@cli.command(hidden=True)
+@click.argument("run")
+@click.argument("attempt", type=int)
+@click.argument("began_s", type=float)
+def agent(run: str, attempt: int, began_s: float) -> None:
+    """The child process of `train`: starts this node's ranks and waits for them."""
+    from meshwright.train.agent import become_agent, watch_ranks
+
+    become_agent()
+    sys.exit(watch_ranks(run, attempt, began_s))
 
 
 def as_setting(option: str) -> str:

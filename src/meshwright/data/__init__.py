@@ -1,7 +1,7 @@
 """Text to a token folder, and a token folder to samples that depend on (seed, step, index) alone."""
 
 from meshwright.data.folder import END, VOCABULARY, Manifest, TokenFolder, open_folder
-from meshwright.data.loader import Batches, to_tensor
+from meshwright.data.loader import Batches, Microbatches, to_tensor
 from meshwright.data.prepare import prepare
 from meshwright.data.stream import Stream, open_stream
 
@@ -10,6 +10,7 @@ __all__ = [
     "VOCABULARY",
     "Batches",
     "Manifest",
+    "Microbatches",
     "Stream",
     "TokenFolder",
     "open_folder",

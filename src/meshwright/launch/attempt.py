@@ -28,9 +28,8 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
     for setting in settings:
         key = setting.partition("=")[0].strip()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE):
-            raise SettingError(
-                f"--set {setting}", "cannot change in a run that has begun", f"one of {', '.join(CHANGEABLE)}"
-            )
+            changeable = ", ".join(CHANGEABLE)
+            raise SettingError(f"--set {setting}", "cannot change in a run that has begun", changeable)
     job = read_job(folder.job, settings, local=local)
     done = steps_done(folder)
     if done >= job.run.steps:

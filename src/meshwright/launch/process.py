@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
 from types import FrameType
 
@@ -24,33 +23,23 @@ def needs_torch(verb: str) -> None:
 
 
 def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
-    """Train one attempt on this node and return the exit code.
+    """Train one attempt on this node, in a child process, and return the exit code.
 
     Ctrl-C is passed on: ranks that train finish their step, save and end; before that there is nothing to save.
     """
-    arguments = [str(folder.path), str(attempt), str(began_s)]
-    return _supervise("meshwright.train", arguments, folder, attempt)
-
-
-def run_sample(arguments: Sequence[str]) -> int:
-    """Generate text from a run and return the exit code."""
-    return subprocess.call([sys.executable, "-m", "meshwright.train.sample", *arguments])
-
-
-def _supervise(module: str, arguments: Sequence[str], folder: RunFolder, attempt: int) -> int:
+    arguments = ["agent", str(folder.path), str(attempt), str(began_s)]
     # In a session of its own, so that the terminal's Ctrl-C comes to this process alone and is passed on once.
-    child = subprocess.Popen([sys.executable, "-m", module, *arguments], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True)
     interrupted = False
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        training = any((folder.attempt(attempt) / "events").glob("rank-*.jsonl"))
-        if training:
+        if any((folder.attempt(attempt) / "events").glob("rank-*.jsonl")):
             os.killpg(child.pid, signal.SIGINT)
         else:
             print("stopped before the first step; nothing to save", file=sys.stderr)
-            child.terminate()
+            os.killpg(child.pid, signal.SIGTERM)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -28,7 +28,8 @@ def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    plane = mesh["replica", "shard"]
+    # Along an axis of size 1 nothing is sent, not even to oneself.
+    plane = mesh["shard"] if layout.replica == 1 else mesh["replica", "shard"]
     keep = layout.zero < 3
     for block in model.blocks:
         fully_shard(block, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)

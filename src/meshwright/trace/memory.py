@@ -16,13 +16,14 @@ from meshwright.spec import Layout
 
 
 class MemoryProbe:
-    """Watches one step. On a GPU the caching allocator is asked; on a CPU, which has none, saved tensors are counted.
+    """Watches the steps in which it is `active`. On a GPU the caching allocator is asked; on a CPU, which has none, saved tensors are counted.
 
     Order of calls: `forward` around the first microbatch's forward pass, `states` when gradients and optimizer
     states are all there, `account` at the step's end.
     """
 
     def __init__(self, device: torch.device) -> None:
+        self.active = False
         self._device = device
         self._cuda = device.type == "cuda"
         # What the process holds before it has a model: libraries, the device context.
@@ -32,12 +33,12 @@ class MemoryProbe:
         self._states: dict[str, float] = {}
 
     @contextmanager
-    def forward(self, model: nn.Module, layout: Layout, *, active: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    def forward(self, model: nn.Module, layout: Layout, *, first: bool) -> Iterator[Callable[[Tensor], Tensor]]:
         """Around a forward pass that ends in the loss; yields what the logits are to be passed through.
 
-        Does nothing unless `active`, so that a loop can have it in every step.
+        Only the step's first microbatch is watched.
         """
-        if not active:
+        if not (self.active and first):
             yield lambda logits: logits
             return
         self._gathered = gathered_bytes(model, layout)
@@ -75,6 +76,8 @@ class MemoryProbe:
 
     def states(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Count parameters, gradients and optimizer states, exactly, while all of them are there."""
+        if not self.active:
+            return
         self._states = {
             "parameters": tensor_bytes(model.parameters()),
             "gradients": tensor_bytes(p.grad for p in model.parameters() if p.grad is not None),

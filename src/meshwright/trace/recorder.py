@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from meshwright.account import Purpose
+from meshwright.account import MemoryAccount, Purpose
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
 from meshwright.record.kineto import PREFIX, STEP, measure_step
 from meshwright.spec import Job, count_flops
-from meshwright.trace.memory import MemoryProbe
 
 # The mesh names its groups after its axes; the group of all ranks carries the step's small syncs.
 PURPOSES: dict[str, Purpose] = {
@@ -140,9 +139,9 @@ class Recorder:
             self._write("step", start, end, step=self._last_step, count=count)
             self._steps = None
 
-    def memory(self, step: int, probe: MemoryProbe) -> None:
-        """Write the memory account that `probe` measured in `step`."""
-        self._writer.append(Memory(step=step, account=probe.account()))
+    def memory(self, step: int, account: MemoryAccount) -> None:
+        """Write down what memory held in `step`."""
+        self._writer.append(Memory(step=step, account=account))
 
     def fault(self, step: int, what: str) -> None:
         """Write down that something went wrong."""

@@ -4,14 +4,17 @@ Every layout runs this same loop: what differs between one process and a thousan
 """
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from meshwright.data import Batches
+from meshwright.data import Microbatches
+from meshwright.models import Decoder
 from meshwright.parallel import (
+    StepTotals,
     begin_microbatch,
     build_mesh,
     build_parallel_model,
     clip_gradients,
-    data_rank,
     reduce_step,
     squared_norm,
 )
@@ -19,9 +22,9 @@ from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train.evaluate import evaluate
-from meshwright.train.optimizer import build_optimizer, learning_rate
+from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
-from meshwright.train.setup import StopRequest, build_loss, open_data, restore, save
+from meshwright.train.setup import Loss, StopRequest, build_batches, build_loss, due, open_data, restore, save
 
 
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
@@ -37,18 +40,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     optimizer = build_optimizer(model, job.optimizer)
     first = restore(folder, model, optimizer)
     loss_of = build_loss(device)
-
-    layout = job.layout
-    accumulation = layout.accumulation(job.data.global_batch)
-    tokens = job.data.global_batch * job.data.sequence
-    batches = Batches(
-        stream,
-        data_rank=data_rank(mesh),
-        data_size=layout.data_size,
-        microbatch=layout.microbatch,
-        accumulation=accumulation,
-        device=device,
-    )
+    batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=began_s)
     reporter = Reporter(folder, attempt, job, device, first)
     with recorder.span("evaluation", first):
@@ -56,39 +48,20 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
 
     how = "finished"
     for step in range(first, job.run.steps):
-        watched = step == first + 1  # the second step: every buffer is there, and nothing is compiled any more
+        # Memory is watched in the second step: every buffer is there by then, and nothing is compiled any more.
+        memory.active = step == first + 1
         with recorder.step(step):
             reporter.begin_step()
             with recorder.phase("input"):
                 microbatches = batches.next(step)
-            loss = torch.zeros((), device=device)
-            for index, (inputs, targets) in enumerate(microbatches):
-                with recorder.phase("forward"), memory.forward(model, layout, active=watched and index == 0) as seen:
-                    begin_microbatch(model, layout, last=index == accumulation - 1)
-                    logits = seen(model(inputs))
-                    part = loss_of(logits, targets) / tokens
-                with recorder.phase("backward"):
-                    del logits
-                    part.backward()
-                    loss += part.detach()
-            with recorder.phase("optimizer"):
-                squared = squared_norm(model)
-                with recorder.phase("control"):
-                    totals = reduce_step(loss, squared, stop=stop.asked)
-                clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
-                rate = learning_rate(step, job.run.steps, job.optimizer)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-                if watched:
-                    memory.states(model, optimizer)
-                optimizer.zero_grad(set_to_none=True)
+            loss = forward_backward(model, microbatches, loss_of, job, recorder, memory)
+            totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
 
         done = step + 1
         last = done == job.run.steps or stopping
-        if watched:
-            recorder.memory(step, memory)
+        if memory.active:
+            recorder.memory(step, memory.account())
         if last or due(done, job.evaluation.every_steps):
             with recorder.span("evaluation", done):
                 reporter.evaluated(done, evaluate(model, stream, job, mesh, device))
@@ -104,6 +77,41 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     return how
 
 
-def due(done: int, every: int) -> bool:
-    """Whether something that happens every so many steps happens now; 0 is never."""
-    return every > 0 and done % every == 0
+def forward_backward(
+    model: Decoder, microbatches: Microbatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
+) -> Tensor:
+    """Accumulate the gradients of this rank's microbatches; return its part of the global batch's mean loss."""
+    tokens = job.data.global_batch * job.data.sequence
+    loss = torch.zeros((), device=microbatches[0][0].device)
+    for index, (inputs, targets) in enumerate(microbatches):
+        with recorder.phase("forward"), memory.forward(model, job.layout, first=index == 0) as logits_seen:
+            begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
+            part = loss_of(logits_seen(model(inputs)), targets) / tokens
+        with recorder.phase("backward"):
+            part.backward()
+            loss += part.detach()
+    return loss
+
+
+def update(
+    step: int,
+    model: Decoder,
+    optimizer: Optimizer,
+    loss: Tensor,
+    job: Job,
+    recorder: Recorder,
+    memory: MemoryProbe,
+    *,
+    stop: bool,
+) -> tuple[StepTotals, float]:
+    """Clip by the whole gradient's norm and step the optimizer; return the step's totals and learning rate."""
+    with recorder.phase("optimizer"):
+        squared = squared_norm(model)
+        with recorder.phase("control"):
+            totals = reduce_step(loss, squared, stop=stop)
+        clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
+        rate = set_learning_rate(optimizer, step, job)
+        optimizer.step()
+        memory.states(model, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    return totals, rate

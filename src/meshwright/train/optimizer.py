@@ -5,11 +5,11 @@ import math
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from meshwright.spec import OptimizerSettings
+from meshwright.spec import Job, OptimizerSettings
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """AdamW or SGD; weight decay on matrices only. Fused: one kernel for all parameters, on CPU and GPU."""
+    """AdamW, fused into one kernel for all parameters, or SGD; weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -17,7 +17,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
         {"params": vectors, "weight_decay": 0.0},
     ]
     if settings.name == "sgd":
-        return SGD(groups, lr=settings.learning_rate, fused=True)
+        # Fused SGD does not know sharded parameters, in torch 2.13.
+        return SGD(groups, lr=settings.learning_rate, foreach=True)
     return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
@@ -28,3 +29,11 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
     progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
+
+
+def set_learning_rate(optimizer: Optimizer, step: int, job: Job) -> float:
+    """Give the optimizer the rate of `step` and return it."""
+    rate = learning_rate(step, job.run.steps, job.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate

@@ -1,6 +1,5 @@
-"""`python -m meshwright.train.sample RUN PROMPT TOKENS TEMPERATURE SEED`: text from a run's newest checkpoint."""
+"""Text from a run's newest checkpoint."""
 
-import sys
 from pathlib import Path
 
 import torch
@@ -14,15 +13,13 @@ from meshwright.spec.decode import read_job
 from meshwright.train.worker import no_machine
 
 
-def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
+def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
     """The prompt and what the model makes of it. One process, whatever layout trained it."""
     folder = open_run(run)
     job = read_job(folder.job, local=no_machine)
     step = latest_step(folder)
     if step is None:
-        raise SettingError(
-            f"run folder {run}", "has no checkpoint yet", "wait for one, or train with checkpoint.every_steps"
-        )
+        raise SettingError(f"run folder {run}", "has no checkpoint yet", "a run with checkpoint.every_steps set")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(job.model, device=device)
     read_model_weights(folder.checkpoints / f"step-{step}", model)
@@ -31,18 +28,3 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
     made = generate(model, start, tokens, temperature, seed, window=job.data.sequence)[0, 1:].tolist()
     end = made.index(END) if END in made else len(made)
     return bytes(token for token in made[:end] if token < END).decode("utf-8", errors="replace")
-
-
-def main() -> int:
-    """Print the text, or one line that says why not."""
-    run, prompt, tokens, temperature, seed = sys.argv[1:]
-    try:
-        print(sample(Path(run), prompt, int(tokens), float(temperature), int(seed)))
-    except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

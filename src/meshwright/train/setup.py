@@ -8,15 +8,18 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from meshwright.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
-from meshwright.data import Stream, open_stream
+from meshwright.data import Batches, Stream, open_stream
 from meshwright.models import token_loss
-from meshwright.parallel import wait_for_all
+from meshwright.parallel import data_rank, wait_for_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StopRequest:
@@ -46,7 +49,20 @@ def open_data(job: Job) -> Stream:
     return open_stream(job)
 
 
-def build_loss(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device) -> Batches:
+    """This rank's share of each step's global batch."""
+    layout = job.layout
+    return Batches(
+        stream,
+        data_rank=data_rank(mesh),
+        data_size=layout.data_size,
+        microbatch=layout.microbatch,
+        accumulation=layout.accumulation(job.data.global_batch),
+        device=device,
+    )
+
+
+def build_loss(device: torch.device) -> Loss:
     """token_loss; compiled on a GPU, where its fp32 copies of the logits would otherwise be the largest tensors."""
     return torch.compile(token_loss) if device.type == "cuda" else token_loss
 
@@ -71,3 +87,8 @@ def save(
             raise SettingError("checkpoint", str(error), resume) from None
         if recorder.rank == 0:
             print(f"warning: {error}; training goes on", file=sys.stderr, flush=True)
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and done % every == 0

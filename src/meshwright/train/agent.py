@@ -1,7 +1,4 @@
-"""The torch side of the seam: `python -m meshwright.train RUN ATTEMPT BEGAN` starts and watches a node's ranks.
-
-A job goes in, a run folder comes out. Prints the first failure, once, and ends with its exit code.
-"""
+"""The torch side of the seam: starts and watches a node's ranks. A job goes in, a run folder comes out."""
 
 import ctypes
 import logging
@@ -67,17 +64,11 @@ def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) 
     return CRASHED
 
 
-def main() -> int:
-    """Run as a child of the command line, which sends this process group what the user sends it."""
+def become_agent() -> None:
+    """Settle this process as the command's child, which sends it what the user sends the command."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         # If the command is killed, its agent is told, and the agent ends the ranks: nothing is left behind.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     # The agent logs each rank's failure in its own words; ours come once, from report_failure.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    run, attempt, began_s = sys.argv[1:]
-    return watch_ranks(run, int(attempt), float(began_s))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

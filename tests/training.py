@@ -1,0 +1,111 @@
+"""The real trainer on forked ranks, and a bare one-process loop to hold it against."""
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch.distributed.tensor import DTensor
+
+from meshwright.account import MemoryAccount, StepAccount
+from meshwright.checkpoint import latest_step, read_model_weights
+from meshwright.data import open_stream
+from meshwright.models import build_model, initialize_
+from meshwright.parallel import start_distributed, stop_distributed
+from meshwright.record import Metrics, Prediction, RunFolder, create_run, read_metrics, start_attempt
+from meshwright.spec import Job
+from meshwright.spec.decode import encode_job
+from meshwright.train import loop
+from meshwright.train.optimizer import learning_rate
+from meshwright.train.setup import StopRequest
+
+Tensors = dict[str, torch.Tensor]
+
+
+def new_run(job: Job) -> tuple[RunFolder, int]:
+    """A run folder with its first attempt."""
+    folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
+    return folder, new_attempt(folder, job)
+
+
+def new_attempt(folder: RunFolder, job: Job) -> int:
+    """One more attempt, without a prediction worth the name."""
+    blank = Prediction(layout=job.layout, step=StepAccount(), memory=MemoryAccount(), step_s=1.0, tokens_per_s=1.0)
+    return start_attempt(folder, blank)
+
+
+def train_rank(job: Job, folder: RunFolder, attempt: int, patches: dict[str, Any] | None = None) -> Tensors:
+    """One rank's whole life, in the test's process; returns the whole gradients of its first step, before clipping."""
+    gradients: Tensors = {}
+    reduce_step = loop.reduce_step
+    names: dict[int, str] = {}
+    build = loop.build_parallel_model
+
+    def building(*arguments: Any) -> torch.nn.Module:
+        model = build(*arguments)
+        names.update({id(parameter): name for name, parameter in model.named_parameters()})
+        built.append(model)
+        return model
+
+    def reducing(*arguments: Any, **options: Any) -> Any:
+        if not gradients:
+            for name, parameter in built[0].named_parameters():
+                grad = parameter.grad
+                gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
+        return reduce_step(*arguments, **options)
+
+    built: list[torch.nn.Module] = []
+    torch.set_num_threads(1)
+    device = start_distributed(job.cluster)
+    with mock.patch.multiple(loop, build_parallel_model=building, reduce_step=reducing, **(patches or {})):
+        loop.train(job, folder, attempt, device, StopRequest(), began_s=time.time())
+    stop_distributed()
+    return gradients
+
+
+def train_layout(job: Job) -> tuple[list[Metrics], Tensors, Tensors]:
+    """Train on all ranks; metrics of each step, whole gradients of the first, weights after the last."""
+    folder, attempt = new_run(job)
+    gradients = run_ranks(job.layout.world_size, train_rank, job, folder, attempt)[0]
+    return read_metrics(folder)[0], gradients, weights(job, folder)
+
+
+def weights(job: Job, folder: RunFolder) -> Tensors:
+    """Whole weights in a run's newest checkpoint."""
+    model = build_model(job.model, device="cpu")
+    read_model_weights(folder.checkpoints / f"step-{latest_step(folder)}", model)
+    return dict(model.named_parameters())
+
+
+def train_alone(job: Job) -> tuple[list[float], list[float], Tensors, Tensors]:
+    """The same training as a bare loop over a plain model: losses, norms, first gradients, last weights.
+
+    It shares the model and the stream of samples with the trainer and nothing else: no mesh, no FSDP, no
+    microbatches, its own loss, clipping and update.
+    """
+    stream = open_stream(job)
+    model = build_model(job.model, device="cpu")
+    initialize_(model, job.model, job.run.seed)
+    losses: list[float] = []
+    norms: list[float] = []
+    first: Tensors = {}
+    for step in range(job.run.steps):
+        tokens, targets = (torch.from_numpy(a) for a in stream.batch(step, 0, job.data.global_batch))
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        model.zero_grad()
+        loss.backward()
+        if not first:
+            first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip_norm)
+        rate = learning_rate(step, job.run.steps, job.optimizer)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                decay = job.optimizer.weight_decay if parameter.dim() >= 2 else 0.0
+                parameter -= rate * (parameter.grad + decay * parameter)
+        losses.append(loss.item())
+        norms.append(norm.item())
+    return losses, norms, first, dict(model.named_parameters())
