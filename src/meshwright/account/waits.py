@@ -1,6 +1,6 @@
 """What only all ranks together can tell: which part of a collective was transfer, which was waiting, and for whom."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
 import msgspec
@@ -11,6 +11,8 @@ Group = tuple[int, ...]
 Key = tuple[str, Group, int]
 # Seconds by the rank that caused them.
 Seconds = dict[int, float]
+# Less than this is the rounding of clocks and sums, and nobody's fault.
+TICK_S = 1e-9
 
 
 class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,9 +56,9 @@ def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
         add(delay[last], last, lateness - sum(delay[last].values()))
         for rank, transfer in meetings[key].items():
             wait = min(seconds_before(transfer.exposed, ready + offset[rank]), ready - arrived[rank])
-            if wait > 0:
+            if wait > TICK_S:
                 moved[rank][transfer.purpose] = moved[rank].get(transfer.purpose, 0.0) + wait
-                for culprit, seconds in charge(wait, last, delay[last], delay[rank]).items():
+                for culprit, seconds in charge(wait, last, rank, delay).items():
                     add(blame[rank], culprit, seconds)
                 # The rank goes on when the last one lets it: it is now late for the last one's reasons.
                 total = sum(delay[rank].values()) + wait
@@ -64,17 +66,18 @@ def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
     return [_resolved(measured, moved[measured.rank], blame[measured.rank]) for measured in ranks]
 
 
-def charge(wait: float, last: int, late: Seconds, waiting: Seconds) -> Seconds:
+def charge(wait: float, last: int, waiting: int, delay: Mapping[int, Seconds]) -> Seconds:
     """Divide a wait for `last` over the causes of its delay that had not delayed the waiting rank before."""
-    news = {culprit: seconds - waiting.get(culprit, 0.0) for culprit, seconds in late.items()}
-    news = {culprit: seconds for culprit, seconds in news.items() if seconds > 0} or {last: wait}
+    known = delay[waiting]
+    news = {c: seconds - known.get(c, 0.0) for c, seconds in delay[last].items() if c != waiting}
+    news = {c: seconds for c, seconds in news.items() if seconds > TICK_S} or {last: wait}
     total = sum(news.values())
-    return {culprit: wait * seconds / total for culprit, seconds in news.items()}
+    return {c: wait * seconds / total for c, seconds in news.items()}
 
 
 def add(seconds: Seconds, rank: int, more: float) -> None:
-    """Add to one rank's entry; what is not positive adds nothing."""
-    if more > 0:
+    """Add to one rank's entry, unless it is nothing."""
+    if more > TICK_S:
         seconds[rank] = seconds.get(rank, 0.0) + more
 
 

@@ -2,7 +2,7 @@
 
 from meshwright.account import MEANINGS, MemoryAccount, StepAccount
 from meshwright.explain.explanation import Finding, MeasuredSteps, MemoryComparison
-from meshwright.explain.words import bytes_text, seconds_text
+from meshwright.explain.words import bytes_text, ranks_text, seconds_text
 from meshwright.record import Metrics, Prediction
 
 # A cause smaller than this share of the step is not worth a sentence.
@@ -44,10 +44,10 @@ def straggling_rank(step: MeasuredSteps) -> Finding | None:
     wait = step.longest_wait_for(worst)
     if wait <= WORTH_SAYING * total:
         return None
-    others = sum(1 for waits in step.blame.values() if waits.get(worst, 0.0) > 0)
+    others = [rank for rank, waits in step.blame.items() if waits.get(worst, 0.0) > 0]
     return Finding(
         what=f"Rank {worst} is slower than its peers at equal work; they wait for it.",
-        evidence=f"{of_step(wait, total)} on the rank that waits longest; {others} ranks wait for rank {worst}, "
+        evidence=f"{of_step(wait, total)} on the rank that waits longest; it holds up {ranks_text(others)}, "
         f"{seconds_text(step.waited_for()[worst])} of device time per step in all",
     )
 

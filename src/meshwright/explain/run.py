@@ -141,8 +141,8 @@ def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], num
         return "ended with a fault" if faulty else "still running, or killed: no rank has written its end"
     hows = sorted({line.how for line in ended.values()})
     words = f"{' and '.join(hows)} at step {max(line.step for line in ended.values())}"
-    open_ranks = len(events) - len(ended) + len(missing)
-    return f"{words}; {open_ranks} ranks never wrote their end" if open_ranks else words
+    open_ranks = [*(rank for rank in events if rank not in ended), *missing]
+    return f"{words}; no end from {ranks_text(sorted(open_ranks))}" if open_ranks else words
 
 
 def notes_on(

@@ -24,8 +24,10 @@ def seconds_text(seconds: float) -> str:
 def bytes_text(size: float) -> str:
     """Bytes in the decimal unit that reads best, as datasheets count them."""
     for least, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if abs(size) >= least:
-            return f"{size / least:,.2f} {unit}" if abs(size) < 10 * least else f"{size / least:,.1f} {unit}"
+        figures = abs(size) / least
+        if figures >= 1:
+            decimals = 2 if figures < 10 else 1 if figures < 100 else 0
+            return f"{size / least:,.{decimals}f} {unit}"
     return f"{size:.0f} B"
 
 

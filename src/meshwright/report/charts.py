@@ -43,6 +43,7 @@ def loss_figure(explanation: Explanation) -> Figure | None:
         "y": [loss for _, loss in held_out],
         "line": {"color": COLOURS["imbalance"], "width": 1.5, "dash": "dot"},
         "marker": {"size": 8},
+        "cliponaxis": False,
         "hovertemplate": "%{y:.3f}",
     }
     layout: Figure = {

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import plain, ranks_text, seconds_text, steps_text
+from meshwright.explain.words import bytes_text, plain, ranks_text, seconds_text, steps_text
 from meshwright.record import replace_text
 from meshwright.report.charts import (
     Figure,
@@ -21,7 +21,6 @@ from meshwright.report.colours import COLOURS
 from meshwright.report.words import (
     Row,
     Unit,
-    bytes_text,
     count_text,
     loss_text,
     memory_line,
@@ -177,7 +176,7 @@ def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
     unit = time_unit(max(total(rows, "predicted"), total(rows, "measured")))
     figures["step"] = comparison_figure(rows, unit, "time of a step")
     under = (
-        f"Mean of {len(step.ranks)} ranks over {steps_text(step.steps)}."
+        f"Mean of {len(step.ranks)} ranks over {steps_text(step.steps)}; the difference is predicted minus measured."
         if step is not None
         else "Predicted; not measured."
     )
@@ -266,9 +265,8 @@ def run_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
 def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequence[Row]) -> str:
     """The chart's numbers; the swatches are its legend."""
     whole = total(rows, "measured")
-    head = "".join(
-        f'<th class="n">{name}</th>' for name in (f"predicted, {unit.name}", "measured", "share", "difference")
-    )
+    head = f'<th class="n">predicted, {unit.name}</th><th class="n">measured</th><th class="n share">share</th>'
+    head += '<th class="n">difference</th>'
     lines = [f'<tr><th>{kind}</th><th class="meaning">meaning</th>{head}</tr>']
     ends = Row(
         "total",
@@ -279,11 +277,12 @@ def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequenc
     for row, kind_of_row in [*((row, "") for row in rows), (ends, "total"), *((row, "beside") for row in beside)]:
         known = row.measured is not None and whole > 0 and kind_of_row != "beside"
         share = f"{(row.measured or 0.0) / whole:.1%}" if known else ""
-        gap = None if row.predicted is None or row.measured is None else row.predicted - row.measured
+        both = row.predicted is not None and row.measured is not None
+        gap = f"{((row.predicted or 0.0) - (row.measured or 0.0)) / unit.size:+,.1f}" if both else "-"
         lines.append(
             f'<tr class="{kind_of_row}">{word(row.name)}<td class="meaning">{text(row.meaning)}</td>'
             + numbers([None if v is None else v / unit.size for v in (row.predicted, row.measured)])
-            + f'<td class="n">{share}</td><td class="n">{"-" if gap is None else f"{gap / unit.size:+,.1f}"}</td></tr>'
+            + f'<td class="n share">{share}</td><td class="n">{gap}</td></tr>'
         )
     return table(lines[0], lines[1:])
 
