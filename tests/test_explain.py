@@ -51,6 +51,21 @@ def test_a_slow_rank_is_named_with_what_it_costs(tmp_path):
     assert "off on straggler" not in said(found)
 
 
+def test_ranks_that_are_late_in_turn_are_not_accused_one_by_one(tmp_path):
+    folder = a_run(tmp_path / "run", ranks=())
+    measured = [a_step(step, slow=slow, by=0.04) for step, slow in ((25, 0), (50, 1), (75, 2), (100, 3))]
+    for rank in range(4):
+        write_rank(folder, 0, rank, steps=range(1, 101), measured=[step[rank] for step in measured])
+    found = explain_run(folder)
+    assert "Ranks are late in turn" in said(found) and "ranks 0, 1, 2, 3" in said(found)
+    assert "slower than its peers" not in said(found)
+
+
+def test_profiled_steps_unlike_the_others_are_noted(tmp_path):
+    found = explain_run(a_run(tmp_path / "run", slow=2, by=0.04))
+    assert "Profiled steps took 285 ms, the others 250 ms" in said(found)
+
+
 def test_even_ranks_blame_nobody(tmp_path):
     found = explain_run(a_run(tmp_path / "run"))
     assert "slower than its peers" not in said(found)

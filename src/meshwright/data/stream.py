@@ -46,6 +46,7 @@ class Stream:
         self._held_out = Split(folder, held_out)
         self._path = folder.path
         self._vocabulary = folder.manifest.vocabulary
+        self.bigram_entropy = folder.manifest.bigram_entropy
         self.sequence = settings.sequence
         self.global_batch = settings.global_batch
         self.seed = seed

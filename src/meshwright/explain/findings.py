@@ -9,6 +9,8 @@ from meshwright.record import Metrics, Prediction
 WORTH_SAYING = 0.05
 # A prediction further off than this, in a bucket worth saying something about, is called wrong.
 PREDICTION_OFF = 0.25
+# Where the second rank is waited for this much of what the first is, naming only the first would accuse it wrongly.
+IN_TURN = 0.6
 # Buckets that the plan sets to zero on purpose: time in them has a finding of its own, not a wrong prediction.
 NOT_PREDICTED = ("straggler", "other")
 
@@ -38,16 +40,22 @@ def largest_loss(account: StepAccount) -> Finding | None:
 def straggling_rank(step: MeasuredSteps) -> Finding | None:
     """The rank that others waited for, if it cost one of them more than WORTH_SAYING of the step."""
     total = step.account.total()
-    worst = max(step.waited_for(), key=step.longest_wait_for, default=None)
-    if worst is None or total <= 0:
+    culprits = sorted(step.waited_for(), key=step.longest_wait_for, reverse=True)
+    waits = [step.longest_wait_for(rank) for rank in culprits]
+    if not waits or total <= 0 or waits[0] <= WORTH_SAYING * total:
         return None
-    wait = step.longest_wait_for(worst)
-    if wait <= WORTH_SAYING * total:
-        return None
-    others = [rank for rank, waits in step.blame.items() if waits.get(worst, 0.0) > 0]
+    worst = culprits[0]
+    if len(waits) > 1 and waits[1] > IN_TURN * waits[0]:
+        late = [rank for rank, wait in zip(culprits, waits, strict=True) if wait > IN_TURN * waits[0]]
+        return Finding(
+            what="Ranks are late in turn, and the others wait: no single rank is at fault.",
+            evidence=f"{of_step(step.account.straggler, total)} on average; waits of similar length for "
+            f"{ranks_text(sorted(late))}",
+        )
+    others = [rank for rank, waited in step.blame.items() if waited.get(worst, 0.0) > 0]
     return Finding(
         what=f"Rank {worst} is slower than its peers at equal work; they wait for it.",
-        evidence=f"{of_step(wait, total)} on the rank that waits longest; it holds up {ranks_text(others)}, "
+        evidence=f"{of_step(waits[0], total)} on the rank that waits longest; it holds up {ranks_text(others)}, "
         f"{seconds_text(step.waited_for()[worst])} of device time per step in all",
     )
 

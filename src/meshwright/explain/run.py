@@ -6,7 +6,7 @@ from meshwright.account import MemoryAccount
 from meshwright.explain.explanation import Explanation, MeasuredSteps, MemoryComparison, RankFault, RunLife
 from meshwright.explain.findings import find_in_losses, find_in_memory, find_in_step
 from meshwright.explain.life import mean_mfu, run_account, yield_of
-from meshwright.explain.steps import measure_steps, poor_account, unprofiled_step_s
+from meshwright.explain.steps import measure_steps, poor_account, slowed_by_profiling, unprofiled_step_s
 from meshwright.explain.words import ranks_text
 from meshwright.record import (
     Ended,
@@ -41,7 +41,10 @@ def explain_run(folder: RunFolder) -> Explanation:
     memory = compare_memory(events, prediction)
     mfu = mean_mfu(metrics)
     account = run_account(attempts, step.account if step is not None else None, mfu)
+    step_s = unprofiled_step_s(metrics, profiled_steps(events), newest)
     notes += notes_on(events, missing, prediction, step, newest)
+    if step is not None and step_s is not None:
+        notes += slowed_by_profiling(step.wall_s, step_s)
     findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction) if step is not None else [])
     return Explanation(
         path=str(folder.path),
@@ -59,7 +62,7 @@ def explain_run(folder: RunFolder) -> Explanation:
         prediction=prediction,
         step=step,
         difference=prediction.step - step.account if prediction is not None and step is not None else None,
-        step_s=unprofiled_step_s(metrics, profiled_steps(events), newest),
+        step_s=step_s,
         memory=memory,
         life=RunLife(account=account, yield_=yield_of(account)),
         faults=faults_of(numbers, attempts),
@@ -137,8 +140,7 @@ def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], num
         return "has not started"
     ended = {rank: line for rank, lines in events.items() for line in lines if isinstance(line, Ended)}
     if not ended:
-        faulty = any(isinstance(line, Fault) for lines in events.values() for line in lines)
-        return "ended with a fault" if faulty else "still running, or killed: no rank has written its end"
+        return "still running, or killed: no rank has written its end"
     hows = sorted({line.how for line in ended.values()})
     words = f"{' and '.join(hows)} at step {max(line.step for line in ended.values())}"
     open_ranks = [*(rank for rank in events if rank not in ended), *missing]

@@ -5,7 +5,12 @@ from statistics import median
 
 from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, StepAccount, mean, split_waits
 from meshwright.explain.explanation import MeasuredSteps
+from meshwright.explain.words import seconds_text
 from meshwright.record import Event, Metrics, Step
+
+
+# Profiled and other steps whose times differ by less than this share count as the same.
+ALIKE = 0.1
 
 
 def measure_steps(events: Mapping[int, Sequence[Event]]) -> MeasuredSteps | None:
@@ -92,7 +97,11 @@ def poor_account(step: MeasuredSteps) -> str | None:
     return None
 
 
-def compare(predicted: StepAccount, measured: StepAccount) -> list[tuple[str, float, float]]:
-    """(bucket, predicted seconds, measured seconds) of the buckets that either has."""
-    pairs = zip(predicted.rows(), measured.rows(), strict=True)
-    return [(name, p, m) for (name, p), (_, m) in pairs if p or m]
+def slowed_by_profiling(profiled_s: float, step_s: float) -> list[str]:
+    """A note where the profiled steps are not like the others, so that nobody takes their seconds for the run's."""
+    if abs(profiled_s / step_s - 1.0) <= ALIKE:
+        return []
+    return [
+        f"Profiled steps took {seconds_text(profiled_s)}, the others {seconds_text(step_s)}: the step account describes "
+        "the profiled ones, so trust its shares more than its seconds."
+    ]

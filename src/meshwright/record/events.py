@@ -27,12 +27,16 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """Held-out loss after `step` steps, nats per token (None: not finite): a line of metrics.jsonl beside the steps."""
+    """Held-out loss after `step` steps, nats per token (None: not finite): a line of metrics.jsonl beside the steps.
+
+    bigram_entropy: of the corpus, nats per token; a model that falls below it uses more than one token of context.
+    """
 
     step: int
     attempt: int
     time_s: float
     held_out_loss: float | None
+    bigram_entropy: float | None = None
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, tag="span", tag_field="event"):

@@ -16,6 +16,9 @@ MOST_POINTS = 1500
 # Ranks drawn one by one before the chart would be a wall.
 DRAWN_RANKS = 32
 BAR_HEIGHT = 44
+# With more bars than this they are drawn closer together.
+FEW_BARS = 8
+CLOSE_BAR_HEIGHT = 26
 AXES_HEIGHT = 68
 
 
@@ -113,7 +116,7 @@ def stacked(stacks: dict[str, list[float]], bars: Sequence[str], axis: str) -> F
     totals = [sum(values[i] for values in stacks.values()) for i in range(len(bars))]
     data = [bar_trace(name, values, bars, totals) for name, values in stacks.items()]
     layout: Figure = {
-        "height": AXES_HEIGHT + BAR_HEIGHT * len(bars),
+        "height": AXES_HEIGHT + (BAR_HEIGHT if len(bars) <= FEW_BARS else CLOSE_BAR_HEIGHT) * len(bars),
         "barmode": "relative",
         "bargap": 0.3,
         "showlegend": False,

@@ -13,7 +13,7 @@ from meshwright.spec.cluster import Cluster, Device
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.hardware import cluster_of, expand_cluster
 from meshwright.spec.job import Job, check_job
-from meshwright.spec.layout import AXES, Layout
+from meshwright.spec.layout import AXES
 from meshwright.spec.model import expand_model
 
 Table = dict[str, Any]
@@ -176,14 +176,14 @@ def encode_job(job: Job) -> str:
 
 
 def planning_job(
-    *, model: str, gpus: str, sequence: int, global_batch: int, layout: Layout, settings: Iterable[str] = ()
+    *, model: str, gpus: str, sequence: int, global_batch: int, settings: Iterable[str] = ()
 ) -> Job:
     """A job for planning alone: a named model on a described cluster ("8xh100", "4x8xh100")."""
     table: Table = {
         "run": {"name": "plan", "steps": 1},
         "model": {"name": model},
         "data": {"sequence": sequence, "global_batch": global_batch},
-        "layout": msgspec.to_builtins(layout),
+        "layout": {"shard": "all"},
         "cluster": {"gpus": gpus},
     }
     for setting in settings:

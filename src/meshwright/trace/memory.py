@@ -16,7 +16,9 @@ from meshwright.spec import Layout
 
 
 class MemoryProbe:
-    """Watches the steps in which it is `active`. On a GPU the caching allocator is asked; on a CPU, which has none, saved tensors are counted.
+    """Watches the steps in which it is `active`.
+
+    On a GPU the caching allocator is asked; on a CPU, which has none, tensors saved for backward are counted.
 
     Order of calls: `forward` around the first microbatch's forward pass, `states` when gradients and optimizer
     states are all there, `account` at the step's end.

@@ -7,7 +7,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from meshwright.record import Metrics, RunFolder
+from meshwright.record import Evaluation, Metrics, RunFolder
 from meshwright.spec import Job
 
 # Seconds between two plain lines.
@@ -21,7 +21,7 @@ class Display(Protocol):
         """Show a step."""
         ...
 
-    def evaluated(self, done: int, loss: float) -> None:
+    def evaluated(self, line: Evaluation) -> None:
         """Show a held-out loss."""
         ...
 
@@ -42,6 +42,13 @@ def describe(line: Metrics) -> str:
         words.append(f"MFU {line.mfu:.1%}")
     words.append(f"{line.memory_bytes / 2**30:.2f} GiB")
     return "  ".join(words)
+
+
+def describe_evaluation(line: Evaluation) -> str:
+    """A held-out loss, beside what knowing one token back would leave uncertain."""
+    loss = "not finite" if line.held_out_loss is None else f"{line.held_out_loss:.3f} nats per token"
+    against = f" (bigram entropy of the corpus: {line.bigram_entropy:.3f})" if line.bigram_entropy is not None else ""
+    return f"held-out loss after {line.step} steps: {loss}{against}"
 
 
 def opening(job: Job, first: int) -> str:
@@ -76,9 +83,9 @@ class PlainDisplay:
             left = (now - self._began) / (done - self._first) * (self._steps - done)
             print(f"step {done}/{self._steps}  {describe(line)}  {left:.0f} s left", flush=True)
 
-    def evaluated(self, done: int, loss: float) -> None:
+    def evaluated(self, line: Evaluation) -> None:
         """Print a held-out loss."""
-        print(f"held-out loss after {done} steps: {loss:.3f} nats per token", flush=True)
+        print(describe_evaluation(line), flush=True)
 
     def close(self, how: str) -> None:
         """Print how it ended."""
@@ -107,9 +114,9 @@ class LiveDisplay:
         """Move the bar."""
         self._progress.update(self._task, completed=line.step + 1, description=describe(line))
 
-    def evaluated(self, done: int, loss: float) -> None:
+    def evaluated(self, line: Evaluation) -> None:
         """Print a held-out loss above the bar."""
-        self._progress.console.print(f"held-out loss after {done} steps: {loss:.3f} nats per token")
+        self._progress.console.print(describe_evaluation(line))
 
     def close(self, how: str) -> None:
         """End the bar and print how the run ended."""

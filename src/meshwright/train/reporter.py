@@ -64,13 +64,20 @@ class Reporter:
             self._display.step(line)
         return float(totals.stop) > 0
 
-    def evaluated(self, done: int, loss: float | None) -> None:
-        """Write the held-out loss after `done` steps."""
+    def evaluated(self, done: int, loss: float | None, bigram_entropy: float | None) -> None:
+        """Write the held-out loss after `done` steps, and the corpus's bigram entropy to hold it against."""
         while self._waiting:
             self._report()
         if loss is not None and self._writer is not None and self._display is not None:
-            self._writer.append(Evaluation(step=done, attempt=self._attempt, time_s=time.time(), held_out_loss=loss))
-            self._display.evaluated(done, loss)
+            line = Evaluation(
+                step=done,
+                attempt=self._attempt,
+                time_s=time.time(),
+                held_out_loss=loss,
+                bigram_entropy=bigram_entropy,
+            )
+            self._writer.append(line)
+            self._display.evaluated(line)
 
     def close(self, how: str) -> None:
         """Report what is left and end the display."""
