@@ -53,7 +53,7 @@ def test_a_slow_rank_is_named_with_what_it_costs(tmp_path):
 
 def test_ranks_that_are_late_in_turn_are_not_accused_one_by_one(tmp_path):
     folder = a_run(tmp_path / "run", ranks=())
-    measured = [a_step(step, slow=slow, by=0.04) for step, slow in ((25, 0), (50, 1), (75, 2), (100, 3))]
+    measured = [a_step(step, slow=slow, by=0.08) for step, slow in ((25, 0), (50, 1), (75, 2), (100, 3))]
     for rank in range(4):
         write_rank(folder, 0, rank, steps=range(1, 101), measured=[step[rank] for step in measured])
     found = explain_run(folder)

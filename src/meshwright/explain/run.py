@@ -43,8 +43,8 @@ def explain_run(folder: RunFolder) -> Explanation:
     account = run_account(attempts, step.account if step is not None else None, mfu)
     step_s = unprofiled_step_s(metrics, profiled_steps(events), newest)
     notes += notes_on(events, missing, prediction, step, newest)
-    if step is not None and step_s is not None:
-        notes += slowed_by_profiling(step.wall_s, step_s)
+    if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
+        notes.append(slowed)
     findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction) if step is not None else [])
     return Explanation(
         path=str(folder.path),

@@ -3,11 +3,10 @@
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
-from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, StepAccount, mean, split_waits
+from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, mean, split_waits
 from meshwright.explain.explanation import MeasuredSteps
 from meshwright.explain.words import seconds_text
 from meshwright.record import Event, Metrics, Step
-
 
 # Profiled and other steps whose times differ by less than this share count as the same.
 ALIKE = 0.1
@@ -97,11 +96,9 @@ def poor_account(step: MeasuredSteps) -> str | None:
     return None
 
 
-def slowed_by_profiling(profiled_s: float, step_s: float) -> list[str]:
-    """A note where the profiled steps are not like the others, so that nobody takes their seconds for the run's."""
+def slowed_by_profiling(profiled_s: float, step_s: float) -> str | None:
+    """A sentence where the profiled steps are not like the others, so that nobody takes their seconds for the run's."""
     if abs(profiled_s / step_s - 1.0) <= ALIKE:
-        return []
-    return [
-        f"Profiled steps took {seconds_text(profiled_s)}, the others {seconds_text(step_s)}: the step account describes "
-        "the profiled ones, so trust its shares more than its seconds."
-    ]
+        return None
+    times = f"Profiled steps took {seconds_text(profiled_s)}, the others {seconds_text(step_s)}"
+    return f"{times}: the step account describes the profiled ones, so trust its shares more than its seconds."
