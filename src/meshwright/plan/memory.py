@@ -15,9 +15,11 @@ STATE_BYTES = 4
 # about 1 GiB more for NCCL's channels at its defaults. Assumed until measured by trace (memory account, `framework`).
 CONTEXT_BYTES = 0.5 * 2**30
 NCCL_BYTES = 1.0 * 2**30
-# Resident set of a Python process that has imported torch (CPU build) and trained one step of a tiny model:
-# about 0.35 GiB, 2026-11-22, torch 2.13.
-CPU_PROCESS_BYTES = 0.35 * 2**30
+# Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
+# torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 153 and 215 MB
+# in 1 and 4 processes there.
+CPU_PROCESS_BYTES = 289e6
+CPU_SCRATCH_BYTES = 180e6
 # Reserved by the caching allocator and not in use. Assumed; it matters near the limit, where retries also cost time
 # (notes on GPU baselines: microbatch 3 at the limit fell from 9,982 to 8,355 tokens/s).
 FRAGMENTATION_SHARE = 0.03
@@ -88,23 +90,26 @@ def activation_bytes(job: Job) -> float:
     token_bytes = BYTES[job.layout.precision] * saved_elements(job.model, compiled=job.cluster.device.kind == "cuda")
     # Attention's log-sum-exp and two norms' reciprocal roots, fp32.
     token_bytes += 4 * (job.model.heads + 2)
-    # Beside the blocks: the embedding's output is the first block's input, counted there; the last block's output,
-    # normed, goes to the head (x and the norm's output).
-    outside = 2 * job.model.d_model * BYTES[job.layout.precision]
-    return float(tokens * (job.model.layers * token_bytes + outside))
+    # Beside the blocks: the embedding keeps its int64 tokens (its output is the first block's input, counted there);
+    # the final norm its input, that scaled (eager composite on a CPU) and a root; the head the norm's output.
+    norms = (3 if job.cluster.device.kind == "cpu" else 2) * job.model.d_model
+    outside_bytes = 8 + norms * BYTES[job.layout.precision] + 4
+    # cos and sin, fp32, once for all blocks and sequences.
+    tables_bytes = 2 * job.data.sequence * job.model.head_dim // 2 * 4
+    return float(tokens * (job.model.layers * token_bytes + outside_bytes) + tables_bytes)
 
 
 def saved_elements(model: ModelSpec, *, compiled: bool) -> int:
     """Elements a token that one block keeps for its backward pass.
 
     Residual inputs of the two norms 2D; the norms' outputs, which the projections keep, 2D; queries and attention's
-    output 2HE; keys and values 2KE; gate, up and their product 3F. Eager code keeps two more F-sized (silu's output)
-    and D-sized tensors (the norms' scaled inputs), 2D + F; tests hold that sum to the built block.
+    output 2HE; keys and values 2KE; gate, up and their product 3F. Eager code on a CPU keeps besides: the norms' scaled
+    inputs 2D, attention's output once more with heads innermost HE, and silu's output F; a test holds that sum to the
+    built model.
     """
-    attention = 2 * model.heads * model.head_dim + 2 * model.kv_heads * model.head_dim
-    if compiled:
-        return 4 * model.d_model + attention + 3 * model.feed_forward
-    return 6 * model.d_model + attention + 4 * model.feed_forward
+    width = model.heads * model.head_dim
+    fused = 4 * model.d_model + 2 * width + 2 * model.kv_heads * model.head_dim + 3 * model.feed_forward
+    return fused if compiled else fused + 2 * model.d_model + width + model.feed_forward
 
 
 def logits_bytes(job: Job) -> float:
@@ -163,7 +168,7 @@ def framework_bytes(job: Job) -> float:
 
 
 def fragmentation_bytes(job: Job, account: MemoryAccount) -> float:
-    """Share of what the allocator hands out; a CPU process returns large blocks to the system."""
+    """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
     if job.cluster.device.kind == "cpu":
-        return 0.0
+        return CPU_SCRATCH_BYTES
     return FRAGMENTATION_SHARE * (account.total() - account.framework)

@@ -1,0 +1,146 @@
+"""Predicted bytes: states against hand calculation, what is whole when, and activations against the built model."""
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from meshwright.models import build_model
+from meshwright.plan import predict_memory
+from meshwright.plan.machine import cpu_cluster
+from meshwright.plan.memory import (
+    CPU_PROCESS_BYTES,
+    activation_bytes,
+    count_tensors,
+    gathered_bytes,
+    local_parameters,
+    parameter_groups,
+    reduction_bytes,
+)
+from meshwright.spec import (
+    DataSettings,
+    Job,
+    Layout,
+    ModelSpec,
+    OptimizerSettings,
+    RunSettings,
+    count_parameters,
+    parameter_shapes,
+)
+from meshwright.spec.decode import planning_job
+
+# Vocabulary and feed-forward that 4 does not divide: the last rank holds less.
+ODD = ModelSpec(layers=2, d_model=8, heads=2, kv_heads=1, head_dim=4, feed_forward=6, vocabulary=13)
+
+
+def cpu_job(model: ModelSpec, layout: Layout, *, global_batch: int = 8, sequence: int = 16, optimizer: str = "adamw"):
+    return Job(
+        run=RunSettings(name="test", steps=1),
+        model=model,
+        data=DataSettings(sequence=sequence, global_batch=global_batch),
+        optimizer=OptimizerSettings(name="sgd" if optimizer == "sgd" else "adamw"),
+        layout=layout,
+        cluster=cpu_cluster(layout.world_size),
+    )
+
+
+def gpu_job(model: str, gpus: str, *settings: str, sequence: int = 8192, global_batch: int = 8) -> Job:
+    return planning_job(model=model, gpus=gpus, sequence=sequence, global_batch=global_batch, settings=settings)
+
+
+def test_states_of_one_process_by_hand() -> None:
+    # Embedding and head 13 x 8 each, final norm 8; a block: norms 8 + 8, query 8 x 8, key and value 4 x 8, output
+    # 8 x 8, gate and up 6 x 8, down 8 x 6.
+    whole = 2 * 104 + 8 + 2 * (16 + 64 + 2 * 32 + 64 + 3 * 48)
+    memory = predict_memory(cpu_job(ODD, Layout(precision="fp32")))
+    assert (memory.parameters, memory.gradients) == (4 * whole, 4 * whole)
+    assert memory.optimizer_states == 2 * 4 * whole + 4 * (3 + 2 * 9)
+
+
+def test_the_fullest_rank_holds_ceiled_rows() -> None:
+    # Over 4 ranks: 13 rows give 4, 8 give 2, 4 give 1, 6 give 2.
+    block = 2 + 2 + 2 * 8 + 1 * 8 + 1 * 8 + 2 * 8 + 2 * 8 + 2 * 8 + 2 * 6
+    local = 2 * 4 * 8 + 2 + 2 * block
+    assert local_parameters(ODD, 4) == local
+    memory = predict_memory(cpu_job(ODD, Layout(shard=4, precision="fp32")))
+    assert memory.parameters == 4 * local
+    assert memory.optimizer_states == 8 * local + 4 * 21
+
+
+def test_sgd_has_no_states() -> None:
+    assert predict_memory(cpu_job(ODD, Layout(), optimizer="sgd")).optimizer_states == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_groups_and_tensors_are_the_whole_model(tied: bool) -> None:
+    model = msgspec.structs.replace(ODD, tied_embeddings=tied)
+    groups = parameter_groups(model)
+    assert groups.whole() == count_parameters(model) == local_parameters(model, 1)
+    assert count_tensors(model) == len(parameter_shapes(model))
+    assert bool(groups.head) != tied
+
+
+def test_what_each_zero_holds_whole() -> None:
+    def buffers(layout: Layout) -> tuple[float, float]:
+        job = cpu_job(ODD, layout)
+        return gathered_bytes(job), reduction_bytes(job)
+
+    groups = parameter_groups(ODD)
+    ends, whole = groups.root + groups.head, groups.whole()
+    in_flight = groups.block * (2 + 4)
+    # 8 sequences over 2 ranks in microbatches of 1: four of them. A gather's own buffer is as large as a group.
+    largest = max(groups.block, groups.head, groups.root)
+    assert buffers(Layout(shard=2, zero=3)) == (2 * (ends + 2 * groups.block + largest), in_flight)
+    assert buffers(Layout(shard=2, zero=2)) == (2 * (whole + largest), in_flight)
+    assert buffers(Layout(shard=2, zero=1)) == (2 * (whole + largest), in_flight + 4 * whole)
+    assert buffers(Layout(replica=2)) == (2 * whole, in_flight + 4 * whole)
+    # One microbatch: nothing is kept for a second one.
+    assert buffers(Layout(replica=2, microbatch=4)) == (2 * (ends + 2 * groups.block), in_flight)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_activations_are_what_the_built_model_keeps(kv_heads: int) -> None:
+    spec = ModelSpec(layers=3, d_model=64, heads=4, kv_heads=kv_heads, head_dim=16, feed_forward=96, vocabulary=50)
+    microbatch, sequence = 2, 64
+    model = build_model(spec, "cpu")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.zeros(microbatch, sequence, dtype=torch.int64))
+    built = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+    job = cpu_job(spec, Layout(microbatch=microbatch, precision="fp32"), global_batch=2, sequence=sequence)
+    assert activation_bytes(job) == pytest.approx(built, rel=1e-3)
+
+
+def test_the_process_itself_counts() -> None:
+    assert predict_memory(cpu_job(ODD, Layout())).framework == CPU_PROCESS_BYTES
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "sequence", "microbatch", "reserved_gib"),
+    [
+        ("4xh200", "llama3-8b", 8192, 1, 74),
+        ("2xh200", "llama3-8b", 8192, 1, 104),
+        ("2xh200", "llama-1b-untied", 4096, 8, 68),
+        ("1xh200", "llama-1b-untied", 4096, 8, 79),
+    ],
+)
+def test_peaks_measured_on_h200s(gpus: str, model: str, sequence: int, microbatch: int, reserved_gib: float) -> None:
+    """Reserved memory of torchtitan's runs in the notes on GPU baselines: a check of the terms, not of our trainer."""
+    ranks = int(gpus[0])
+    job = gpu_job(
+        model,
+        gpus,
+        f"layout.shard={ranks}",
+        f"layout.microbatch={microbatch}",
+        sequence=sequence,
+        global_batch=ranks * microbatch,
+    )
+    memory = predict_memory(job)
+    reserved = memory.total() - memory.framework
+    assert reserved / 2**30 == pytest.approx(reserved_gib, rel=0.15)
