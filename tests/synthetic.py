@@ -158,8 +158,8 @@ def a_memory(scale: float = 1.0) -> MemoryAccount:
 def write_metrics(folder: RunFolder, steps: range, *, attempt: int = 0, step_s: float = 0.25, mfu: float | None = 0.4):
     """A loss that falls from 5.5 towards 2, and an evaluation at each end."""
     writer = LineWriter(folder.metrics)
-    for step in (0, *steps):
-        if step in (0, steps[-1]):
+    for step in (*steps, steps[-1] + 1):
+        if step in (0, steps[-1] + 1):
             held_out = 2.0 + 3.5 * 0.97**step + 0.05
             writer.append(Evaluation(step=step, attempt=attempt, time_s=step * step_s, held_out_loss=held_out))
         if step in steps:
@@ -231,14 +231,14 @@ def a_run(
     job = a_job(name, peak=peak)
     folder = create_run(path, encode_job(job))
     attempt = start_attempt(folder, a_prediction(job))
-    write_metrics(folder, range(1, 101), mfu=0.4 if peak else None)
+    write_metrics(folder, range(100), mfu=0.4 if peak else None)
     measured = [a_step(step, slow=slow, by=by) for step in profiled]
     for rank in ranks:
         write_rank(
             folder,
             attempt,
             rank,
-            steps=range(1, 101),
+            steps=range(100),
             measured=[step[rank] for step in measured],
             memory=a_memory(1.0 + 0.1 * rank),
         )

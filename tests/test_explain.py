@@ -19,7 +19,7 @@ def said(explanation: Explanation) -> str:
 def test_a_healthy_run(tmp_path):
     found = explain_run(a_run(tmp_path / "run"))
     assert found.name == "run" and found.job == a_job()
-    assert (found.attempts, found.attempt, found.ending) == (1, 0, "finished at step 100")
+    assert (found.attempts, found.attempt, found.ending) == (1, 0, "finished")
     assert (found.world_size, found.ranks, found.missing_ranks) == (4, (0, 1, 2, 3), ())
     assert len(found.metrics) == 100 and len(found.evaluations) == 2
     assert found.step_s == pytest.approx(0.25)
@@ -159,7 +159,7 @@ def test_a_missing_rank_is_named(tmp_path):
     found = explain_run(a_run(tmp_path / "run", ranks=(0, 1, 3)))
     assert found.missing_ranks == (2,)
     assert "No events from rank 2" in said(found)
-    assert found.ending == "finished at step 100; no end from rank 2"
+    assert found.ending == "finished; no end from rank 2"
     assert found.step is not None and list(found.step.ranks) == [0, 1, 3]
 
 
@@ -198,16 +198,18 @@ def test_an_account_that_does_not_close_is_called_poor(tmp_path):
     assert "does not close" in said(explain_run(folder)) and "rank 1" in said(explain_run(folder))
 
 
-def findings_of(account: StepAccount) -> str:
+def findings_of(account: StepAccount, *, cpu: bool = False) -> str:
     steps = [msgspec.structs.replace(one, account=account, transfers=()) for one in a_step(5)]
     measured = measure_steps({one.rank: [Step(measured=one)] for one in steps})
     assert measured is not None
-    return " ".join(f.what for f in find_in_step(measured, a_prediction(a_job())))
+    return " ".join(f.what for f in find_in_step(measured, a_prediction(a_job()), cpu=cpu))
 
 
 def test_findings_name_the_cause():
-    assert "input-bound" in findings_of(StepAccount(useful=0.8, input=0.2))
-    assert "host-bound" in findings_of(StepAccount(useful=0.8, host=0.2))
+    assert "input-bound" in findings_of(StepAccount(useful=0.7, input=0.3))
+    assert "host-bound" in findings_of(StepAccount(useful=0.7, host=0.3))
+    assert "The host bucket costs time: devices idle" in findings_of(StepAccount(useful=0.9, host=0.1))
+    assert "Python runs outside operators" in findings_of(StepAccount(useful=0.9, host=0.1), cpu=True)
     text = findings_of(StepAccount(useful=0.10, inefficiency=0.09, optimizer=0.01, comm_shard=0.2))
     assert "goes to comm.shard" in text and "off on comm.shard: it predicted 40.0 ms, measured 200 ms" in text
     assert "input-bound" not in text and "host-bound" not in text
@@ -224,8 +226,8 @@ def test_a_loss_that_stops_being_a_number_is_a_finding(tmp_path):
     folder = a_run(tmp_path / "run")
     writer = LineWriter(folder.metrics)
     line = explain_run(folder).metrics[-1]
-    writer.append(msgspec.structs.replace(line, step=101, loss=float("nan")))
-    assert "not a finite number from step 101 on" in said(explain_run(folder))
+    writer.append(msgspec.structs.replace(line, step=100, loss=float("nan")))
+    assert "not a finite number from step 100 on" in said(explain_run(folder))
 
 
 def test_the_first_step_of_an_attempt_does_not_set_the_step_time(tmp_path):

@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from io import StringIO
+from pathlib import Path
 
 import msgspec
 import plotly.graph_objects as go
@@ -46,7 +49,7 @@ def test_the_text_says_what_the_run_was_and_where_its_time_went(tmp_path):
     text = printed(explain_run(a_run(tmp_path / "run", slow=2, by=0.04)))
     for part in (
         "run · shard 4, zero 3, microbatch 1 · 4 x toy",
-        "loss 5.395 -> 2.166",
+        "loss 5.500 -> 2.172 nats in 100 steps",
         "held-out 5.550 -> 2.216",
         "250 ms predicted",
         "comm.shard",
@@ -185,7 +188,7 @@ def test_a_long_curve_is_thinned_and_a_loss_that_is_no_number_leaves_a_gap(tmp_p
     points = thinned(lines)
     assert len(points) <= 1500 and points[-1][0] == 10_000
     assert points[0][1] == pytest.approx(4.0), "the mean of steps 1 to 7"
-    assert thinned([msgspec.structs.replace(line, loss=None)]) == [(1, None)]
+    assert thinned([msgspec.structs.replace(line, loss=None)]) == [(line.step, None)]
     assert thinned([]) == []
 
 
@@ -195,3 +198,23 @@ def test_of_many_ranks_the_interesting_ones_are_drawn():
     assert step is not None
     drawn = drawn_ranks(step)
     assert len(drawn) == DRAWN_RANKS and 50 in drawn and drawn == sorted(drawn)
+
+
+def test_the_docs_define_every_word():
+    text = (Path(__file__).parents[1] / "docs" / "accounts.md").read_text()
+    step, run, memory = re.split(r"^## The (?:run|memory) account$", text, flags=re.MULTILINE)
+    for words, chapter in (
+        (MEANINGS, step),
+        ([name for name, _ in RunAccount().rows()], run),
+        (MEMORY_MEANINGS, memory),
+    ):
+        assert re.findall(r"^\| `([\w.]+)` \|", chapter, re.MULTILINE)[: len(words)] == list(words)
+
+
+def test_importing_loads_nothing_that_draws():
+    program = (
+        "import sys; import meshwright.explain, meshwright.report.explain, meshwright.report.html;"
+        "print(*({'rich', 'plotly', 'torch', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""

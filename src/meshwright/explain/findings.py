@@ -7,6 +7,8 @@ from meshwright.record import Metrics, Prediction
 
 # A cause smaller than this share of the step is not worth a sentence.
 WORTH_SAYING = 0.05
+# A wait of this share of the step is what the run is bound by.
+BOUND = 0.2
 # A prediction further off than this, in a bucket worth saying something about, is called wrong.
 PREDICTION_OFF = 0.25
 # Where the second rank is waited for this much of what the first is, naming only the first would accuse it wrongly.
@@ -15,10 +17,10 @@ IN_TURN = 0.6
 NOT_PREDICTED = ("straggler", "other")
 
 
-def find_in_step(step: MeasuredSteps, prediction: Prediction | None) -> list[Finding]:
+def find_in_step(step: MeasuredSteps, prediction: Prediction | None, *, cpu: bool) -> list[Finding]:
     """Findings from the measured step, the largest loss first."""
     findings = [largest_loss(step.account), straggling_rank(step), waiting_on_input(step.account)]
-    findings.append(waiting_on_host(step.account))
+    findings.append(waiting_on_host(step.account, cpu=cpu))
     if prediction is not None:
         findings += wrong_predictions(prediction.step, step.account)
     return [finding for finding in findings if finding is not None]
@@ -62,22 +64,22 @@ def straggling_rank(step: MeasuredSteps) -> Finding | None:
 
 def waiting_on_input(account: StepAccount) -> Finding | None:
     """Whether the next batch comes too late."""
-    if account.share("input") <= WORTH_SAYING:
-        return None
-    return Finding(
-        what="The run is input-bound: devices wait for the next batch.",
-        evidence=of_step(account.input, account.total()),
-    )
+    return waiting_on("input", account, "devices wait for the next batch")
 
 
-def waiting_on_host(account: StepAccount) -> Finding | None:
-    """Whether work is launched too late."""
-    if account.share("host") <= WORTH_SAYING:
+def waiting_on_host(account: StepAccount, *, cpu: bool) -> Finding | None:
+    """Whether work is launched too late; on a CPU, where the process is the device, whether Python takes its time."""
+    why = "Python runs outside operators, and nothing computes" if cpu else "devices idle until late work is launched"
+    return waiting_on("host", account, why)
+
+
+def waiting_on(bucket: str, account: StepAccount, why: str) -> Finding | None:
+    """A bucket worth saying something about, called the run's bound where it is large."""
+    share = account.share(bucket)
+    if share <= WORTH_SAYING:
         return None
-    return Finding(
-        what="The run is host-bound: devices idle because their next work is launched late.",
-        evidence=of_step(account.host, account.total()),
-    )
+    what = f"The run is {bucket}-bound: {why}." if share > BOUND else f"The {bucket} bucket costs time: {why}."
+    return Finding(what=what, evidence=of_step(share * account.total(), account.total()))
 
 
 def wrong_predictions(predicted: StepAccount, measured: StepAccount) -> list[Finding]:

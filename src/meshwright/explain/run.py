@@ -45,7 +45,8 @@ def explain_run(folder: RunFolder) -> Explanation:
     notes += notes_on(events, missing, prediction, step, newest)
     if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
         notes.append(slowed)
-    findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction) if step is not None else [])
+    cpu = job is not None and job.cluster.device.kind == "cpu"
+    findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction, cpu=cpu) if step is not None else [])
     return Explanation(
         path=str(folder.path),
         name=job.run.name if job is not None else folder.path.name,
@@ -141,8 +142,9 @@ def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], num
     ended = {rank: line for rank, lines in events.items() for line in lines if isinstance(line, Ended)}
     if not ended:
         return "still running, or killed: no rank has written its end"
-    hows = sorted({line.how for line in ended.values()})
-    words = f"{' and '.join(hows)} at step {max(line.step for line in ended.values())}"
+    words = " and ".join(sorted({line.how for line in ended.values()}))
+    if words != "finished":
+        words += f" at step {max(line.step for line in ended.values())}"
     open_ranks = [*(rank for rank in events if rank not in ended), *missing]
     return f"{words}; no end from {ranks_text(sorted(open_ranks))}" if open_ranks else words
 

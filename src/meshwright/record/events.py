@@ -7,7 +7,7 @@ from meshwright.spec import Layout
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """One training step of the whole job: a line of metrics.jsonl.
+    """One training step of the whole job: a line of metrics.jsonl. Steps are counted from 0.
 
     loss: mean over the global batch's tokens, nats; None where it was not a finite number (JSON has no such thing),
     so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;

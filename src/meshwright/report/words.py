@@ -37,6 +37,10 @@ RUN_MEANINGS = {
 }
 
 
+# Less than this share of what was paid would print as 0.0%.
+NEGLIGIBLE = 5e-4
+
+
 class Row(msgspec.Struct, frozen=True):
     """A line of a table: predicted and measured in the table's unit, None where there is none."""
 
@@ -94,11 +98,11 @@ def total(rows: Sequence[Row], side: Literal["predicted", "measured"]) -> float:
 
 
 def run_rows(account: RunAccount) -> list[tuple[str, str, float]]:
-    """(part, meaning, device-seconds) of the run account, the steps in two parts; zero rows left out."""
+    """(part, meaning, device-seconds) of the run account, the steps in two parts; rows that print as 0 left out."""
     useful, steps = account.steps.useful, account.steps.total()
     parts = [("useful", useful), ("rest of the steps", steps - useful)] if useful > 0 else [("steps", steps)]
     parts += [row for row in account.rows() if row[0] != "steps"]
-    return [(name, RUN_MEANINGS[name], seconds) for name, seconds in parts if seconds]
+    return [(name, RUN_MEANINGS[name], seconds) for name, seconds in parts if seconds > NEGLIGIBLE * account.total()]
 
 
 def run_line(explanation: Explanation) -> str:
@@ -121,11 +125,11 @@ def learned_line(explanation: Explanation) -> str:
     metrics = explanation.metrics
     if not metrics:
         return "no training step recorded yet"
-    job = explanation.job
-    of = f" of {job.run.steps}" if job is not None and metrics[-1].step != job.run.steps else ""
-    line = f"loss {loss_text(metrics[0].loss)} -> {loss_text(metrics[-1].loss)} nats by step {metrics[-1].step}{of}"
+    job, steps = explanation.job, metrics[-1].step + 1
+    of = f" of {job.run.steps}" if job is not None and steps != job.run.steps else ""
+    line = f"loss {loss_text(metrics[0].loss)} -> {loss_text(metrics[-1].loss)} nats in {steps}{of} steps"
     if job is not None:
-        line += f", {count_text(len(metrics) * job.data.global_batch * job.data.sequence)} tokens"
+        line += f", {count_text(steps * job.data.global_batch * job.data.sequence)} tokens"
     held_out = explanation.evaluations
     if len(held_out) == 1:
         line += f"; held-out {loss_text(held_out[0].held_out_loss)}"
