@@ -83,6 +83,7 @@ def fake_smi(monkeypatch: pytest.MonkeyPatch, listing: str, code: int = 0) -> No
 def test_gpus_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_smi(monkeypatch, "NVIDIA H200, 143771 MiB\nNVIDIA H200, 143771 MiB\n")
     assert local_cluster(4).label() == "2 x h200"
+    assert local_cluster(4).device.memory_bytes == 143771 * 2**20  # more than the datasheet's 141 GB
     assert local_cluster(4, visible="1").label() == "1 x h200"
     assert local_cluster(4, visible="").device.kind == "cpu"
     assert local_cluster(4, visible="-1").device.kind == "cpu"

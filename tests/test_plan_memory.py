@@ -93,7 +93,9 @@ def test_what_each_zero_holds_whole() -> None:
     assert buffers(Layout(shard=2, zero=3)) == (2 * (ends + 2 * groups.block + largest), in_flight)
     assert buffers(Layout(shard=2, zero=2)) == (2 * (whole + largest), in_flight)
     assert buffers(Layout(shard=2, zero=1)) == (2 * (whole + largest), in_flight + 4 * whole)
-    assert buffers(Layout(replica=2)) == (2 * whole, in_flight + 4 * whole)
+    # A replica has no other rank to gather from, but FSDP makes and frees its compute copies all the same.
+    assert buffers(Layout(replica=2)) == (2 * (ends + 2 * groups.block), in_flight + 4 * whole)
+    assert buffers(Layout(replica=2, zero=2))[0] == 2 * whole
     # One microbatch: nothing is kept for a second one.
     assert buffers(Layout(replica=2, microbatch=4)) == (2 * (ends + 2 * groups.block), in_flight)
 

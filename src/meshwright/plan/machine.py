@@ -44,13 +44,14 @@ def local_cluster(processes: int, visible: str | None = None) -> Cluster:
     if not gpus:
         return cpu_cluster(processes)
     name, memory_bytes = gpus[0]
-    row = match_gpu(name) or unknown_gpu(name, memory_bytes)
-    return node_cluster(row, len(gpus))
+    return gpu_cluster(match_gpu(name) or unknown_gpu(name, memory_bytes), len(gpus), memory_bytes)
 
 
-def node_cluster(row: Node, devices: int) -> Cluster:
-    """One node of a known device."""
-    return Cluster(device=row.device, devices_per_node=devices, intra=row.intra, inter=row.inter)
+def gpu_cluster(row: Node, devices: int, memory_bytes: float) -> Cluster:
+    """One node of GPUs with the memory that the driver reports: more than the datasheet's GB, which mean GiB."""
+    source = f"{row.device.source}; memory as nvidia-smi reports it"
+    device = msgspec.structs.replace(row.device, memory_bytes=memory_bytes, source=source)
+    return Cluster(device=device, devices_per_node=devices, intra=row.intra, inter=row.inter)
 
 
 def local_gpus() -> list[tuple[str, float]]:

@@ -125,14 +125,6 @@ def logits_bytes(job: Job) -> float:
     return float(elements * (BYTES[job.layout.precision] + 4 if compiled else 3 * 4))
 
 
-def keeps_parameters(job: Job) -> bool:
-    """Whether gathered parameters stay from forward to backward: zero 1 and 2, and replicas that accumulate."""
-    layout = job.layout
-    if layout.shard == 1:
-        return layout.accumulation(job.data.global_batch) > 1
-    return layout.zero < 3
-
-
 def gathered_bytes(job: Job) -> float:
     """Parameters in compute precision beside the fp32 masters.
 
@@ -142,7 +134,7 @@ def gathered_bytes(job: Job) -> float:
     """
     groups, layout = parameter_groups(job.model), job.layout
     elements = groups.root + groups.head + min(2, groups.layers) * groups.block
-    if keeps_parameters(job):
+    if layout.zero < 3:
         elements = groups.whole()
     if layout.shard > 1:
         elements += max(groups.block, groups.head, groups.root)

@@ -57,16 +57,15 @@ def walk_step(job: Job) -> Walk:
     pieces, layout = build_pieces(job), job.layout
     overlaps = rates_of(job.cluster.device).overlaps
     microbatches = accumulation_of(job)
-    # Replicas alone, and zero 1, keep whole parameters and gradients from the first microbatch to the last.
+    # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.
     holds = layout.shard == 1 or layout.zero == 1
-    regathers = layout.zero == 3 and not (layout.shard == 1 and microbatches > 1)
 
     def pass_over(*, first: bool, last: bool) -> Walk:
         forward = walk_forward(pieces, gathers=first or not holds, overlaps=overlaps)
         reduces = last or not holds
         return forward + walk_backward(
             pieces,
-            gathers=regathers,
+            gathers=layout.zero == 3,
             scatters=reduces,
             all_reduces=last and layout.replica > 1,
             overlaps=overlaps,

@@ -175,7 +175,7 @@ def match_gpu(name: str) -> Node | None:
 
 def unknown_gpu(name: str, memory_bytes: float) -> Node:
     """A GPU outside the table: its memory as the driver reports it, its peaks unknown, links as of a PCIe card."""
-    source = "memory as nvidia-smi reports it; not in the hardware table, so peaks are unknown"
+    source = "not in the hardware table, so peaks are unknown"
     return Node(device=_gpu(name, memory_bytes, 0, 0, 0, source), intra=PCIE_4, inter=ETHERNET_100)
 
 
