@@ -161,7 +161,7 @@ def notes_on(
     if attempt is None:
         return ["No attempt has started yet, so there is nothing to explain."]
     if missing:
-        notes.append(f"No events from {ranks_text(missing)}; what they did and waited for is not in the accounts.")
+        notes.append(f"No events from {ranks_text(missing)}: not in the accounts, and waits for them show as transfer.")
     if prediction is None:
         notes.append("plan.json is missing or cannot be read, so nothing is compared with a prediction.")
     if step is None:
