@@ -1,6 +1,5 @@
 """Loading: each rank reads the parts it needs, whatever layout wrote them."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
 
-from meshwright.checkpoint.manifest import Entry, Manifest, Part, local_part, read_manifest
+from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, local_part, read_manifest
 from meshwright.checkpoint.save import saved_steps
 from meshwright.record import RunFolder
 from meshwright.spec import SettingError
@@ -105,10 +104,10 @@ class Reader:
         if file in self._checked:
             return
         path = self._folder / file
-        size, digest = self._manifest.files.get(file, (0, ""))
+        size, crc32 = self._manifest.files.get(file, (0, 0))
         try:
             with path.open("rb") as opened:
-                whole = path.stat().st_size == size and hashlib.file_digest(opened, "sha256").hexdigest() == digest
+                whole = path.stat().st_size == size and checksum(opened) == crc32
         except OSError as error:
             raise SettingError(f"checkpoint {self._folder}", f"{file}: {error.strerror}", "an earlier step") from None
         if not whole:

@@ -1,6 +1,5 @@
 """Saving: every rank writes its part, the manifest comes last, and a rename makes the checkpoint exist."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,16 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from meshwright.checkpoint.manifest import MANIFEST, Entry, Manifest, Part, ShardIndex, local_part, named_state
+from meshwright.checkpoint.manifest import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    Part,
+    ShardIndex,
+    checksum,
+    local_part,
+    named_state,
+)
 from meshwright.record import RunFolder, replace_text
 from meshwright.spec import Layout
 
@@ -72,8 +80,8 @@ def write_shard(partial: Path, rank: int, model: nn.Module, optimizer: Optimizer
     save_file(tensors, partial / file)
     with (partial / file).open("rb") as written:
         os.fsync(written.fileno())
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
-    index = ShardIndex(entries=entries, file=file, bytes=(partial / file).stat().st_size, sha256=digest)
+        crc32 = checksum(written)
+    index = ShardIndex(entries=entries, file=file, bytes=(partial / file).stat().st_size, crc32=crc32)
     replace_text(partial / f"rank-{rank}.json", msgspec.json.encode(index).decode())
 
 
@@ -89,10 +97,10 @@ def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
 def finish(partial: Path, final: Path, step: int, layout: Layout) -> None:
     """Join the ranks' indices into the manifest and rename the folder into place."""
     entries: dict[str, Entry] = {}
-    files: dict[str, tuple[int, str]] = {}
+    files: dict[str, tuple[int, int]] = {}
     for path in sorted(partial.glob("rank-*.json")):
         index = msgspec.json.decode(path.read_bytes(), type=ShardIndex)
-        files[index.file] = (index.bytes, index.sha256)
+        files[index.file] = (index.bytes, index.crc32)
         for name, entry in index.entries.items():
             entries.setdefault(name, Entry(shape=entry.shape, parts=[])).parts.extend(entry.parts)
         path.unlink()

@@ -222,7 +222,7 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
     if best.layout.world_size > 1:
         gain, ranks = one.step_s / best.step_s, best.layout.world_size
         return (
-            f"One {device} is enough: {fits}, {one.step_s:.3g} s a step. {ranks} are predicted {gain:.2g} times as "
+            f"One {device} is enough: {fits}, {one.step_s:.3g} s a step. {ranks} are predicted {gain:.3g} times as "
             f"fast ({100 * gain / ranks:.0f}% of linear): {in_words(best)}."
         )
     return f"One {device} is enough: {fits}{compare_own(own, one, device)}."

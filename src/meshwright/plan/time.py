@@ -68,6 +68,7 @@ def walk_step(job: Job) -> Walk:
             gathers=layout.zero == 3,
             scatters=reduces,
             all_reduces=last and layout.replica > 1,
+            accumulates=holds and microbatches > 1,
             overlaps=overlaps,
         )
 

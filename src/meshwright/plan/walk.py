@@ -45,7 +45,9 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
     return Walk(compute_s=compute_s, shard_s=shard_s, exposed_shard_s=waited_s)
 
 
-def walk_backward(pieces: Sequence[Piece], *, gathers: bool, scatters: bool, all_reduces: bool, overlaps: bool) -> Walk:
+def walk_backward(
+    pieces: Sequence[Piece], *, gathers: bool, scatters: bool, all_reduces: bool, accumulates: bool, overlaps: bool
+) -> Walk:
     """A backward pass, from the last piece to the first.
 
     Gathers and reductions share the links and are sent in the order in which FSDP issues them: the next piece's
@@ -58,7 +60,10 @@ def walk_backward(pieces: Sequence[Piece], *, gathers: bool, scatters: bool, all
     reduced_s = [(p.scatter_s if scatters else 0.0) + (p.all_reduce_s if all_reduces else 0.0) for p in order]
     reduces = scatters or all_reduces
     computed_s = [
-        p.backward_s + (p.copy_out_s if gathers and index else 0.0) + (p.copy_in_s if reduces else 0.0)
+        p.backward_s
+        + (p.copy_out_s if gathers and index else 0.0)
+        + (p.copy_in_s if reduces else 0.0)
+        + (p.accumulate_s if accumulates else 0.0)
         for index, p in enumerate(order)
     ]
     shard_s = sum(gathered_s) + (sum(p.scatter_s for p in order) if scatters else 0.0)

@@ -19,13 +19,15 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """One FSDP group with what runs while it is whole: the embedding (root), a block, or the head.
 
     Seconds for one microbatch. copy_out_s: making the group whole in compute precision, once. copy_in_s: turning
-    its gradients into a reduction's input. gather_s, scatter_s, all_reduce_s: its transfers, once.
+    its gradients into a reduction's input. accumulate_s: adding whole gradients to those kept for a later reduction.
+    gather_s, scatter_s, all_reduce_s: its transfers, once.
     """
 
     forward_s: float
     backward_s: float
     copy_out_s: float
     copy_in_s: float
+    accumulate_s: float
     gather_s: float
     scatter_s: float
     all_reduce_s: float
@@ -98,6 +100,8 @@ def build_piece(
         backward_s=seconds[1],
         copy_out_s=parameters * (read + size) / (memory_bytes_per_s * rates.copy_out),
         copy_in_s=parameters * (size + STATE_BYTES) / (memory_bytes_per_s * rates.copy_in),
+        # Reads the new gradient and the fp32 sum, writes the sum: a plain pass, as fast as a copy.
+        accumulate_s=parameters * (size + 2 * STATE_BYTES) / (memory_bytes_per_s * rates.copy_out),
         gather_s=predict_collective("all_gather", parameters * size, shard, rates) if parameters else 0.0,
         scatter_s=predict_collective("reduce_scatter", parameters * STATE_BYTES, shard, rates) if parameters else 0.0,
         all_reduce_s=predict_collective("all_reduce", parameters * STATE_BYTES / shard.size, replica, rates)

@@ -50,10 +50,11 @@ class MemoryProbe:
             kept = count()
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
         kept -= self._gathered if self._cuda else 0.0
-        self._activations = max(0.0, kept - self._logits)
+        self._activations = max(0.0, kept - self._logits / 2)
 
     def _note(self, logits: Tensor) -> Tensor:
-        self._logits = float(logits.numel() * logits.element_size())
+        # Twice: the gradient has the same size, and both are there when the backward pass begins.
+        self._logits = 2.0 * logits.numel() * logits.element_size()
         return logits
 
     @contextmanager

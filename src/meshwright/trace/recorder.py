@@ -16,17 +16,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from meshwright.account import MemoryAccount, Purpose
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
 from meshwright.record.kineto import PREFIX, STEP, measure_step
-from meshwright.spec import Job, count_flops
+from meshwright.spec import AXES, Job, Layout, count_flops
 
-# The mesh names its groups after its axes; the group of all ranks carries the step's small syncs.
-PURPOSES: dict[str, Purpose] = {
-    "mesh_replica": "replica",
-    "mesh_shard": "shard",
-    "mesh_tensor": "tensor",
-    "mesh_context": "context",
-    "mesh_pipeline": "pipeline",
-    "default_pg": "control",
-}
 # Steps share a span until this many seconds have passed, so that a long run stays a short file.
 FLUSH_S = 10.0
 # Steps left alone before the first is profiled: the first compiles and fills caches.
@@ -61,7 +52,16 @@ class Recorder:
         try:
             yield
         finally:
-            self._write(name, start, time.time(), step=step)
+            self._write(name, self._book_compile(start, step), time.time(), step=step)
+
+    def _book_compile(self, start: float, step: int) -> float:
+        """Book what torch.compile has taken since `start` under its own name; return where the rest begins."""
+        compiled = compile_seconds() - self._compiled_s
+        if compiled <= 0:
+            return start
+        self._compiled_s += compiled
+        self._write("compile", start, start + compiled, step=step)
+        return start + compiled
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -73,18 +73,14 @@ class Recorder:
     def step(self, step: int) -> Iterator[None]:
         """One training step; every trace.every_steps-th is profiled."""
         self._first = step if self._first is None else self._first
-        self._last_step = step
         if self._opens_before(step):
             with self.span("measurement", step):
                 self._open()
         start = time.time()
         with record_function(STEP):
             yield
-        compiled = compile_seconds() - self._compiled_s
-        if compiled > 0:
-            self._compiled_s += compiled
-            self._write("compile", start, start + compiled, step=step)
-            start += compiled
+        start = self._book_compile(start, step)
+        self._last_step = step
         began, count = (self._steps[0], self._steps[2]) if self._steps else (start, 0)
         self._steps = (began, time.time(), count + 1)
         if self._steps[1] - began > FLUSH_S:
@@ -102,12 +98,12 @@ class Recorder:
     def _opens_before(self, step: int) -> bool:
         # A GPU step begins where the device finished the one before, so that one must be in the trace too.
         lead = 1 if self._device.type == "cuda" else 0
-        return self._profiler is None and self.is_profiled(step + lead)
+        return self._profiler is None and self.is_profiled(step + lead) and step + lead < self._job.run.steps
 
     def _open(self) -> None:
         self._synchronize()
         gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-        self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+        self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
         self._profiler.start()
 
     def _close(self, step: int) -> None:
@@ -121,7 +117,7 @@ class Recorder:
                 step=step,
                 rank=self.rank,
                 host=socket.gethostname(),
-                purposes=PURPOSES,
+                purposes=group_purposes(self._job.layout),
                 useful_s=self.useful_s,
             )
         except ValueError as error:
@@ -149,6 +145,9 @@ class Recorder:
 
     def close(self, how: str) -> None:
         """Write what is left and that this rank ended in good order."""
+        if self._profiler is not None:  # a stop came between the step that opened it and the one to be measured
+            self._profiler.stop()
+            self._profiler = None
         self._flush_steps()
         self._writer.append(Ended(step=self._last_step, time_s=time.time(), how=how))
         self._writer.close()
@@ -160,6 +159,18 @@ def chrome_trace(profiler: profile) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         return json.loads(path.read_bytes())
+
+
+def group_purposes(layout: Layout) -> dict[str, Purpose]:
+    """What each process group carries, by its description.
+
+    The mesh names its groups after its axes, but an axis that spans the world shares the group of all ranks, which
+    otherwise carries small syncs alone. (Those are told apart by the phase that launches them.)
+    """
+    purposes: dict[str, Purpose] = {f"mesh_{axis}": axis for axis in AXES}
+    spanning = [axis for axis in AXES if layout.size(axis) == layout.world_size > 1]
+    purposes["default_pg"] = spanning[0] if spanning else "control"
+    return purposes
 
 
 def useful_seconds(job: Job) -> float:

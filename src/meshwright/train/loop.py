@@ -44,7 +44,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     recorder = Recorder(folder, attempt, job, device, began_s=began_s)
     reporter = Reporter(folder, attempt, job, device, first)
     with recorder.span("evaluation", first):
-        reporter.evaluated(first, evaluate(model, stream, job, mesh, device), stream.bigram_entropy)
+        reporter.evaluated(first, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
 
     how = "finished"
     for step in range(first, job.run.steps):
@@ -64,7 +64,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             recorder.memory(step, memory.account())
         if last or due(done, job.evaluation.every_steps):
             with recorder.span("evaluation", done):
-                reporter.evaluated(done, evaluate(model, stream, job, mesh, device), stream.bigram_entropy)
+                reporter.evaluated(done, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
         if last or due(done, job.checkpoint.every_steps):
             with recorder.span("checkpoint", done):
                 save(folder, done, model, optimizer, job, recorder, final=last)

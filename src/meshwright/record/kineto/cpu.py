@@ -74,7 +74,8 @@ def collectives(
             end = max(end, works[position][1])
             position += 1
         purpose = purpose_at(start, str(launch["name"]), during, brackets)
-        ranks = by_axis.get("default_pg" if purpose == "control" else purpose, ())
+        # An axis that spans the world has no group of its own: it shares that of all ranks.
+        ranks = by_axis.get(purpose, by_axis.get("default_pg", ()))
         found.append(Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end))
     return numbered(found)
 
