@@ -127,6 +127,7 @@ def pieces(gather_s: float, reduce_s: float) -> list[Piece]:
             backward_s=2 * forward_s,
             copy_out_s=0,
             copy_in_s=0,
+            accumulate_s=0.5,
             gather_s=gather_s,
             scatter_s=reduce_s,
             all_reduce_s=0,
@@ -148,13 +149,24 @@ def test_long_gathers_show_where_compute_is_too_short() -> None:
 
 
 def test_only_the_last_reduction_shows_when_compute_is_long() -> None:
-    walk = walk_backward(pieces(0, 1), gathers=False, scatters=True, all_reduces=False, overlaps=True)
+    walk = walk_backward(
+        pieces(0, 1), gathers=False, scatters=True, all_reduces=False, accumulates=False, overlaps=True
+    )
     # The root has nothing to compute: it waits for the first block's reduction, then its own shows.
     assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (68, 5, 2)
 
 
+def test_kept_gradients_cost_a_pass() -> None:
+    walk = walk_backward(
+        pieces(0, 1), gathers=False, scatters=False, all_reduces=False, accumulates=True, overlaps=True
+    )
+    assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (68 + 5 * 0.5, 0, 0)
+
+
 def test_blocking_transfers_all_show() -> None:
-    walk = walk_backward(pieces(2, 3), gathers=True, scatters=True, all_reduces=False, overlaps=False)
+    walk = walk_backward(
+        pieces(2, 3), gathers=True, scatters=True, all_reduces=False, accumulates=False, overlaps=False
+    )
     # The head is whole already, the other four are gathered again.
     assert walk.exposed_shard_s == walk.shard_s == 4 * 2 + 5 * 3
 
