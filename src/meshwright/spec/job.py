@@ -61,9 +61,13 @@ class EvaluationSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
 
 
 class CheckpointSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Saves every `every_steps` (0: only at the end and when stopped); the newest `keep` stay (0: all)."""
+    """Saves every `every_steps` (0: never), after the last step if `at_end`, and always when stopped.
+
+    The newest `keep` stay (0: all).
+    """
 
     every_steps: int = 0
+    at_end: bool = True
     keep: int = 2
 
 

@@ -65,7 +65,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
         if last or due(done, job.evaluation.every_steps):
             with recorder.span("evaluation", done):
                 reporter.evaluated(done, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
-        if last or due(done, job.checkpoint.every_steps):
+        if stopping or (last and job.checkpoint.at_end) or due(done, job.checkpoint.every_steps):
             with recorder.span("checkpoint", done):
                 save(folder, done, model, optimizer, job, recorder, final=last)
         if stopping:

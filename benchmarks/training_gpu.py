@@ -1,0 +1,99 @@
+"""Speed, memory and account of a real training run on this machine's GPUs, one run a layout.
+
+    python benchmarks/training_gpu.py [--job examples/llama-1b.toml] [--steps 25] [--output FOLDER]
+
+Each layout is trained by the command itself, in processes of its own; the table is read from the run folders. A row
+is one run: compare rows of one table only, and expect a few per cent between machines. TFLOP/s counts model FLOPs
+as docs/counting.md does.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from meshwright.explain import explain_run
+from meshwright.plan import local_cluster
+from meshwright.record import open_run, read_metrics
+from meshwright.spec import Job, count_flops
+from meshwright.spec.decode import read_job
+
+
+def layouts(gpus: int) -> dict[str, list[str]]:
+    """Settings by name: one GPU, and on several each way to share the data."""
+    found = {"one GPU": ["layout.shard=1", "data.global_batch=8"]}
+    if gpus > 1:
+        batch = f"data.global_batch={8 * gpus}"
+        found |= {f"shard {gpus}, zero {z}": [f"layout.shard={gpus}", f"layout.zero={z}", batch] for z in (3, 2)}
+        found[f"replica {gpus}"] = ["layout.shard=1", f"layout.replica={gpus}", batch]
+        twice = f"data.global_batch={16 * gpus}"
+        found |= {
+            f"shard {gpus}, zero {z}, accumulation 2": [f"layout.shard={gpus}", f"layout.zero={z}", twice]
+            for z in (3, 1)
+        }
+    return found
+
+
+def train(job: Path, name: str, settings: list[str], folder: Path) -> Path:
+    """Run the command; returns the run folder."""
+    run = name.replace(",", "").replace(" ", "-")
+    given = [*settings, f"run.name={run}", f"run.folder={folder}", "checkpoint.at_end=false"]
+    command = [sys.executable, "-m", "meshwright", "train", str(job), *(w for s in given for w in ("--set", s))]
+    subprocess.run(command, check=True)
+    return folder / run
+
+
+def row(name: str, path: Path) -> str:
+    """A run as a line of the table."""
+    folder = open_run(path)
+    explanation = explain_run(folder)
+    job = explanation.job
+    assert isinstance(job, Job)
+    metrics = read_metrics(folder)[0]
+    step_s = statistics.median(line.step_s for line in metrics[5:])
+    ranks = job.layout.world_size
+    tokens = job.data.global_batch * job.data.sequence / step_s / ranks
+    flops = count_flops(job.model, job.data.sequence).training() * job.data.global_batch / step_s / ranks
+    # Not the last line: the evaluation after the last step is outside the steps.
+    memory = metrics[-2].memory_bytes / 2**30
+    measured, predicted = explanation.step, explanation.prediction
+    other = f"{measured.account.other / measured.wall_s:.1%}" if measured else "-"
+    plan = f"{predicted.step_s / step_s - 1:+.0%}" if predicted else "-"
+    mfu = flops / job.cluster.device.peak_flops_per_s(job.layout.precision)
+    return f"{name:<28} {step_s * 1e3:8.1f} {tokens:10,.0f} {flops / 1e12:8.1f} {mfu:6.1%} {memory:8.1f} {other:>6} {plan:>6}"
+
+
+def main() -> None:
+    """Run every layout and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--job", type=Path, default=Path("examples/llama-1b.toml"))
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--only", default="", help="run the layouts whose name contains this")
+    parser.add_argument("--output", type=Path, help="keep each run's folder here")
+    options = parser.parse_args()
+    gpus = local_cluster(1).devices
+    job = read_job(options.job, local=lambda processes: local_cluster(processes))
+    if job.cluster.device.kind != "cuda":
+        sys.exit("error: no GPU here; nearest that works: benchmarks/step_overhead.py")
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, settings in layouts(gpus).items():
+            if options.only not in name:
+                continue
+            path = train(options.job, name, [*settings, f"run.steps={options.steps}"], Path(temporary))
+            lines.append(row(name, path))
+            subprocess.run([sys.executable, "-m", "meshwright", "explain", str(path)], check=True)
+            if options.output:
+                shutil.copytree(path, options.output / path.name)
+    print(f"\n{job.model.name}, sequence {job.data.sequence}, {job.layout.precision}, on {job.cluster.device.name}")
+    print(
+        f"{'layout':<28} {'ms/step':>8} {'tok/s/GPU':>10} {'TFLOP/s':>8} {'MFU':>6} {'GiB':>8} {'other':>6} {'plan':>6}"
+    )
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
