@@ -6,6 +6,12 @@ import msgspec
 
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Precision
+from meshwright.spec.numbers import check_range
+
+# Of each size. Far beyond any cluster, and a search over divisors still ends in a moment.
+MOST_DEVICES = 2**20
+# Of bytes and of rates a second; it keeps what is divided by them finite.
+MOST = 1e21
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,11 +63,21 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def check_cluster(cluster: Cluster, world_size: int) -> None:
-    """Raise SettingError where the cluster is empty or smaller than the layout."""
-    for setting in ("nodes", "devices_per_node"):
-        value: int = getattr(cluster, setting)
-        if value < 1:
-            raise SettingError(f"cluster.{setting} = {value}", "must be at least 1", f"cluster.{setting} = 1")
+    """Raise SettingError where the cluster is empty, has impossible rates or is smaller than the layout."""
+    device = cluster.device
+    for setting, value, low, high in (
+        ("nodes", cluster.nodes, 1, MOST_DEVICES),
+        ("devices_per_node", cluster.devices_per_node, 1, MOST_DEVICES),
+        ("device.memory_bytes", device.memory_bytes, 1.0, MOST),
+        ("device.memory_bytes_per_s", device.memory_bytes_per_s, 1.0, MOST),
+        ("device.peak_bf16_flops_per_s", device.peak_bf16_flops_per_s, 0.0, MOST),
+        ("device.peak_fp32_flops_per_s", device.peak_fp32_flops_per_s, 0.0, MOST),
+        ("intra.bytes_per_s", cluster.intra.bytes_per_s, 1.0, MOST),
+        ("intra.latency_s", cluster.intra.latency_s, 0.0, 1e3),
+        ("inter.bytes_per_s", cluster.inter.bytes_per_s, 1.0, MOST),
+        ("inter.latency_s", cluster.inter.latency_s, 0.0, 1e3),
+    ):
+        check_range(f"cluster.{setting}", value, low, high)
     if world_size > cluster.devices:
         raise SettingError(
             f"layout of {world_size} ranks",

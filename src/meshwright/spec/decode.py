@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 import tomli_w
 
-from meshwright.spec.cluster import Cluster, Device
+from meshwright.spec.cluster import Cluster, Device, check_cluster
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.hardware import cluster_of, expand_cluster
 from meshwright.spec.job import Job, check_job
@@ -19,6 +19,9 @@ from meshwright.spec.model import expand_model
 Table = dict[str, Any]
 T = TypeVar("T")
 
+# Characters of a refused value that an error shows.
+SHOWN = 60
+
 
 def read_job(path: Path, settings: Iterable[str] = (), *, local: Callable[[int], Cluster]) -> Job:
     """Decode a job file, apply `--set` settings, resolve what is left to the machine, check the whole.
@@ -27,12 +30,13 @@ def read_job(path: Path, settings: Iterable[str] = (), *, local: Callable[[int],
     called only if the job asks for it.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Some editors put a byte order mark in front, which TOML does not know.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(str(path), f"cannot be read as a job file ({error})", nearby_job(path)) from None
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: endless digits, endless brackets
         raise SettingError(str(path), f"is not TOML ({error})", "see examples/quickstart.toml") from None
     for setting in settings:
         apply_setting(table, setting)
@@ -53,9 +57,11 @@ def apply_setting(table: Table, setting: str) -> None:
     if not equals or not all(parts):
         raise SettingError(f"--set {setting}", "must look like section.key=value", "--set run.steps=100")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+        table_of_one = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
+        table_of_one = {}
+    # Text of several lines may hold more than one value; as a whole it is a string.
+    value = table_of_one["value"] if len(table_of_one) == 1 else text.strip()
     inner: Any = table
     for part in parts[:-1]:
         inner = inner.setdefault(part, {})
@@ -80,7 +86,8 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
 def expand_layout(section: Table, cluster: Table) -> Table:
     """Resolve `axis = "all"` (the devices that the other axes leave) and `precision = "auto"`."""
     filled = dict(section)
-    devices = convert(cluster, Cluster).devices
+    placed = convert(cluster, Cluster, "cluster")
+    check_cluster(placed, 1)
     open_axes = [axis for axis in AXES if filled.get(axis) == "all"]
     if len(open_axes) > 1:
         given = " and ".join(f"layout.{axis}" for axis in open_axes)
@@ -90,51 +97,64 @@ def expand_layout(section: Table, cluster: Table) -> Table:
         for other in AXES:
             size = filled.get(other, 1)
             others *= size if isinstance(size, int) and size > 0 else 1
-        if others > devices:
-            raise SettingError(
-                f'layout.{axis} = "all"', f"the other axes already take {others} of {devices} devices", "smaller axes"
-            )
-        filled[axis] = devices // others
+        if others > placed.devices:
+            taken = f"the other axes already take {others} of {placed.devices} devices"
+            raise SettingError(f'layout.{axis} = "all"', taken, "smaller axes")
+        filled[axis] = placed.devices // others
     if filled.get("precision", "auto") == "auto":
-        filled["precision"] = "bf16" if convert(cluster, Cluster).device.kind == "cuda" else "fp32"
+        filled["precision"] = "bf16" if placed.device.kind == "cuda" else "fp32"
     return filled
 
 
 def convert(table: Table, kind: type[T], prefix: str = "") -> T:
-    """msgspec.convert with its message turned into a setting, a reason and the nearest value."""
+    """msgspec.convert with its message turned into a setting, a reason and the nearest value.
+
+    prefix: where `table` stands in the job.
+    """
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$")
-        path = [*prefix.split("."), *where.rstrip("`").strip(".").split(".")]
-        raise explain_invalid(table, kind, reason, [part for part in path if part]) from None
+        path = [part for part in where.rstrip("`").split(".") if part]
+        raise explain_invalid(table, kind, reason, path, prefix) from None
 
 
-def explain_invalid(table: Table, kind: type, reason: str, path: list[str]) -> SettingError:
+def explain_invalid(table: Table, kind: type, reason: str, path: list[str], prefix: str) -> SettingError:
     """The SettingError for a msgspec message about the value at `path`."""
+    section = [prefix, *path] if prefix else path
     if missing := re.search(r"missing required field `(\w+)`", reason):
-        name = ".".join([*path, missing[1]])
-        return SettingError(name, "is missing", f"add {missing[1]} = ... under [{'.'.join(path)}]")
+        name = ".".join([*section, missing[1]])
+        add = f"add {missing[1]} = ... under [{'.'.join(section)}]" if section else f"add [{missing[1]}]"
+        return SettingError(name, "is missing", add)
     value: Any = table
     for part in path:
         name, *index = re.split(r"[\[\]]", part)
         value = value.get(name) if isinstance(value, dict) else None
         if index and isinstance(value, list) and index[0].isdigit():
             value = value[int(index[0])]
-    shown = msgspec.json.encode(value).decode() if value is not None else "nothing"
-    return SettingError(f"{'.'.join(path)} = {shown}", reason.lower().replace("`", ""), default_of(kind, path))
+    words = reason.lower().replace("`", "")
+    return SettingError(f"{'.'.join(section)} = {as_toml(value)}", words, default_of(kind, path, prefix))
 
 
-def default_of(kind: Any, path: list[str]) -> str:
+def as_toml(value: Any) -> str:
+    """A value as one would type it, shortened where it is long."""
+    text = " ".join(tomli_w.dumps({"v": value}).split())
+    text = "a section" if text.startswith("[v") else text.removeprefix("v = ")
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def default_of(kind: Any, path: list[str], prefix: str) -> str:
     """ "section.key = default" for a path into `kind`, or a word about its type."""
+    path = [part.partition("[")[0] for part in path]
     for part in path:
         if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
             return "see docs/job.md"
-        field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == part.split("[")[0]), None)
+        field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
         if field is None:
             return "see docs/job.md"
         if part == path[-1] and field.default is not msgspec.NODEFAULT:
-            return f"{'.'.join(path)} = {msgspec.json.encode(field.default).decode()}"
+            name = ".".join([prefix, *path] if prefix else path)
+            return f"{name} = {msgspec.json.encode(field.default).decode()}"
         kind = field.type
     return f"a value of type {getattr(kind, '__name__', kind)}"
 
@@ -175,9 +195,7 @@ def encode_job(job: Job) -> str:
     return tomli_w.dumps(msgspec.to_builtins(job))
 
 
-def planning_job(
-    *, model: str, gpus: str, sequence: int, global_batch: int, settings: Iterable[str] = ()
-) -> Job:
+def planning_job(*, model: str, gpus: str, sequence: int, global_batch: int, settings: Iterable[str] = ()) -> Job:
     """A job for planning alone: a named model on a described cluster ("8xh100", "4x8xh100")."""
     table: Table = {
         "run": {"name": "plan", "steps": 1},

@@ -185,6 +185,8 @@ def cluster_of(gpus: str) -> Cluster:
     if not match:
         raise SettingError(f'gpus "{gpus}"', "must look like 8xh100 or 4x8xh100", "8xh100")
     nodes, devices, name = int(match[1] or 1), int(match[2]), match[3]
+    if nodes < 1 or devices < 1:
+        raise SettingError(f'gpus "{gpus}"', "holds no device", f"1x{name}")
     if name not in NODES:
         raise SettingError(f'gpus "{gpus}"', f'no device "{name}" in the hardware table', closest(name, NODES))
     row = NODES[name]
@@ -199,8 +201,9 @@ def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
     """
     if set(section) <= {"processes"}:
         processes = section.get("processes", 1)
-        if not isinstance(processes, int) or processes < 1:
-            raise SettingError(f"cluster.processes = {processes}", "must be a whole number, at least 1", "4")
+        if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+            reason = "must be a whole number, at least 1"
+            raise SettingError(f"cluster.processes = {processes}", reason, "cluster.processes = 4")
         return msgspec.to_builtins(local(processes))
     if "gpus" in section:
         if others := sorted(set(section) - {"gpus"}):

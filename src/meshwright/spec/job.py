@@ -8,6 +8,10 @@ from meshwright.spec.cluster import Cluster, check_cluster
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout, check_layout
 from meshwright.spec.model import ModelSpec, check_model
+from meshwright.spec.numbers import LARGEST, check_range
+
+# A moment's decay must stay below 1.
+LARGEST_BETA = 0.999999
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,30 +98,32 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 def check_job(job: Job) -> None:
     """Raise SettingError for the first setting that cannot be honoured."""
     check_model(job.model)
-    for setting, value, least in (
-        ("run.steps", job.run.steps, 1),
-        ("data.sequence", job.data.sequence, 1),
-        ("data.global_batch", job.data.global_batch, 1),
-        ("optimizer.warmup_steps", job.optimizer.warmup_steps, 0),
-        ("evaluation.every_steps", job.evaluation.every_steps, 0),
-        ("evaluation.sequences", job.evaluation.sequences, 1),
-        ("checkpoint.every_steps", job.checkpoint.every_steps, 0),
-        ("checkpoint.keep", job.checkpoint.keep, 0),
-        ("trace.every_steps", job.trace.every_steps, 0),
-    ):
-        if value < least:
-            raise SettingError(f"{setting} = {value}", f"must be at least {least}", f"{setting} = {least}")
-    for setting, rate, low, high in (
+    for setting, value, low, high in (
+        ("run.steps", job.run.steps, 1, LARGEST),
+        ("run.seed", job.run.seed, 0, 2**63 - 1),
+        ("data.sequence", job.data.sequence, 1, LARGEST),
+        ("data.global_batch", job.data.global_batch, 1, LARGEST),
         ("data.held_out", job.data.held_out, 0.0, 0.5),
         ("optimizer.learning_rate", job.optimizer.learning_rate, 0.0, 10.0),
-        ("optimizer.final_rate", job.optimizer.final_rate, 0.0, 1.0),
+        ("optimizer.betas[0]", job.optimizer.betas[0], 0.0, LARGEST_BETA),
+        ("optimizer.betas[1]", job.optimizer.betas[1], 0.0, LARGEST_BETA),
+        ("optimizer.epsilon", job.optimizer.epsilon, 1e-20, 1.0),
         ("optimizer.weight_decay", job.optimizer.weight_decay, 0.0, 10.0),
-        ("optimizer.clip_norm", job.optimizer.clip_norm, 0.0, float("inf")),
+        ("optimizer.warmup_steps", job.optimizer.warmup_steps, 0, LARGEST),
+        ("optimizer.final_rate", job.optimizer.final_rate, 0.0, 1.0),
+        ("optimizer.clip_norm", job.optimizer.clip_norm, 0.0, 1e9),
+        ("evaluation.every_steps", job.evaluation.every_steps, 0, LARGEST),
+        ("evaluation.sequences", job.evaluation.sequences, 1, LARGEST),
+        ("checkpoint.every_steps", job.checkpoint.every_steps, 0, LARGEST),
+        ("checkpoint.keep", job.checkpoint.keep, 0, LARGEST),
+        ("trace.every_steps", job.trace.every_steps, 0, LARGEST),
     ):
-        if not low <= rate <= high:
-            nearest = low if rate < low else high
-            raise SettingError(f"{setting} = {rate}", f"must lie between {low} and {high}", f"{setting} = {nearest}")
-    if not job.run.name or job.run.name != job.run.name.strip("./ ") or "/" in job.run.name:
-        raise SettingError(f'run.name = "{job.run.name}"', "must be a plain folder name", 'run.name = "run"')
+        check_range(setting, value, low, high)
+    for setting, name in (("run.folder", job.run.folder), ("data.path", job.data.path), ("data.cache", job.data.cache)):
+        if not name or not name.isprintable():
+            raise SettingError(f'{setting} = "{name}"', "must be the name of a folder", f'{setting} = "a-folder"')
+    name = job.run.name
+    if not name or name != name.strip("./ ") or "/" in name or not name.isprintable():
+        raise SettingError(f'run.name = "{name}"', "must be a plain folder name", 'run.name = "run"')
     check_layout(job.layout, job.data.global_batch)
     check_cluster(job.cluster, job.layout.world_size)

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import msgspec
 
 from meshwright.spec.errors import SettingError
+from meshwright.spec.numbers import nearest_divisor
 
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
@@ -84,8 +85,7 @@ def check_layout(layout: Layout, global_batch: int) -> None:
             f"layout.order = {list(AXES)}",
         )
     if global_batch % layout.data_size:
-        fits = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        near = min(fits, key=lambda n: abs(n - layout.data_size))
+        near = nearest_divisor(global_batch, layout.data_size)
         up = -(-global_batch // layout.data_size) * layout.data_size
         raise SettingError(
             f"layout.replica x layout.shard = {layout.data_size}",
@@ -94,7 +94,7 @@ def check_layout(layout: Layout, global_batch: int) -> None:
         )
     if (global_batch // layout.data_size) % layout.microbatch:
         share = global_batch // layout.data_size
-        near = min((m for m in range(1, share + 1) if share % m == 0), key=lambda m: abs(m - layout.microbatch))
+        near = nearest_divisor(share, layout.microbatch)
         raise SettingError(
             f"layout.microbatch = {layout.microbatch}",
             f"does not divide a rank's {share} sequences (data.global_batch = {global_batch} over {layout.data_size})",

@@ -3,6 +3,7 @@
 import msgspec
 
 from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.numbers import LARGEST, check_range, nearest_divisor
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -99,7 +100,8 @@ def expand_model(section: dict[str, object]) -> dict[str, object]:
     if heads is not None:
         filled.setdefault("kv_heads", heads)
     if "head_dim" not in filled and isinstance(heads, int) and isinstance(d_model, int) and heads > 0:
-        if d_model % heads:
+        # check_model refuses what is no size at all.
+        if 1 <= d_model <= LARGEST and d_model % heads:
             raise SettingError(
                 f"model.heads = {heads}",
                 f"does not divide model.d_model = {d_model}, and model.head_dim is not given",
@@ -109,17 +111,13 @@ def expand_model(section: dict[str, object]) -> dict[str, object]:
     return filled
 
 
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` nearest to `wanted`."""
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
-
-
 def check_model(model: ModelSpec) -> None:
     """Raise SettingError where the numbers cannot be a model."""
     for setting in ("layers", "d_model", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary"):
         value = getattr(model, setting)
-        if value < 1:
-            raise SettingError(f"model.{setting} = {value}", "must be at least 1", f"model.{setting} = 1")
+        check_range(f"model.{setting}", value, 1, LARGEST)
+    check_range("model.rope_theta", model.rope_theta, 1.0, 1e12)
+    check_range("model.norm_epsilon", model.norm_epsilon, 0.0, 1.0)
     if model.heads % model.kv_heads:
         raise SettingError(
             f"model.kv_heads = {model.kv_heads}",
