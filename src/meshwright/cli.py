@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # How many tokens make a step where a plan is asked for without a job: a round middle of what 7B to 70B runs used
 # (Llama 2: 4M, arXiv:2307.09288; GPT-3 13B: 1M, arXiv:2005.14165).
 PLANNING_TOKENS = 2**20
+PLANNING_SEQUENCE = 8192
 
 SET = click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change one key of the job.")
 
@@ -57,7 +58,7 @@ def plan(
                 raise SettingError(option, "is for planning without a job file", f"--set, as in {as_setting(option)}")
         planned = build_plan(read(job, settings))
     else:
-        planned = build_plan(described(model, gpus, sequence or 8192, global_batch, settings))
+        planned = build_plan(described(model, gpus, sequence, global_batch, settings))
     if as_json:
         click.echo(plan_json(planned))
     else:
@@ -108,7 +109,11 @@ def explain(run: Path, as_json: bool) -> None:
     from meshwright.report.html import write_report
 
     explain_text(explanation, console())
-    write_report(explanation, folder.report)
+    try:
+        write_report(explanation, folder.report)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise SettingError(str(folder.report), reason, "meshwright explain --json, which writes no file") from None
     click.echo(f"report: {folder.report}")
 
 
@@ -134,11 +139,14 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
 @click.argument("run")
 @click.argument("attempt", type=int)
 @click.argument("began_s", type=float)
-def agent(run: str, attempt: int, began_s: float) -> None:
+@click.argument("parent", type=int)
+def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     """The child process of `train`: starts this node's ranks and waits for them."""
-    from meshwright.train.agent import become_agent, watch_ranks
+    from meshwright import launch
 
-    become_agent()
+    launch.become_agent(parent)
+    from meshwright.train.agent import watch_ranks
+
     sys.exit(watch_ranks(run, attempt, began_s))
 
 
@@ -161,7 +169,7 @@ def read(job: Path, settings: tuple[str, ...]) -> "Job":
 
 
 def described(
-    model: str | None, gpus: str | None, sequence: int, global_batch: int | None, settings: tuple[str, ...]
+    model: str | None, gpus: str | None, sequence: int | None, global_batch: int | None, settings: tuple[str, ...]
 ) -> "Job":
     """A job for planning from the options alone."""
     from meshwright.spec.decode import planning_job
@@ -171,6 +179,7 @@ def described(
         raise SettingError(
             "meshwright plan", "takes a job file, or --model with --gpus", "--model llama3-8b --gpus 8xh100"
         )
+    sequence = PLANNING_SEQUENCE if sequence is None else sequence
     if sequence < 1:
         raise SettingError(f"--sequence {sequence}", "must be at least 1", "--sequence 8192")
     if global_batch is None:
@@ -215,7 +224,10 @@ def join(job: "Job", resume: Path | None, began_s: float) -> None:
         folder, attempt = launch.begin_attempt(RunFolder(resume) if resume else None, job)
         return str(folder.path), attempt
 
-    join_ranks(job, begin, began_s)
+    def forget(run: str, attempt: int) -> None:
+        launch.forget_untrained(RunFolder(Path(run)), attempt)
+
+    join_ranks(job, begin, forget, began_s)
 
 
 def console() -> "Console":
@@ -229,8 +241,13 @@ def main() -> None:
     """Run the command line; what cannot be honoured is one line and exit code 2."""
     try:
         cli.main(standalone_mode=False)
+        # Here, where a reader that went away is noticed, and not at exit.
+        sys.stdout.flush()
     except SettingError as error:
         fail(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
     except click.ClickException as error:
         fail(error.format_message())
     except (click.Abort, KeyboardInterrupt):

@@ -1,10 +1,11 @@
 """What is on disk before a rank starts: the job as it is run, and what was predicted for it."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshwright.plan import predict
-from meshwright.record import RunFolder, create_run, open_run, replace_text, start_attempt
+from meshwright.record import RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError
 from meshwright.spec.decode import encode_job, read_job
 
@@ -13,10 +14,26 @@ CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "tra
 
 
 def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
-    """The next attempt at `job`, in its run folder or in a new one. Raises SettingError if a new one exists already."""
+    """The next attempt at `job`, in its run folder or in a new one.
+
+    Raises SettingError if a new one exists already, and where the folder cannot be written.
+    """
     if folder is None:
         folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
-    return folder, start_attempt(folder, predict(job))
+    try:
+        return folder, start_attempt(folder, predict(job))
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+        raise SettingError(f"run folder {folder.path}", reason, "room and write permission there") from None
+
+
+def forget_untrained(folder: RunFolder, attempt: int) -> None:
+    """Remove a run whose first attempt ended before its first step, so that the corrected command finds its name free.
+
+    A run that has trained, or that somebody resumed, is left as it is.
+    """
+    if attempt == 0 and not read_metrics(folder)[0] and not steps_done(folder):
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cluster]) -> tuple[RunFolder, Job]:
@@ -36,7 +53,11 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
         more = f"--set run.steps={2 * job.run.steps}"
         raise SettingError(f"--resume {path}", f"all {job.run.steps} steps are done", more)
     if settings:
-        replace_text(folder.job, encode_job(job))
+        try:
+            replace_text(folder.job, encode_job(job))
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise SettingError(str(folder.job), reason, "room and write permission there") from None
     return folder, job
 
 

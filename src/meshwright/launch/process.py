@@ -1,5 +1,7 @@
 """Crossing the seam: the torch wing runs as a child process and leaves a run folder."""
 
+import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -7,11 +9,17 @@ import sys
 from importlib.util import find_spec
 from types import FrameType
 
+from meshwright.launch.attempt import forget_untrained
 from meshwright.record import RunFolder
 from meshwright.spec import SettingError
 
-# Exit code of a program that Ctrl-C ended.
+# Exit codes: of a setting that cannot be honoured, and of a program that Ctrl-C ended.
+REFUSED = 2
 INTERRUPTED = 130
+# How the child ends where it was asked to stop: in good order, or told before there was anything to save.
+STOPPED = (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+
+PR_SET_PDEATHSIG = 1
 
 
 def needs_torch(verb: str) -> None:
@@ -27,7 +35,7 @@ def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
 
     Ctrl-C is passed on: ranks that train finish their step, save and end; before that there is nothing to save.
     """
-    arguments = ["agent", str(folder.path), str(attempt), str(began_s)]
+    arguments = ["agent", str(folder.path), str(attempt), str(began_s), str(os.getpid())]
     # In a session of its own, so that the terminal's Ctrl-C comes to this process alone and is passed on once.
     child = subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True)
     interrupted = False
@@ -47,4 +55,22 @@ def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return INTERRUPTED if interrupted else code
+    code = INTERRUPTED if interrupted and code in STOPPED else code
+    if code in (REFUSED, INTERRUPTED):
+        forget_untrained(folder, attempt)
+    return code
+
+
+def become_agent(parent: int) -> None:
+    """Settle this process as the child of the command `parent`, which sends it what the user sends the command.
+
+    Before anything slow is imported: a command that is killed meanwhile must not leave it behind.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        # If the command is killed, its agent is told, and the agent ends the ranks: nothing is left behind.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            sys.exit(128 + signal.SIGTERM)
+    # The agent logs each rank's failure in its own words; ours come once, from its report.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

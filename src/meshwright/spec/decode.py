@@ -62,11 +62,12 @@ def apply_setting(table: Table, setting: str) -> None:
         table_of_one = {}
     # Text of several lines may hold more than one value; as a whole it is a string.
     value = table_of_one["value"] if len(table_of_one) == 1 else text.strip()
-    inner: Any = table
+    inner = table
     for part in parts[:-1]:
-        inner = inner.setdefault(part, {})
-        if not isinstance(inner, dict):
+        found = inner.setdefault(part, {})
+        if not isinstance(found, dict):
             raise SettingError(f"--set {setting}", f'"{part}" is a value, not a section', "--set run.steps=100")
+        inner = cast(Table, found)
     inner[parts[-1]] = value
 
 
@@ -129,9 +130,9 @@ def explain_invalid(table: Table, kind: type, reason: str, path: list[str], pref
     value: Any = table
     for part in path:
         name, *index = re.split(r"[\[\]]", part)
-        value = value.get(name) if isinstance(value, dict) else None
+        value = cast(Table, value).get(name) if isinstance(value, dict) else None
         if index and isinstance(value, list) and index[0].isdigit():
-            value = value[int(index[0])]
+            value = cast(list[Any], value)[int(index[0])]
     words = reason.lower().replace("`", "")
     return SettingError(f"{'.'.join(section)} = {as_toml(value)}", words, default_of(kind, path, prefix))
 

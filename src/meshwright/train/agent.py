@@ -1,20 +1,17 @@
 """The torch side of the seam: starts and watches a node's ranks. A job goes in, a run folder comes out."""
 
-import ctypes
-import logging
 import signal
 import sys
 from pathlib import Path
 
 import msgspec
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshwright.record import RunFolder
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
-
-PR_SET_PDEATHSIG = 1
 
 
 def watch_ranks(run: str, attempt: int, began_s: float) -> int:
@@ -38,6 +35,8 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
         elastic_launch(config, run_rank)(run, attempt, began_s)
     except ChildFailedError as error:
         return report_failure(folder, attempt, {rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as stopped:  # the ranks are gone by now
+        return 128 + stopped.sigval
     return 0
 
 
@@ -62,13 +61,3 @@ def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) 
         return REFUSED
     print(f"rank {first.rank} failed:\n{first.traceback}rank {first.rank} failed: {first.line}", file=sys.stderr)
     return CRASHED
-
-
-def become_agent() -> None:
-    """Settle this process as the command's child, which sends it what the user sends the command."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        # If the command is killed, its agent is told, and the agent ends the ranks: nothing is left behind.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    # The agent logs each rank's failure in its own words; ours come once, from report_failure.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -57,23 +57,33 @@ def run_rank(run: str, attempt: int, began_s: float) -> None:
     stop_distributed()
 
 
-def join_ranks(job: Job, begin: Callable[[], tuple[str, int]], began_s: float) -> None:
-    """A rank started by an external torchrun. `begin`, on rank 0, makes the run folder and its attempt.
+def join_ranks(
+    job: Job, begin: Callable[[], tuple[str, int]], forget: Callable[[str, int], None], began_s: float
+) -> None:
+    """A rank started by an external torchrun. `begin`, on rank 0, makes the run folder and its attempt, and `forget`
+    removes them where the job is refused before its first step.
 
     torchrun watches the process here, so failures go to standard error and the exit code.
     """
     stop = StopRequest()
     stop.listen()
+    begun: list[tuple[str, int]] = []
+
+    def begin_here() -> tuple[str, int]:
+        begun.append(begin())
+        return begun[0]
 
     def work() -> None:
         settle_process(job)
         device = start_distributed(job.cluster)
-        run, attempt = tell_all(begin)
+        run, attempt = tell_all(begin_here)
         train(job, RunFolder(Path(run)), attempt, device, stop, began_s=began_s)
 
     failure = caught(work)
     if failure:
         print(failure.traceback or f"error: {failure.line}", file=sys.stderr, flush=True)
+        if begun and not failure.traceback:
+            forget(*begun[0])
         end_now(CRASHED if failure.traceback else REFUSED)
     stop_distributed()
 
