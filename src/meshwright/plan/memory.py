@@ -11,18 +11,17 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 # Masters, reduced gradients and optimizer states are fp32 in every precision (spec.Layout).
 STATE_BYTES = 4
 
-# Device context and NCCL's buffers: 0.5 GiB for a CUDA context with PyTorch's kernels on H100-class devices, and
-# about 1 GiB more for NCCL's channels at its defaults. Assumed until measured by trace (memory account, `framework`).
-CONTEXT_BYTES = 0.5 * 2**30
-NCCL_BYTES = 1.0 * 2**30
+# Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
+# (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
+CONTEXT_BYTES = 1.4e9
+NCCL_BYTES = 1.9e9
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 153 and 215 MB
 # in 1 and 4 processes there.
 CPU_PROCESS_BYTES = 289e6
 CPU_SCRATCH_BYTES = 180e6
-# Reserved by the caching allocator and not in use. Assumed; it matters near the limit, where retries also cost time
-# (notes on GPU baselines: microbatch 3 at the limit fell from 9,982 to 8,355 tokens/s).
-FRAGMENTATION_SHARE = 0.03
+# Reserved by the caching allocator and not in use: 6 to 11% of the rest in the six runs of benchmarks/training_gpu.py.
+FRAGMENTATION_SHARE = 0.08
 
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,12 +116,12 @@ def logits_bytes(job: Job) -> float:
 
     Eager: the saved log-probabilities, the gradient with respect to them, and the gradient with respect to the fp32
     logits that is computed from both. (The forward pass holds less: logits, their fp32 copy, log-probabilities.)
-    Compiled: the logits and an fp32 intermediate; taking everything else off the peaks of torchtitan's compiled loss
-    in the notes on GPU baselines leaves 5 to 7 bytes a logit.
+    Compiled: the logits and their gradient, both in the compute precision; no fp32 copy is ever whole in memory. On
+    an H200 the allocated peak of benchmarks/training_gpu.py less everything else leaves 3.8 bytes a logit.
     """
     elements = job.layout.microbatch * job.data.sequence * job.model.vocabulary
     compiled = job.cluster.device.kind == "cuda"
-    return float(elements * (BYTES[job.layout.precision] + 4 if compiled else 3 * 4))
+    return float(elements * (2 * BYTES[job.layout.precision] if compiled else 3 * 4))
 
 
 def gathered_bytes(job: Job) -> float:

@@ -209,7 +209,7 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
         largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
         return f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
     if one is None:
-        fewest = min(ranked, key=lambda p: (p.layout.world_size, p.step_s))
+        fewest = min(ranked, key=lambda p: p.layout.world_size)  # of several, the first in rank
         best = "also the fastest found" if fewest == ranked[0] else f"the fastest found is {in_words(ranked[0])}"
         return (
             f"One {device} is not enough: the model does not fit it. The fewest that work: {in_words(fewest)}; {best}."
