@@ -115,7 +115,7 @@ def bootstrap(ours: list[float], bares: list[float], rounds: int = 2000) -> tupl
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The trainer against a bare loop.")
     parser.add_argument("--segments", type=int, default=12)
     parser.add_argument("--steps", type=int, default=5, help="steps of each side in a segment")
     parser.add_argument("--job", type=Path, default=Path("examples/quickstart.toml"))

@@ -68,7 +68,7 @@ def row(name: str, path: Path) -> str:
 
 def main() -> None:
     """Run every layout and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train on GPUs, one run a layout.")
     parser.add_argument("--job", type=Path, default=Path("examples/llama-1b.toml"))
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--only", default="", help="run the layouts whose name contains this")

@@ -1,5 +1,6 @@
 """Every layout equals one process: loss and gradient norm of five steps, each gradient of the first, SGD's weights."""
 
+import math
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +30,12 @@ def relative(one: torch.Tensor, two: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(one - two) / torch.linalg.vector_norm(two).clamp(min=1e-30)).item()
 
 
+def largest_difference(ours: list[float | None], theirs: list[float]) -> float:
+    """Relative; a number that is not finite differs by infinity."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(abs(a - b) / b if a is not None else math.inf for a, b in pairs)
+
+
 def compare(job: Job) -> dict[str, float]:
     """The largest relative differences between a layout and one process."""
     losses, norms, gradients, weights = train_alone(job)
@@ -40,8 +47,8 @@ def compare(job: Job) -> dict[str, float]:
         return max(relative(ours[name], theirs[name]) for name in theirs)
 
     return {
-        "loss": max(abs(m.loss - loss) / loss for m, loss in zip(metrics, losses, strict=True)),
-        "norm": max(abs(m.gradient_norm - norm) / norm for m, norm in zip(metrics, norms, strict=True)),
+        "loss": largest_difference([m.loss for m in metrics], losses),
+        "norm": largest_difference([m.gradient_norm for m in metrics], norms),
         "gradients": worst(layout_gradients, gradients),
         "weights": worst(layout_weights, weights),
     }

@@ -54,6 +54,7 @@ def train_rank(job: Job, folder: RunFolder, attempt: int, patches: dict[str, Any
         if not gradients:
             for name, parameter in built[0].named_parameters():
                 grad = parameter.grad
+                assert grad is not None
                 gradients[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).clone()
         return reduce_step(*arguments, **options)
 

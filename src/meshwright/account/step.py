@@ -90,7 +90,6 @@ class Transfer(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     start_s: float
     end_s: float
-    bytes: float = 0.0
     exposed: tuple[tuple[float, float], ...] = ()
 
     @property

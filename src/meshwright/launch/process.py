@@ -72,5 +72,5 @@ def become_agent(parent: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             sys.exit(128 + signal.SIGTERM)
-    # The agent logs each rank's failure in its own words; ours come once, from its report.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # torchrun logs each rank's failure in its own words; ours come once, from the agent's report.
+    logging.disable()

@@ -36,9 +36,9 @@ def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
     if model.head is not None:
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
         fully_shard([model.norm, model.head], mesh=plane, mp_policy=policy, reshard_after_forward=False)
-    root = fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+    fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
     if layout.data_size > 1:
-        for module in root.modules():
+        for module in model.modules():
             if isinstance(module, FSDPModule):
                 # The loss is already divided by the global batch's tokens, so gradients are summed, not averaged.
                 # gloo has no scaled sum; asking for a plain sum makes both backends do the same.

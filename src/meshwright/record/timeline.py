@@ -1,6 +1,6 @@
 """From what one rank did and waited for to its step account: every instant goes to exactly one bucket."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 
@@ -27,7 +27,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
 def book(timeline: Timeline, *, step: int, rank: int, host: str, useful_s: float) -> MeasuredStep:
     """Turn a timeline into an account: busy first, then observed waits, then exposed transfers, then `other`."""
     window = [(timeline.start_s, timeline.end_s)]
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     left = window
     for kind, intervals in timeline.busy.items():
         seconds[kind] += length(intersect(left, intervals))
@@ -38,7 +38,7 @@ def book(timeline: Timeline, *, step: int, rank: int, host: str, useful_s: float
         left = subtract(left, intervals)
     exposed = expose(left, timeline.transfers)
     transfers: list[Transfer] = []
-    overlapped: Counter[str] = Counter()
+    overlapped: defaultdict[str, float] = defaultdict(float)
     for transfer, parts in zip(timeline.transfers, exposed, strict=True):
         seconds[f"comm_{transfer.purpose}"] += length(parts)
         overlapped[transfer.purpose] += length(intersect(busy, [(transfer.start_s, transfer.end_s)]))

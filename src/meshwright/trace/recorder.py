@@ -167,9 +167,11 @@ def group_purposes(layout: Layout) -> dict[str, Purpose]:
     The mesh names its groups after its axes, but an axis that spans the world shares the group of all ranks, which
     otherwise carries small syncs alone. (Those are told apart by the phase that launches them.)
     """
-    purposes: dict[str, Purpose] = {f"mesh_{axis}": axis for axis in AXES}
-    spanning = [axis for axis in AXES if layout.size(axis) == layout.world_size > 1]
-    purposes["default_pg"] = spanning[0] if spanning else "control"
+    purposes: dict[str, Purpose] = {"default_pg": "control"}
+    for axis in AXES:
+        purposes[f"mesh_{axis}"] = axis
+        if layout.size(axis) == layout.world_size > 1:
+            purposes["default_pg"] = axis
     return purposes
 
 

@@ -22,6 +22,9 @@ from meshwright.train.setup import StopRequest
 # How a rank's process ends, besides 0.
 CRASHED = 1
 REFUSED = 2
+# A killed rank leaves no word and breaks its peers' connections. They wait this long before they end too, so that the
+# agent, which looks ten times a second and names the first to end, sees the one that was killed.
+AFTER_PEERS_S = 1.0
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +56,8 @@ def run_rank(run: str, attempt: int, began_s: float) -> None:
         word = msgspec.structs.replace(failure, rank=rank)
         name = f"failure-{socket.gethostname()}-{os.getpid()}.json"
         replace_text(folder.attempt(attempt) / name, msgspec.json.encode(word).decode())
+        if failure.traceback:
+            time.sleep(AFTER_PEERS_S)
         end_now(CRASHED if failure.traceback else REFUSED)
     stop_distributed()
 

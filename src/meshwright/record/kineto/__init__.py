@@ -17,7 +17,8 @@ def measure_step(
 ) -> MeasuredStep:
     """The last annotated step of a trace, as one rank saw it.
 
-    purposes: what each process group is for, by the description it was made with ("mesh_shard" -> shard).
+    purposes: what each process group is for, by the description it was made with ("mesh_shard" -> shard); groups that
+        nobody named carry small syncs.
     useful_s: the step's model FLOPs on this rank over the device's peak, seconds (0 where no peak is known).
     Raises ValueError if the trace holds no annotated step.
     """

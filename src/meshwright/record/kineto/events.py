@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from meshwright.account import PURPOSES, Purpose
 from meshwright.account.intervals import Interval, union
 
 # Annotations that the training loop puts around its phases; STEP around the whole step.
@@ -38,12 +37,3 @@ def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Int
         if event.get("cat") == "user_annotation" and name in found and event["name"].startswith(PREFIX):
             found[name].append(span(event))
     return step, {name: union(intervals) for name, intervals in found.items()}
-
-
-def purpose_of(description: str, purposes: Mapping[str, Purpose]) -> Purpose:
-    """What a process group carries; groups that nobody named are small syncs."""
-    named = purposes.get(description)
-    if named is not None:
-        return named
-    bare = description.removeprefix("mesh_")
-    return next((p for p in PURPOSES if p == bare), "control")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import STEP, TraceEvent, phases, purpose_of, span
+from meshwright.record.kineto.events import STEP, TraceEvent, phases, span
 from meshwright.record.timeline import Timeline, contention, numbered
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -96,7 +96,7 @@ def transfer_of(
     description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
     described = str(args.get("Process Group Description", description))
     start, end = span(event)
-    purpose = "control" if control else purpose_of(described, purposes)
+    purpose = "control" if control else purposes.get(described, "control")
     return Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end)
 
 
