@@ -1,3 +1,79 @@
-"""Meshwright: plan how to spread the training of a transformer, train it that way, explain where the time went."""
+"""Meshwright: plan how to spread the training of a transformer, train it that way, explain where the time went.
+
+The three verbs of the command line, for notebooks: `import meshwright as mw`, then mw.plan, mw.train, mw.explain.
+Importing this loads nothing but names; torch is loaded by training alone, in processes of its own.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from meshwright.explain import Explanation
+    from meshwright.plan import Plan
+    from meshwright.spec import Job
 
 __version__ = "0.1.0"
+
+__all__ = ["explain", "plan", "read_job", "train"]
+
+
+def read_job(path: str | Path, settings: Sequence[str] = ()) -> "Job":
+    """A job file, with settings like "run.steps=100" applied, resolved for this machine. Raises SettingError."""
+    from meshwright.cli import read
+
+    return read(Path(path), settings)
+
+
+def plan(job: "Job") -> "Plan":
+    """Predict the job's layout and the others that its cluster allows."""
+    from meshwright.plan import build_plan
+
+    return build_plan(job)
+
+
+def train(job: "Job") -> Path:
+    """Train the job on this machine and return its run folder. Raises SettingError, and RuntimeError if ranks fail."""
+    from meshwright import launch
+    from meshwright.cli import check_devices
+
+    launch.needs_torch("train")
+    check_devices(job)
+    folder, attempt = launch.begin_attempt(None, job)
+    code = launch.run_attempt(folder, attempt, time.time())
+    if code:
+        raise RuntimeError(f"training {folder.path} ended with exit code {code}; its ranks said why above")
+    return folder.path
+
+
+def explain(run: str | Path) -> "Explanation":
+    """Where a run's seconds went, predicted against measured. Raises SettingError where `run` is no run folder."""
+    from meshwright.explain import explain_run
+    from meshwright.record import open_run
+
+    return explain_run(open_run(Path(run)))
+
+
+VERBS: dict[str, Callable[..., Any]] = {"plan": plan, "train": train, "explain": explain}
+
+
+class _Verb(ModuleType):
+    """A package that is also the verb it is named after."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return VERBS[self.__name__.rpartition(".")[2]](*arguments, **options)
+
+
+class _Meshwright(ModuleType):
+    """Keeps the verbs callable: importing the package `meshwright.plan` would hide the function of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in VERBS and isinstance(value, ModuleType):
+            value.__class__ = _Verb
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Meshwright

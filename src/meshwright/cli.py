@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ def as_setting(option: str) -> str:
     return keys[option]
 
 
-def read(job: Path, settings: tuple[str, ...]) -> "Job":
+def read(job: Path, settings: Sequence[str]) -> "Job":
     """The job file, resolved for this machine."""
     from meshwright.spec.decode import read_job
 
