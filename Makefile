@@ -15,13 +15,14 @@ help:  ## list the targets
 
 install: $(INSTALLED)  ## set up .venv with Meshwright, PyTorch and the developer tools
 
-run: $(INSTALLED)  ## plan, train and explain examples/quickstart.toml (under 4 minutes on 2 cores)
+run: $(INSTALLED)  ## plan, train, sample and explain examples/quickstart.toml (under 4 minutes on 2 cores)
 	@set -e; \
 	name=quickstart; number=2; \
 	while [ -e runs/$$name ]; do name=quickstart-$$number; number=$$((number + 1)); done; \
 	set -x; \
 	$(BIN)/meshwright plan $(JOB); \
 	$(BIN)/meshwright train $(JOB) --set run.name=$$name; \
+	$(BIN)/meshwright sample runs/$$name; \
 	$(BIN)/meshwright explain runs/$$name; \
 	{ set +x; } 2>/dev/null; \
 	echo; echo "The report: $(CURDIR)/runs/$$name/report.html (open it in a browser; it needs no network)"

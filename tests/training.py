@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from meshwright.account import MemoryAccount, StepAccount
-from meshwright.checkpoint import latest_step, read_model_weights
+from meshwright.checkpoint import read_model_weights
 from meshwright.data import open_stream
 from meshwright.models import build_model, initialize_
 from meshwright.parallel import start_distributed, stop_distributed
@@ -77,7 +77,7 @@ def train_layout(job: Job) -> tuple[list[Metrics], Tensors, Tensors]:
 def weights(job: Job, folder: RunFolder) -> Tensors:
     """Whole weights in a run's newest checkpoint."""
     model = build_model(job.model, device="cpu")
-    read_model_weights(folder.checkpoints / f"step-{latest_step(folder)}", model)
+    read_model_weights(folder.checkpoint(folder.saved_steps()[-1]), model)
     return dict(model.named_parameters())
 
 

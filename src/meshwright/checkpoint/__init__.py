@@ -1,13 +1,12 @@
 """A run's state as safetensors shards and a JSON manifest; whole on disk or not there at all."""
 
-from meshwright.checkpoint.load import latest_step, load_checkpoint, read_model_weights
+from meshwright.checkpoint.load import load_checkpoint, read_model_weights
 from meshwright.checkpoint.manifest import Manifest, read_manifest
 from meshwright.checkpoint.save import CheckpointError, save_checkpoint
 
 __all__ = [
     "CheckpointError",
     "Manifest",
-    "latest_step",
     "load_checkpoint",
     "read_manifest",
     "read_model_weights",

@@ -8,14 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, local_part, read_manifest
-from meshwright.checkpoint.save import saved_steps
-from meshwright.record import RunFolder
 from meshwright.spec import SettingError
-
-
-def latest_step(folder: RunFolder) -> int | None:
-    """Step of the newest complete checkpoint."""
-    return max(saved_steps(folder), default=None)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:

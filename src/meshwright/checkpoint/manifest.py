@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from meshwright.record import MANIFEST
 from meshwright.spec import Layout, SettingError
-
-MANIFEST = "manifest.json"
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import (
-    MANIFEST,
     Entry,
     Manifest,
     Part,
@@ -23,7 +22,7 @@ from meshwright.checkpoint.manifest import (
     local_part,
     named_state,
 )
-from meshwright.record import RunFolder, replace_text
+from meshwright.record import MANIFEST, RunFolder, replace_text
 from meshwright.spec import Layout
 
 
@@ -40,7 +39,7 @@ def save_checkpoint(
     checkpoints stay. Otherwise all but the newest `keep` are removed (0: none).
     """
     rank = dist.get_rank()
-    final = folder.checkpoints / f"step-{step}"
+    final = folder.checkpoint(step)
     partial = folder.checkpoints / f".step-{step}.partial"
     if final.exists():
         return final
@@ -56,15 +55,9 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if rank == 0 and keep:
-        for old in saved_steps(folder)[:-keep]:
-            shutil.rmtree(folder.checkpoints / f"step-{old}", ignore_errors=True)
+        for old in folder.saved_steps()[:-keep]:
+            shutil.rmtree(folder.checkpoint(old), ignore_errors=True)
     return final
-
-
-def saved_steps(folder: RunFolder) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    names = [path.parent.name.removeprefix("step-") for path in folder.checkpoints.glob(f"step-*/{MANIFEST}")]
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def write_shard(partial: Path, rank: int, model: nn.Module, optimizer: Optimizer) -> None:
@@ -137,6 +130,6 @@ def agree(reason: str, step: int, folder: RunFolder) -> None:
     dist.all_gather_object(reasons, reason)
     failed = [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why]
     if failed:
-        kept = saved_steps(folder)
+        kept = folder.saved_steps()
         newest = f"the newest whole checkpoint is step {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise CheckpointError(f"step {step} could not be saved to {folder.checkpoints} ({failed[0]}); {newest}")

@@ -32,7 +32,7 @@ def forget_untrained(folder: RunFolder, attempt: int) -> None:
 
     A run that has trained, or that somebody resumed, is left as it is.
     """
-    if attempt == 0 and not read_metrics(folder)[0] and not steps_done(folder):
+    if attempt == 0 and not read_metrics(folder)[0] and not folder.saved_steps():
         shutil.rmtree(folder.path, ignore_errors=True)
 
 
@@ -48,7 +48,7 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
             changeable = ", ".join(CHANGEABLE)
             raise SettingError(f"--set {setting}", "cannot change in a run that has begun", changeable)
     job = read_job(folder.job, settings, local=local)
-    done = steps_done(folder)
+    done = max(folder.saved_steps(), default=0)
     if done >= job.run.steps:
         more = f"--set run.steps={2 * job.run.steps}"
         raise SettingError(f"--resume {path}", f"all {job.run.steps} steps are done", more)
@@ -59,9 +59,3 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
             reason = f"cannot be written ({error.strerror})"
             raise SettingError(str(folder.job), reason, "room and write permission there") from None
     return folder, job
-
-
-def steps_done(folder: RunFolder) -> int:
-    """Steps of the newest complete checkpoint; 0 without one."""
-    names = [path.parent.name.removeprefix("step-") for path in folder.checkpoints.glob("step-*/manifest.json")]
-    return max((int(name) for name in names if name.isdigit()), default=0)

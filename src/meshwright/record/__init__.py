@@ -2,6 +2,7 @@
 
 from meshwright.record.events import Ended, Evaluation, Event, Fault, Memory, Metrics, Prediction, Span, Step
 from meshwright.record.folder import (
+    MANIFEST,
     LineWriter,
     RunFolder,
     create_run,
@@ -15,6 +16,7 @@ from meshwright.record.folder import (
 )
 
 __all__ = [
+    "MANIFEST",
     "Ended",
     "Evaluation",
     "Event",

@@ -13,6 +13,9 @@ from meshwright.spec import SettingError
 
 T = TypeVar("T")
 
+# The file that makes a checkpoint complete.
+MANIFEST = "manifest.json"
+
 
 class RunFolder:
     """Paths of one run. Creates nothing by itself."""
@@ -36,6 +39,15 @@ class RunFolder:
     def events(self, attempt: int, rank: int) -> Path:
         """The attempt's events of one rank."""
         return self.attempt(attempt) / "events" / f"rank-{rank}.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` steps."""
+        return self.checkpoints / f"step-{step}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first: those that have their manifest, which is written last."""
+        names = [path.parent.name.removeprefix("step-") for path in self.checkpoints.glob(f"step-*/{MANIFEST}")]
+        return sorted(int(name) for name in names if name.isdigit())
 
     def attempt_numbers(self) -> list[int]:
         """Attempts so far, oldest first."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from meshwright.checkpoint import latest_step, read_model_weights
+from meshwright.checkpoint import read_model_weights
 from meshwright.data import END
 from meshwright.models import build_model, generate
 from meshwright.record import open_run
@@ -17,12 +17,12 @@ def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: i
     """The prompt and what the model makes of it. One process, whatever layout trained it."""
     folder = open_run(run)
     job = read_job(folder.job, local=no_machine)
-    step = latest_step(folder)
-    if step is None:
+    saved = folder.saved_steps()
+    if not saved:
         raise SettingError(f"run folder {run}", "has no checkpoint yet", "a run with checkpoint.every_steps set")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(job.model, device=device)
-    read_model_weights(folder.checkpoints / f"step-{step}", model)
+    read_model_weights(folder.checkpoint(saved[-1]), model)
     # A text begins after the end of another one, as in training.
     start = torch.tensor([[END, *prompt.encode()]], device=device)
     made = generate(model, start, tokens, temperature, seed, window=job.data.sequence)[0, 1:].tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from meshwright.checkpoint import CheckpointError, latest_step, load_checkpoint, save_checkpoint
+from meshwright.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
 from meshwright.models import token_loss
 from meshwright.parallel import data_rank, wait_for_all
@@ -69,8 +69,8 @@ def build_loss(device: torch.device) -> Loss:
 
 def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer) -> int:
     """Fill model and optimizer from the run's newest checkpoint and return its step; 0 if there is none."""
-    step = latest_step(folder)
-    return 0 if step is None else load_checkpoint(folder.checkpoints / f"step-{step}", model, optimizer)
+    saved = folder.saved_steps()
+    return load_checkpoint(folder.checkpoint(saved[-1]), model, optimizer) if saved else 0
 
 
 def save(
