@@ -1,0 +1,75 @@
+"""State bytes: what each rank measures in a running job is what the planner counts, exactly."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import tiny_job
+from ranks import run_ranks
+from training import new_run, train_rank
+
+from meshwright.account import MemoryAccount
+from meshwright.plan import predict_memory
+from meshwright.record import Memory, read_events
+from meshwright.spec import Job
+
+STATES = ("parameters", "gradients", "optimizer_states")
+LAYOUTS: list[dict[str, int]] = [
+    {},
+    {"replica": 2},
+    *({"shard": 2, "zero": zero} for zero in (1, 2, 3)),
+    {"shard": 3},
+    {"replica": 2, "shard": 2, "zero": 2},
+    {"shard": 4, "zero": 1},
+]
+
+
+def measured(job: Job) -> dict[int, MemoryAccount]:
+    """Each rank's memory account of a run of three steps."""
+    folder, attempt = new_run(job)
+    run_ranks(job.layout.world_size, train_rank, job, folder, attempt)
+    events = read_events(folder, attempt)
+    found = {rank: [line for line in lines if isinstance(line, Memory)] for rank, lines in events.items()}
+    assert all(len(lines) == 1 and lines[0].step == 1 for lines in found.values())
+    return {rank: lines[0].account for rank, lines in found.items()}
+
+
+def a_job(folder: Path, layout: dict[str, int], name: str) -> Job:
+    ranks = layout.get("replica", 1) * layout.get("shard", 1)
+    # 257 rows and 90 columns: neither 2, 3 nor 4 divides them all.
+    return tiny_job(
+        folder,
+        processes=ranks,
+        layout=layout | {"microbatch": 2},
+        run={"steps": 3},
+        data={"global_batch": 4 * ranks},
+        optimizer={"name": name, "learning_rate": 0.01},
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) or "one")
+def test_measured_states_are_the_predicted_ones(tmp_path: Path, layout: dict[str, int]) -> None:
+    job = a_job(tmp_path, layout, "adamw")
+    accounts = measured(job)
+    predicted = predict_memory(job)
+    for state in STATES:
+        # The plan is about the fullest rank; nobody holds more, and together they hold the model.
+        assert max(getattr(account, state) for account in accounts.values()) == getattr(predicted, state), state
+        assert getattr(accounts[0], state) == getattr(predicted, state), state
+    whole = sum(account.parameters for account in accounts.values()) / layout.get("replica", 1)
+    assert whole == predict_memory(a_job(tmp_path, {}, "adamw")).parameters
+
+
+def test_sgd_holds_no_states(tmp_path: Path) -> None:
+    job = a_job(tmp_path, {}, "sgd")
+    assert measured(job)[0].optimizer_states == predict_memory(job).optimizer_states == 0
+
+
+def test_watching_memory_changes_nothing(tmp_path: Path) -> None:
+    """Tensors saved for backward are counted as they pass: no account is negative, and the logits are all there."""
+    job = a_job(tmp_path, {}, "adamw")
+    account = measured(job)[0]
+    assert all(value >= 0 for _, value in account.rows())
+    logits = job.layout.microbatch * job.data.sequence * job.model.vocabulary * torch.float32.itemsize
+    assert account.logits >= 2 * logits
+    assert account.activations > 0
