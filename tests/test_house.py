@@ -251,7 +251,10 @@ def distribution(requirement: str) -> str:
 
 
 def console_commands(page: str) -> list[str]:
-    """The lines behind "$ " in the page's ```console blocks; their other lines show output and are not compared."""
+    """The lines behind "$ " in the page's ```console blocks; their other lines show output and are not compared.
+
+    A command that is meant to fail says so in a comment: "# exit code 2".
+    """
     blocks = re.findall(r"^```console\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
@@ -266,4 +269,5 @@ def test_commands_of_the_getting_started_page_run_in_order(tmp_path: Path):
         finished = subprocess.run(
             command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
-        assert finished.returncode == 0, f"$ {command}\n{finished.stdout}{finished.stderr}"
+        expected = int(re.findall(r"# exit code (\d+)$|$", command)[0] or 0)
+        assert finished.returncode == expected, f"$ {command}\n{finished.stdout}{finished.stderr}"
