@@ -63,7 +63,13 @@ def row(name: str, path: Path) -> str:
     other = f"{measured.account.other / measured.wall_s:.1%}" if measured else "-"
     plan = f"{predicted.step_s / step_s - 1:+.0%}" if predicted else "-"
     mfu = flops / job.cluster.device.peak_flops_per_s(job.layout.precision)
-    return f"{name:<28} {step_s * 1e3:8.1f} {tokens:10,.0f} {flops / 1e12:8.1f} {mfu:6.1%} {memory:8.1f} {other:>6} {plan:>6}"
+    cells = [f"{step_s * 1e3:.1f}", f"{tokens:,.0f}", f"{flops / 1e12:.1f}", f"{mfu:.1%}", f"{memory:.1f}", other, plan]
+    return columns(name, cells)
+
+
+def columns(name: str, cells: list[str]) -> str:
+    """A line of the table; the heading is one too."""
+    return f"{name:<32}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def main() -> None:
@@ -89,9 +95,7 @@ def main() -> None:
             if options.output:
                 shutil.copytree(path, options.output / path.name)
     print(f"\n{job.model.name}, sequence {job.data.sequence}, {job.layout.precision}, on {job.cluster.device.name}")
-    print(
-        f"{'layout':<28} {'ms/step':>8} {'tok/s/GPU':>10} {'TFLOP/s':>8} {'MFU':>6} {'GiB':>8} {'other':>6} {'plan':>6}"
-    )
+    print(columns("layout", ["ms/step", "tok/s/GPU", "TFLOP/s", "MFU", "GiB", "other", "plan"]))
     print("\n".join(lines))
 
 
