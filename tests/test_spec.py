@@ -87,7 +87,6 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("layout.order=[shard]", 'layout.order = "[shard]"', "expected array", '["pipeline",'),
         ('layout.order=["shard"]', "layout.order = ['shard']", "each axis", "pipeline"),
         # Clusters.
-        ("cluster.gpus=8xh100", "cluster.processes", "beside cluster.gpus", "one of the two"),
         ("cluster.nodes=2", "cluster.processes", "beside", "one of the two"),
         # Names.
         ("run.name=a/b", 'run.name = "a/b"', "plain folder name", 'run.name = "run"'),
@@ -301,3 +300,15 @@ def test_no_slip_of_the_pen_gives_anything_but_a_job_or_a_line() -> None:
             assert decode_job(tomllib.loads(encode_job(job)), local=no_machine) == job, table
     # Both ends are reached, or the loop tests nothing.
     assert refused > 1000 and read > 200
+
+
+def test_a_word_for_a_whole_cluster_replaces_the_one_in_the_file() -> None:
+    job = read_job(QUICKSTART, ["cluster.gpus=8xh100"], local=no_machine)
+    assert (job.cluster.devices, job.layout.shard, job.layout.microbatch, job.layout.precision) == (8, 8, 4, "bf16")
+    with pytest.raises(SettingError, match="beside cluster.gpus"):
+        decode_job({"cluster": {"gpus": "8xh100", "processes": 2}}, local=no_machine)
+
+
+def test_settings_of_another_optimizer_are_refused() -> None:
+    error = refusal(QUICKSTART, "optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]")
+    assert "means nothing to sgd" in str(error)

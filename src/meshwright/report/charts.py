@@ -7,7 +7,7 @@ from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
 from meshwright.record import Metrics
 from meshwright.report.colours import COLOURS
-from meshwright.report.words import Row, Unit, run_rows, step_rows
+from meshwright.report.words import Row, Unit, bigram_entropy, run_rows, step_rows
 
 Figure = dict[str, Any]
 
@@ -49,6 +49,17 @@ def loss_figure(explanation: Explanation) -> Figure | None:
         "cliponaxis": False,
         "hovertemplate": "%{y:.3f}",
     }
+    entropy = bigram_entropy(explanation)
+    known = entropy is not None and bool(points)
+    beaten: Figure = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "bigram entropy of the corpus",
+        "x": [points[0][0], points[-1][0]] if known else [],
+        "y": [entropy, entropy] if known else [],
+        "line": {"color": COLOURS["other"], "width": 1.2, "dash": "dash"},
+        "hovertemplate": "%{y:.3f}",
+    }
     layout: Figure = {
         "height": 340,
         "hovermode": "x unified",
@@ -56,7 +67,7 @@ def loss_figure(explanation: Explanation) -> Figure | None:
         "yaxis": {"title": {"text": "loss, nats per token"}},
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
     }
-    return {"data": [trace for trace in (training, evaluated) if trace["x"]], "layout": layout}
+    return {"data": [trace for trace in (training, evaluated, beaten) if trace["x"]], "layout": layout}
 
 
 def thinned(metrics: Sequence[Metrics]) -> list[tuple[int, float | None]]:

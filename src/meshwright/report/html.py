@@ -21,6 +21,7 @@ from meshwright.report.colours import COLOURS
 from meshwright.report.words import (
     Row,
     Unit,
+    bigram_entropy,
     count_text,
     loss_text,
     memory_line,
@@ -109,7 +110,10 @@ def tiles(explanation: Explanation) -> str:
     cells: list[tuple[str, str, str]] = []
     if evaluations:
         first, last = loss_text(evaluations[0].held_out_loss), loss_text(evaluations[-1].held_out_loss)
-        cells.append(("Held-out loss", last, f"{first} before" if len(evaluations) > 1 else "nats per token"))
+        entropy = bigram_entropy(explanation)
+        beside = f"{first} before" if len(evaluations) > 1 else "nats per token"
+        beside += f"; bigram entropy {loss_text(entropy)}" if entropy is not None else ""
+        cells.append(("Held-out loss", last, beside))
     if metrics:
         cells.append(("Training loss", loss_text(metrics[-1].loss), f"{loss_text(metrics[0].loss)} at first"))
     if explanation.step_s is not None:

@@ -135,7 +135,13 @@ def learned_line(explanation: Explanation) -> str:
         line += f"; held-out {loss_text(held_out[0].held_out_loss)}"
     elif held_out:
         line += f"; held-out {loss_text(held_out[0].held_out_loss)} -> {loss_text(held_out[-1].held_out_loss)}"
-    return line
+    entropy = bigram_entropy(explanation)
+    return line if entropy is None else f"{line} (bigram entropy {loss_text(entropy)})"
+
+
+def bigram_entropy(explanation: Explanation) -> float | None:
+    """What knowing one token back leaves uncertain in this corpus, nats per token, if it was counted."""
+    return explanation.evaluations[-1].bigram_entropy if explanation.evaluations else None
 
 
 def speed_line(explanation: Explanation) -> str:

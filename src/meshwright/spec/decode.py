@@ -62,6 +62,9 @@ def apply_setting(table: Table, setting: str) -> None:
         table_of_one = {}
     # Text of several lines may hold more than one value; as a whole it is a string.
     value = table_of_one["value"] if len(table_of_one) == 1 else text.strip()
+    if parts in (["cluster", "gpus"], ["cluster", "processes"]):
+        # Each of these words describes a whole cluster, so it replaces the one that stands there.
+        table["cluster"] = {}
     inner = table
     for part in parts[:-1]:
         found = inner.setdefault(part, {})
@@ -78,14 +81,17 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
     if "model" in table:
         table["model"] = expand_model(table["model"])
     table["cluster"] = expand_cluster(table.get("cluster", {}), local)
-    table["layout"] = expand_layout(table.get("layout", {}), table["cluster"])
+    global_batch = table.get("data", {}).get("global_batch")
+    table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
     job = convert(table, Job)
     check_job(job)
     return job
 
 
-def expand_layout(section: Table, cluster: Table) -> Table:
-    """Resolve `axis = "all"` (the devices that the other axes leave) and `precision = "auto"`."""
+def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table:
+    """Resolve `axis = "all"` (the devices that the other axes leave), `microbatch = "all"` (a rank's whole share of
+    the global batch) and `precision = "auto"`.
+    """
     filled = dict(section)
     placed = convert(cluster, Cluster, "cluster")
     check_cluster(placed, 1)
@@ -102,6 +108,11 @@ def expand_layout(section: Table, cluster: Table) -> Table:
             taken = f"the other axes already take {others} of {placed.devices} devices"
             raise SettingError(f'layout.{axis} = "all"', taken, "smaller axes")
         filled[axis] = placed.devices // others
+    if filled.get("microbatch") == "all":
+        sizes: list[Any] = [global_batch, filled.get("replica", 1), filled.get("shard", 1)]
+        # Where these are no numbers, or do not divide, their own checks come next and say so.
+        whole = all(isinstance(size, int) and size > 0 for size in sizes)
+        filled["microbatch"] = max(1, sizes[0] // (sizes[1] * sizes[2])) if whole else 1
     if filled.get("precision", "auto") == "auto":
         filled["precision"] = "bf16" if placed.device.kind == "cuda" else "fp32"
     return filled

@@ -97,6 +97,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 def check_job(job: Job) -> None:
     """Raise SettingError for the first setting that cannot be honoured."""
+    if job.optimizer.name == "sgd":
+        default = OptimizerSettings()
+        for setting in ("betas", "epsilon"):
+            value = getattr(job.optimizer, setting)
+            if value != getattr(default, setting):
+                name = f"optimizer.{setting}"
+                raise SettingError(f"{name} = {value}", "means nothing to sgd", f'{name} left out, or "adamw"')
     check_model(job.model)
     for setting, value, low, high in (
         ("run.steps", job.run.steps, 1, LARGEST),

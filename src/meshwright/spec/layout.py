@@ -60,7 +60,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
         sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
         where = " x ".join(sizes) if sizes else "one process"
-        zero = f", zero {self.zero}" if self.shard > 1 else ""
+        zero = f", zero {self.zero}" if self.shard > 1 or self.zero < 3 else ""
         return f"{where}{zero}, microbatch {self.microbatch}"
 
 

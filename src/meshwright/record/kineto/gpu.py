@@ -76,7 +76,7 @@ def device_window(
         raise ValueError("a GPU step is bounded by the step before it, and the trace holds only one")
     before = [span(e)[1] for e in device if launch_of(e, launched)[0] < opened]
     during = [span(e)[1] for e in device if opened <= launch_of(e, launched)[0] <= closed]
-    if not before or not during:
+    if not before or not during or max(during) <= max(before):
         raise ValueError("the trace holds no kernels of the annotated step")
     return max(before), max(during)
 
