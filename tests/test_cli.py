@@ -220,5 +220,5 @@ def test_ctrl_c_while_planning_is_quiet(tmp_path: Path) -> None:
         # Opened for writing: it is being read now.
         with (tmp_path / "job.toml").open("w"):
             plan.send_signal(signal.SIGINT)
-            out, err = plan.communicate(timeout=TIMEOUT_S)
+        out, err = plan.communicate(timeout=TIMEOUT_S)
         assert (plan.returncode, out, err) == (130, b"", b"\n")
