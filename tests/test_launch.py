@@ -229,25 +229,25 @@ def test_refused_data_is_one_line_and_the_mended_job_runs(tmp_path: Path) -> Non
     text = tmp_path / "text"
     shutil.move(text, tmp_path / "aside")
 
-    def refused() -> str:
-        train = run("train", job, MARK=str(tmp_path))
+    def refused(ranks: int) -> str:
+        train = run("train", job, "--set", f"layout.shard={ranks}", MARK=str(tmp_path))
         assert train.returncode == 2, train.stderr
         assert train.stderr.startswith("error: ") and train.stderr.count("\n") == 1, train.stderr
         assert not (tmp_path / "runs" / "tiny").exists()
         return train.stderr
 
-    assert f'data.path = "{text}": no such folder' in refused()
+    assert f'data.path = "{text}": no such folder' in refused(1)
     text.mkdir()
-    assert f'data.path = "{text}": holds no .txt or .jsonl file' in refused()
+    assert f'data.path = "{text}": holds no .txt or .jsonl file' in refused(2)
     text.rmdir()
     shutil.move(tmp_path / "aside", text)
-    assert run("train", job, MARK=str(tmp_path)).returncode == 0
+    assert run("train", job, "--set", "layout.shard=1", MARK=str(tmp_path)).returncode == 0
 
     # The same job under another name, its tokens cut short meanwhile.
     tokens = next((tmp_path / "tokens").glob("*/tokens.bin"))
     os.truncate(tokens, 1000)
     job.write_text(job.read_text().replace('name = "tiny"', 'name = "second"'))
-    cut = run("train", job, MARK=str(tmp_path))
+    cut = run("train", job, "--set", "layout.shard=1", MARK=str(tmp_path))
     assert cut.returncode == 2 and cut.stderr.count("\n") == 1, cut.stderr
     assert "tokens.bin has 1000 bytes where manifest.json says" in cut.stderr
     assert "remove the folder and prepare it again" in cut.stderr
