@@ -305,7 +305,7 @@ def test_no_slip_of_the_pen_gives_anything_but_a_job_or_a_line() -> None:
 def test_a_word_for_a_whole_cluster_replaces_the_one_in_the_file() -> None:
     job = read_job(QUICKSTART, ["cluster.gpus=8xh100"], local=no_machine)
     assert (job.cluster.devices, job.layout.shard, job.layout.microbatch, job.layout.precision) == (8, 8, 4, "bf16")
-    with pytest.raises(SettingError, match="beside cluster.gpus"):
+    with pytest.raises(SettingError, match=r"beside cluster\.gpus"):
         decode_job({"cluster": {"gpus": "8xh100", "processes": 2}}, local=no_machine)
 
 
