@@ -3,7 +3,7 @@
 from meshwright.data.folder import END, VOCABULARY, Manifest, TokenFolder, open_folder
 from meshwright.data.loader import Batches, Microbatches, to_tensor
 from meshwright.data.prepare import prepare
-from meshwright.data.stream import Stream, open_stream
+from meshwright.data.stream import Stream, Tokens, open_stream
 
 __all__ = [
     "END",
@@ -13,6 +13,7 @@ __all__ = [
     "Microbatches",
     "Stream",
     "TokenFolder",
+    "Tokens",
     "open_folder",
     "open_stream",
     "prepare",

@@ -21,6 +21,8 @@ def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
     if folder is None:
         folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
     try:
+        # A resumed job may have changed; only now is it sure to run.
+        replace_text(folder.job, encode_job(job))
         return folder, start_attempt(folder, predict(job))
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
@@ -52,10 +54,4 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
     if done >= job.run.steps:
         more = f"--set run.steps={2 * job.run.steps}"
         raise SettingError(f"--resume {path}", f"all {job.run.steps} steps are done", more)
-    if settings:
-        try:
-            replace_text(folder.job, encode_job(job))
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise SettingError(str(folder.job), reason, "room and write permission there") from None
     return folder, job

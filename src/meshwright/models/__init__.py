@@ -6,9 +6,10 @@ Imports spec and torch, never torch.distributed.
 from meshwright.models.decoder import Block, Decoder, build_model, rotary_tables
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
-from meshwright.models.loss import token_loss
+from meshwright.models.loss import NOT_COUNTED, token_loss
 
 __all__ = [
+    "NOT_COUNTED",
     "Block",
     "Decoder",
     "build_model",

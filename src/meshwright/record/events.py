@@ -11,7 +11,7 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     loss: mean over the global batch's tokens, nats; None where it was not a finite number (JSON has no such thing),
     so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;
-    None where no peak is known. memory_bytes: the largest rank's peak so far (on CPU its resident set).
+    None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set).
     """
 
     step: int

@@ -12,6 +12,7 @@ from meshwright.record.events import Evaluation, Event, Metrics, Prediction
 from meshwright.spec import SettingError
 
 T = TypeVar("T")
+L = TypeVar("L", Metrics, Evaluation)
 
 # The file that makes a checkpoint complete.
 MANIFEST = "manifest.json"
@@ -180,10 +181,24 @@ def read_lines(path: Path, kind: type[T]) -> Iterator[T]:
 
 
 def read_metrics(folder: RunFolder) -> tuple[list[Metrics], list[Evaluation]]:
-    """Training steps and held-out losses across attempts, in order of step; a step run again replaces the first."""
-    steps = {line.step: line for line in read_lines(folder.metrics, Metrics)}
-    evaluations = {line.step: line for line in read_lines(folder.metrics, Evaluation)}
-    return [steps[s] for s in sorted(steps)], [evaluations[s] for s in sorted(evaluations)]
+    """Training steps and held-out losses of the run as it stands, in order of step.
+
+    Where an attempt resumed from an earlier step, what its forerunners did from there on is no part of the run.
+    """
+    return _standing(list(read_lines(folder.metrics, Metrics))), _standing(list(read_lines(folder.metrics, Evaluation)))
+
+
+def _standing(lines: list[L]) -> list[L]:
+    """The lines that no later attempt did again, one a step."""
+    first: dict[int, int] = {}
+    for line in lines:
+        first[line.attempt] = min(line.step, first.get(line.attempt, line.step))
+    kept = {
+        line.step: line
+        for line in lines
+        if all(line.step < start for attempt, start in first.items() if attempt > line.attempt)
+    }
+    return [kept[step] for step in sorted(kept)]
 
 
 def read_events(folder: RunFolder, attempt: int) -> dict[int, list[Event]]:

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshwright.account import MemoryAccount
-from meshwright.spec import Layout
 
 
 class MemoryProbe:
@@ -30,12 +29,11 @@ class MemoryProbe:
         self._cuda = device.type == "cuda"
         # What the process holds before it has a model: libraries, the device context.
         self._baseline_bytes = 0 if self._cuda else resident_bytes()
-        self._found = MemoryAccount()
         self._activations = self._logits = self._gathered = 0.0
         self._states: dict[str, float] = {}
 
     @contextmanager
-    def forward(self, model: nn.Module, layout: Layout, *, first: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    def forward(self, model: nn.Module, *, first: bool) -> Iterator[Callable[[Tensor], Tensor]]:
         """Around a forward pass that ends in the loss; yields what the logits are to be passed through.
 
         Only the step's first microbatch is watched.
@@ -43,11 +41,11 @@ class MemoryProbe:
         if not (self.active and first):
             yield lambda logits: logits
             return
-        self._gathered = gathered_bytes(model, layout)
         held = self._allocator if self._cuda else self._saved
         with held() as count:
             yield self._note
             kept = count()
+            self._gathered = gathered_bytes(model)
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
         kept -= self._gathered if self._cuda else 0.0
         self._activations = max(0.0, kept - self._logits / 2)
@@ -107,7 +105,7 @@ class MemoryProbe:
             logits=self._logits,
             communication_buffers=max(0.0, peak - known),
             framework=framework,
-            fragmentation=reserved - max(peak, known),
+            fragmentation=max(0.0, reserved - max(peak, known)),
         )
 
 
@@ -138,12 +136,7 @@ def peak_memory_bytes(device: torch.device) -> float:
     return peak_resident_bytes()
 
 
-def gathered_bytes(model: nn.Module, layout: Layout) -> float:
-    """Bytes of whole parameters that stay gathered from forward to backward: none under zero 3, all under 2 and 1.
-
-    With shard 1 and fp32 the gathered copy is still a copy: parameters are held twice.
-    """
-    if layout.zero == 3:
-        return 0.0
-    width = 2 if layout.precision == "bf16" else 4
-    return float(sum(p.numel() for p in model.parameters()) * width)
+def gathered_bytes(model: nn.Module) -> float:
+    """Bytes of parameters that are gathered now: FSDP puts them, as plain tensors, in the place of the sharded ones."""
+    whole = (p for p in model.parameters() if not isinstance(p, DTensor))
+    return float(sum(p.numel() * p.element_size() for p in whole))

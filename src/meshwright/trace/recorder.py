@@ -33,8 +33,12 @@ class Recorder:
         self._device = device
         self._writer = LineWriter(folder.events(attempt, self.rank))
         self._profiler: profile | None = None
-        # The steps since the last span: start of the first, end of the last, how many.
-        self._steps: tuple[float, float, int] | None = None
+        # Where the stretch of steps since the last span began, and how many it holds so far.
+        self._steps_since: float | None = None
+        self._steps_count = 0
+        self._profiled_step = 0
+        # A GPU step begins where the device finished the one before, so that one must be in the trace too.
+        self._lead = 1 if device.type == "cuda" else 0
         self._compiled_s = compile_seconds()
         self._first: int | None = None
         self._last_step = 0
@@ -47,6 +51,8 @@ class Recorder:
     @contextmanager
     def span(self, name: str, step: int = 0) -> Iterator[None]:
         """A stretch outside the steps: evaluation, checkpoint, measurement."""
+        # The device may still be at work on the steps launched so far; that time is theirs.
+        self._synchronize()
         self._flush_steps()
         start = time.time()
         try:
@@ -76,16 +82,19 @@ class Recorder:
         if self._opens_before(step):
             with self.span("measurement", step):
                 self._open()
-        start = time.time()
+            self._profiled_step = step + self._lead
+        since = time.time() if self._steps_since is None else self._steps_since
         with record_function(STEP):
             yield
-        start = self._book_compile(start, step)
+        self._steps_since = self._book_compile(since, step)
+        self._steps_count += 1
         self._last_step = step
-        began, count = (self._steps[0], self._steps[2]) if self._steps else (start, 0)
-        self._steps = (began, time.time(), count + 1)
-        if self._steps[1] - began > FLUSH_S:
+        now = time.time()
+        if now - self._steps_since > FLUSH_S:
+            # Not a boundary of anything: the next stretch begins where this one ends.
             self._flush_steps()
-        if self._profiler is not None and self.is_profiled(step):
+            self._steps_since = now
+        if self._profiler is not None and step == self._profiled_step:
             with self.span("measurement", step):
                 self._close(step)
 
@@ -96,9 +105,8 @@ class Recorder:
         return every > 0 and warm and step % every == every // 2
 
     def _opens_before(self, step: int) -> bool:
-        # A GPU step begins where the device finished the one before, so that one must be in the trace too.
-        lead = 1 if self._device.type == "cuda" else 0
-        return self._profiler is None and self.is_profiled(step + lead) and step + lead < self._job.run.steps
+        profiled = step + self._lead
+        return self._profiler is None and self.is_profiled(profiled) and profiled < self._job.run.steps
 
     def _open(self) -> None:
         self._synchronize()
@@ -120,8 +128,9 @@ class Recorder:
                 purposes=group_purposes(self._job.layout),
                 useful_s=self.useful_s,
             )
-        except ValueError as error:
-            self.fault(step, f"step {step} was profiled but not measured: {error}")
+        # A full disk, or a trace that a new profiler writes otherwise, must not end the training that it watches.
+        except (OSError, LookupError, ValueError) as error:
+            self.fault(step, f"step {step} was profiled but not measured: {type(error).__name__}: {error}")
         else:
             self._writer.append(Step(measured=measured))
 
@@ -130,10 +139,9 @@ class Recorder:
             torch.cuda.synchronize(self._device)
 
     def _flush_steps(self) -> None:
-        if self._steps:
-            start, end, count = self._steps
-            self._write("step", start, end, step=self._last_step, count=count)
-            self._steps = None
+        if self._steps_since is not None:
+            self._write("step", self._steps_since, time.time(), step=self._last_step, count=self._steps_count)
+            self._steps_since, self._steps_count = None, 0
 
     def memory(self, step: int, account: MemoryAccount) -> None:
         """Write down what memory held in `step`."""
@@ -148,6 +156,7 @@ class Recorder:
         if self._profiler is not None:  # a stop came between the step that opened it and the one to be measured
             self._profiler.stop()
             self._profiler = None
+        self._synchronize()
         self._flush_steps()
         self._writer.append(Ended(step=self._last_step, time_s=time.time(), how=how))
         self._writer.close()

@@ -1,5 +1,6 @@
 """The torch side of the seam: starts and watches a node's ranks. A job goes in, a run folder comes out."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from meshwright.data import prepare
 from meshwright.record import RunFolder
+from meshwright.spec import SettingError
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
 
@@ -31,6 +34,14 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
         # SIGINT asks the ranks to finish their step and save; the agent only waits for them.
         signals_to_handle="SIGTERM",
     )
+    # One host: nothing has to listen elsewhere, and its own name may resolve to an address that is not its.
+    os.environ |= {"GLOO_SOCKET_IFNAME": loopback(), "NCCL_SOCKET_IFNAME": loopback()}
+    try:
+        # Before any rank waits for another: tokenising a large corpus takes longer than a collective may.
+        prepare(job.data)
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
     try:
         elastic_launch(config, run_rank)(run, attempt, began_s)
     except ChildFailedError as error:
@@ -38,6 +49,11 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
     except SignalException as stopped:  # the ranks are gone by now
         return 128 + stopped.sigval
     return 0
+
+
+def loopback() -> str:
+    """Name of the interface that only this host sees."""
+    return "lo" if sys.platform == "linux" else "lo0"
 
 
 def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) -> int:

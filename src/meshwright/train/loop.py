@@ -69,7 +69,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             with recorder.span("checkpoint", done):
                 save(folder, done, model, optimizer, job, recorder, final=last)
         if stopping:
-            how = "stopped"
+            how = "stopped" if done < job.run.steps else "finished"
             break
     batches.close()
     reporter.close(how)
@@ -84,7 +84,7 @@ def forward_backward(
     tokens = job.data.global_batch * job.data.sequence
     loss = torch.zeros((), device=microbatches[0][0].device)
     for index, (inputs, targets) in enumerate(microbatches):
-        with recorder.phase("forward"), memory.forward(model, job.layout, first=index == 0) as logits_seen:
+        with recorder.phase("forward"), memory.forward(model, first=index == 0) as logits_seen:
             begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
             part = loss_of(logits_seen(model(inputs)), targets) / tokens
         with recorder.phase("backward"):

@@ -55,7 +55,10 @@ def run_rank(run: str, attempt: int, began_s: float) -> None:
     if failure:
         word = msgspec.structs.replace(failure, rank=rank)
         name = f"failure-{socket.gethostname()}-{os.getpid()}.json"
-        replace_text(folder.attempt(attempt) / name, msgspec.json.encode(word).decode())
+        try:
+            replace_text(folder.attempt(attempt) / name, msgspec.json.encode(word).decode())
+        except OSError:  # a full disk may be what failed in the first place
+            print(failure.traceback or f"error: {failure.line}", file=sys.stderr)
         if failure.traceback:
             time.sleep(AFTER_PEERS_S)
         end_now(CRASHED if failure.traceback else REFUSED)

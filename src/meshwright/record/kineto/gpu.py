@@ -78,7 +78,7 @@ def device_window(
     during = [span(e)[1] for e in device if opened <= launch_of(e, launched)[0] <= closed]
     if not before or not during or max(during) <= max(before):
         raise ValueError("the trace holds no kernels of the annotated step")
-    return max(before), max(during)
+    return max(*before, opened), max(during)
 
 
 def transfer_of(
