@@ -18,6 +18,7 @@ from safetensors import safe_open
 from training import Tensors, new_attempt, new_run, train_rank, weights
 
 from meshwright.checkpoint import CheckpointError, load_checkpoint, read_manifest, save
+from meshwright.data import open_stream
 from meshwright.parallel import build_mesh, build_parallel_model, start_distributed, stop_distributed
 from meshwright.record import Evaluation, Fault, Metrics, RunFolder, read_events, read_lines, read_metrics
 from meshwright.spec import Job, SettingError, parameter_shapes
@@ -146,7 +147,8 @@ def load(job: Job, folder: RunFolder, step: int) -> int:
     device = start_distributed(job.cluster)
     model = build_parallel_model(job, build_mesh(job.layout, device), device)
     try:
-        return load_checkpoint(folder.checkpoints / f"step-{step}", model, build_optimizer(model, job.optimizer))
+        corpus = open_stream(job).checksum
+        return load_checkpoint(folder.checkpoint(step), model, build_optimizer(model, job.optimizer), corpus)
     finally:
         stop_distributed()
 
@@ -188,7 +190,8 @@ def test_a_damaged_shard_is_refused(
     harm(folder.checkpoints / "step-5" / "rank-1.safetensors")
     # Whatever the layout that reads it.
     setting, reason, nearest = run_ranks(1, refused_load, one_process(saved[0]), folder, 5)[0]
-    assert "step-5" in setting and says in reason and "rank-1.safetensors" in reason and nearest == "an earlier step"
+    assert "step-5" in setting and says in reason and "rank-1.safetensors" in reason
+    assert nearest.startswith("rm -r ") and "step-5" in nearest
     assert run_ranks(1, load, one_process(saved[0]), folder, 4) == [4]
 
 
@@ -306,7 +309,7 @@ def fail_to_finish(job: Job, folder: RunFolder) -> str:
 
     with mock.patch.object(save, "finish", failing):
         try:
-            save.save_checkpoint(folder, 9, model, build_optimizer(model, job.optimizer), job.layout, keep=1)
+            save.save_checkpoint(folder, 9, model, build_optimizer(model, job.optimizer), job.layout, corpus="", keep=1)
         except CheckpointError as error:
             return str(error)
         finally:
@@ -320,3 +323,13 @@ def test_a_manifest_that_cannot_be_written_is_no_checkpoint(saved: tuple[Job, Ru
     assert all("rank 0: [Errno 122] Disk quota exceeded" in line for line in told)
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["step-2", "step-4", "step-5"]
     assert json.loads((folder.checkpoints / "step-5" / "manifest.json").read_bytes())["step"] == 5
+
+
+def test_a_resumed_run_refuses_other_text(saved: tuple[Job, RunFolder], tmp_path: Path) -> None:
+    job, folder = saved
+    changed = tmp_path / "changed"
+    shutil.copytree(job.data.path, changed)
+    next(changed.iterdir()).write_text("other words than before")
+    other = msgspec.structs.replace(job, data=msgspec.structs.replace(job.data, path=str(changed)))
+    refusals = run_ranks(job.layout.world_size, refused_load, other, folder, 5)
+    assert all("is not the text" in reason for _, reason, _ in refusals)

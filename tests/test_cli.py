@@ -68,7 +68,7 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         (["plan", "--model", "llama3-8b", "--gpus", "0xh100"], "holds no device"),
         (["plan", "--model", "llama3-8b", "--gpus", "8xh100", "--sequence", "0"], "--sequence 0: must be at least 1"),
         (["plan", "--model", "llama3-8b", "--gpus", "8xh100", "--global-batch", "0"], "data.global_batch = 0"),
-        (["plan", "--model", "llama3-8b", "--gpus", "8xh100", "--global-batch", "9"], "does not divide"),
+        (["plan", str(QUICKSTART), "--set", "cluster.gpus=8xh100", "--set", "layout.shard=3"], "does not divide"),
         (["plan", str(QUICKSTART), "--gpus", "8xh100"], "--set, as in --set cluster.gpus=8xh100"),
         (["plan", str(QUICKSTART), "--sequence", "8"], "--set, as in --set data.sequence=8192"),
         (["plan", "nowhere.toml"], "cannot be read as a job file"),

@@ -264,3 +264,11 @@ def test_spans_cover_the_life_of_a_rank(finished: tuple[Path, object]) -> None:
         for one, two in pairwise(spans):
             assert one.end_s <= two.start_s + 1e-3
         assert msgspec.structs.asdict(lines[-1])["how"] == "finished"
+
+
+def test_a_refused_resume_leaves_the_job_as_it_was(finished: tuple[Path, object]) -> None:
+    folder = finished[0]
+    before = (folder / "job.toml").read_text()
+    refused = run("train", "--resume", folder, "--set", "run.steps=99", "--set", "cluster.gpus=64xh100")
+    assert refused.returncode == 2 and "this machine has no GPU" in refused.stderr
+    assert (folder / "job.toml").read_text() == before

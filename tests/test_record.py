@@ -323,3 +323,33 @@ def test_a_prediction_comes_back_or_is_none(tmp_path):
     folder.plan(number).write_bytes(folder.plan(number).read_bytes()[:100])
     assert read_prediction(folder, number) is None
     assert read_prediction(folder, 7) is None
+
+
+def test_steps_that_a_later_attempt_did_again_are_no_part_of_the_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    writer = LineWriter(folder.metrics)
+
+    def step(number: int, attempt: int) -> Metrics:
+        return Metrics(
+            step=number,
+            attempt=attempt,
+            time_s=0.0,
+            loss=1.0,
+            gradient_norm=1.0,
+            learning_rate=1.0,
+            step_s=1.0,
+            tokens_per_s=1.0,
+            mfu=None,
+            memory_bytes=1.0,
+        )
+
+    for number in range(8):
+        writer.append(step(number, 0))
+    writer.append(Evaluation(step=7, attempt=0, time_s=0.0, held_out_loss=1.0))
+    for number in range(5, 7):
+        writer.append(step(number, 1))
+    writer.append(Evaluation(step=5, attempt=1, time_s=0.0, held_out_loss=2.0))
+    writer.close()
+    metrics, evaluations = read_metrics(folder)
+    assert [(line.step, line.attempt) for line in metrics] == [*((n, 0) for n in range(5)), (5, 1), (6, 1)]
+    assert [line.step for line in evaluations] == [5]

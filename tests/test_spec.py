@@ -312,3 +312,17 @@ def test_a_word_for_a_whole_cluster_replaces_the_one_in_the_file() -> None:
 def test_settings_of_another_optimizer_are_refused() -> None:
     error = refusal(QUICKSTART, "optimizer.name=sgd", "optimizer.betas=[0.9, 0.99]")
     assert "means nothing to sgd" in str(error)
+
+
+def test_all_takes_as_many_devices_as_divide_the_batch() -> None:
+    sizes = {gpus: read_job(QUICKSTART, [f"cluster.gpus={gpus}xh100"], local=no_machine).layout for gpus in (1, 3, 7)}
+    assert [(layout.shard, layout.microbatch) for layout in sizes.values()] == [(1, 32), (2, 16), (4, 8)]
+
+
+def test_fewer_processes_than_offered_share_the_machine() -> None:
+    job = read_job(QUICKSTART, ["layout.shard=1"], local=cpu_cluster)
+    assert job.cluster == cpu_cluster(1)
+
+
+def test_evaluating_nothing_is_refused() -> None:
+    assert "nothing is held out" in str(refusal(QUICKSTART, "data.held_out=0", "evaluation.every_steps=5"))

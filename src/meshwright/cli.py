@@ -86,7 +86,7 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
     check_devices(resolved)
     # The profiler prints a line for each step it watches, and only the environment can silence it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         join(resolved, folder.path if folder else None, began_s)
         return
     folder, attempt = launch.begin_attempt(folder, resolved)
@@ -196,10 +196,17 @@ def local(processes: int) -> "Cluster":
     return local_cluster(processes, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def under_torchrun() -> bool:
+    """Whether an external torchrun started this process as one of its ranks."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def check_devices(job: "Job") -> None:
     """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
     wanted, here = job.cluster, local(job.cluster.devices_per_node)
-    if wanted.device.kind == "cuda" and (here.device.kind != "cuda" or here.devices < wanted.devices_per_node):
+    # Under torchrun every node starts its own ranks; without it all of them start here.
+    needed = wanted.devices_per_node if under_torchrun() else wanted.devices
+    if wanted.device.kind == "cuda" and (here.device.kind != "cuda" or here.devices < needed):
         raise SettingError(
             f"cluster of {wanted.label()}",
             f"this machine has {here.label() if here.device.kind == 'cuda' else 'no GPU'}",

@@ -7,16 +7,19 @@ from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
 
-from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, local_part, read_manifest
+from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, local_part, read_manifest, without
 from meshwright.spec import SettingError
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus: str) -> int:
     """Fill model and optimizer from a checkpoint and return its step.
 
-    Raises SettingError where a tensor is missing or mis-shaped, or a file is missing or damaged.
+    Raises SettingError where a tensor is missing or mis-shaped, a file is missing or damaged, or `corpus`, the
+    checksum of the tokens, is not what was trained on so far.
     """
     manifest = read_manifest(folder)
+    if manifest.corpus != corpus:
+        raise SettingError("data.path", f"is not the text that {folder} was trained on", "the same files, or a new run")
     reader = Reader(folder, manifest)
     for name, parameter in model.named_parameters():
         reader.fill(f"model.{name}", parameter.detach())
@@ -102,11 +105,13 @@ class Reader:
             with path.open("rb") as opened:
                 whole = path.stat().st_size == size and checksum(opened) == crc32
         except OSError as error:
-            raise SettingError(f"checkpoint {self._folder}", f"{file}: {error.strerror}", "an earlier step") from None
+            raise SettingError(
+                f"checkpoint {self._folder}", f"{file}: {error.strerror}", without(self._folder)
+            ) from None
         if not whole:
             raise SettingError(
                 f"checkpoint {self._folder}",
                 f"{file} is damaged: its checksum differs",
-                "an earlier step",
+                without(self._folder),
             )
         self._checked.add(file)

@@ -41,10 +41,14 @@ class ShardIndex(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """The whole checkpoint. `step`: training steps done. The data's position follows from it."""
+    """The whole checkpoint.
+
+    step: training steps done; the data's position follows from it. corpus: checksum of the tokens trained on.
+    """
 
     format: int = 1
     step: int
+    corpus: str
     layout: Layout
     entries: dict[str, Entry]
     files: dict[str, tuple[int, int]]
@@ -58,14 +62,19 @@ def checksum(file: BinaryIO) -> int:
     return value
 
 
+def without(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be read."""
+    return f"rm -r {folder}, and the checkpoint before it is used"
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint's folder. Raises SettingError where it is missing or damaged."""
     try:
         return msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
-        raise SettingError(f"checkpoint {folder}", f"has no manifest ({error.strerror})", "an earlier step") from None
+        raise SettingError(f"checkpoint {folder}", f"has no manifest ({error.strerror})", without(folder)) from None
     except msgspec.DecodeError as error:
-        raise SettingError(f"checkpoint {folder}", f"has a damaged manifest ({error})", "an earlier step") from None
+        raise SettingError(f"checkpoint {folder}", f"has a damaged manifest ({error})", without(folder)) from None
 
 
 def named_state(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, torch.Tensor]]:

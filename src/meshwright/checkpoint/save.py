@@ -31,7 +31,7 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(
-    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, layout: Layout, *, keep: int
+    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, layout: Layout, *, corpus: str, keep: int
 ) -> Path:
     """Save the state after `step` steps; all ranks call it together. Returns the checkpoint's folder.
 
@@ -48,7 +48,7 @@ def save_checkpoint(
     reason = attempt_to(lambda: write_shard(partial, rank, model, optimizer))
     try:
         agree(reason, step, folder)
-        reason = _on_rank_zero(rank, lambda: finish(partial, final, step, layout))
+        reason = _on_rank_zero(rank, lambda: finish(partial, final, step, layout, corpus))
         agree(reason, step, folder)
     except CheckpointError:
         if rank == 0:
@@ -87,7 +87,7 @@ def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
     return all(c == 0 for c, p in zip(coordinates, tensor.placements, strict=True) if p.is_replicate())
 
 
-def finish(partial: Path, final: Path, step: int, layout: Layout) -> None:
+def finish(partial: Path, final: Path, step: int, layout: Layout, corpus: str) -> None:
     """Join the ranks' indices into the manifest and rename the folder into place."""
     entries: dict[str, Entry] = {}
     files: dict[str, tuple[int, int]] = {}
@@ -97,7 +97,7 @@ def finish(partial: Path, final: Path, step: int, layout: Layout) -> None:
         for name, entry in index.entries.items():
             entries.setdefault(name, Entry(shape=entry.shape, parts=[])).parts.extend(entry.parts)
         path.unlink()
-    manifest = Manifest(step=step, layout=layout, entries=entries, files=files)
+    manifest = Manifest(step=step, corpus=corpus, layout=layout, entries=entries, files=files)
     replace_text(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n")
     partial.rename(final)
     # The rename itself must survive a power cut.

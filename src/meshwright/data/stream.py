@@ -47,6 +47,7 @@ class Stream:
         self._path = folder.path
         self._vocabulary = folder.manifest.vocabulary
         self.bigram_entropy = folder.manifest.bigram_entropy
+        self.checksum = folder.manifest.checksum
         self.sequence = settings.sequence
         self.global_batch = settings.global_batch
         self.seed = seed

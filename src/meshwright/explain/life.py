@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-import msgspec
-
 from meshwright.account import RunAccount, StepAccount
 from meshwright.account.intervals import Interval, length, subtract, union
 from meshwright.record import Ended, Event, Fault, Metrics, Span, Step
@@ -101,10 +99,3 @@ def mean_mfu(metrics: Sequence[Metrics]) -> float | None:
 def yield_of(account: RunAccount) -> float | None:
     """The yield, or None where nothing says what was useful (no datasheet peak, or nothing measured)."""
     return account.yield_() if account.steps.useful > 0 else None
-
-
-def by_bucket(account: RunAccount) -> list[tuple[str, float]]:
-    """Every part of the run with a name of its own, the steps' buckets first; zero rows left out."""
-    parts = [(f"steps: {name}", seconds) for name, seconds in account.steps.rows()]
-    rest = msgspec.structs.replace(account, steps=StepAccount())
-    return [(name, seconds) for name, seconds in [*parts, *rest.rows()] if seconds]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from meshwright.spec import Cluster, Device, Link
+from meshwright.spec import Cluster, Device, Link, SettingError
 from meshwright.spec.hardware import Node, match_gpu, unknown_gpu
 
 # Read off one run of the benchmark on an otherwise idle machine; another machine's figures differ: run it there.
@@ -40,7 +40,7 @@ def local_cluster(processes: int, visible: str | None = None) -> Cluster:
 
     `visible` is CUDA_VISIBLE_DEVICES as the environment has it: only its entries count ("" hides every GPU).
     """
-    gpus = local_gpus()
+    gpus = local_gpus() if visible != "" else []
     if visible is not None:
         gpus = gpus[: len([entry for entry in visible.split(",") if entry.strip() not in ("", "-1")])]
     if not gpus:
@@ -57,11 +57,17 @@ def gpu_cluster(row: Node, devices: int, memory_bytes: float) -> Cluster:
 
 
 def local_gpus() -> list[tuple[str, float]]:
-    """(name, memory in bytes) of every GPU that nvidia-smi lists; none where it is absent or fails."""
+    """(name, memory in bytes) of every GPU that nvidia-smi lists; none where it is absent or finds no driver.
+
+    Raises SettingError where it does not answer: a rank that took silence for "no GPU" would wait for its peers.
+    """
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.SubprocessError):
+    except subprocess.TimeoutExpired:
+        reason = "did not answer in 20 s, so this machine's GPUs are not known"
+        raise SettingError("nvidia-smi", reason, "CUDA_VISIBLE_DEVICES= to use none") from None
+    except OSError:
         return []
     return parse_gpus(done.stdout) if done.returncode == 0 else []
 

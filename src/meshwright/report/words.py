@@ -25,7 +25,7 @@ RUN_MEANINGS = {
     "useful": "model FLOPs at the datasheet peak",
     "rest of the steps": "the other buckets of the step account",
     "steps": "training steps (useful part not known)",
-    "startup": "from the process's start to its first step",
+    "startup": "until the model is built and ready",
     "compile": "torch.compile",
     "evaluation": "held-out loss",
     "checkpoint": "saves outside the steps",

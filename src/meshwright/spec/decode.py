@@ -11,9 +11,9 @@ import tomli_w
 
 from meshwright.spec.cluster import Cluster, Device, check_cluster
 from meshwright.spec.errors import SettingError, closest
-from meshwright.spec.hardware import cluster_of, expand_cluster
+from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
-from meshwright.spec.layout import AXES
+from meshwright.spec.layout import AXES, Axis
 from meshwright.spec.model import expand_model
 
 Table = dict[str, Any]
@@ -80,22 +80,28 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
     table = {name: dict(cast(Table, section)) for name, section in table.items()}
     if "model" in table:
         table["model"] = expand_model(table["model"])
-    table["cluster"] = expand_cluster(table.get("cluster", {}), local)
+    section = table.get("cluster", {})
+    table["cluster"] = expand_cluster(section, local)
     global_batch = table.get("data", {}).get("global_batch")
     table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
     job = convert(table, Job)
     check_job(job)
+    if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
+        # Processes share the machine: fewer of them have more of it each.
+        job = msgspec.structs.replace(job, cluster=local(job.layout.world_size))
     return job
 
 
 def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table:
-    """Resolve `axis = "all"` (the devices that the other axes leave), `microbatch = "all"` (a rank's whole share of
-    the global batch) and `precision = "auto"`.
+    """Resolve what a job may leave open.
+
+    `axis = "all"`: the devices that the other axes leave, as many as divide the batch; `microbatch = "all"`: a rank's
+    whole share of the batch; `precision = "auto"`: bf16 on GPUs, fp32 elsewhere.
     """
     filled = dict(section)
     placed = convert(cluster, Cluster, "cluster")
     check_cluster(placed, 1)
-    open_axes = [axis for axis in AXES if filled.get(axis) == "all"]
+    open_axes: list[Axis] = [axis for axis in AXES if filled.get(axis) == "all"]
     if len(open_axes) > 1:
         given = " and ".join(f"layout.{axis}" for axis in open_axes)
         raise SettingError(f'{given} = "all"', "only one axis can take all the devices left", f"{open_axes[0]} alone")
@@ -107,7 +113,7 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
         if others > placed.devices:
             taken = f"the other axes already take {others} of {placed.devices} devices"
             raise SettingError(f'layout.{axis} = "all"', taken, "smaller axes")
-        filled[axis] = placed.devices // others
+        filled[axis] = largest_use(placed.devices // others, filled, axis, global_batch)
     if filled.get("microbatch") == "all":
         sizes: list[Any] = [global_batch, filled.get("replica", 1), filled.get("shard", 1)]
         # Where these are no numbers, or do not divide, their own checks come next and say so.
@@ -116,6 +122,15 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
     if filled.get("precision", "auto") == "auto":
         filled["precision"] = "bf16" if placed.device.kind == "cuda" else "fp32"
     return filled
+
+
+def largest_use(left: int, layout: Table, axis: Axis, global_batch: object) -> int:
+    """As many of the devices left as the global batch can be divided over."""
+    other = layout.get("shard" if axis == "replica" else "replica", 1)
+    if axis not in ("replica", "shard") or not isinstance(global_batch, int) or not isinstance(other, int):
+        return left
+    sizes = (size for size in range(left, 0, -1) if other > 0 and global_batch % (size * other) == 0)
+    return next(sizes, left)
 
 
 def convert(table: Table, kind: type[T], prefix: str = "") -> T:

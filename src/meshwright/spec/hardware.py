@@ -193,13 +193,18 @@ def cluster_of(gpus: str) -> Cluster:
     return Cluster(device=row.device, nodes=nodes, devices_per_node=devices, intra=row.intra, inter=row.inter)
 
 
+def is_local(section: Table) -> bool:
+    """Whether a job's [cluster] table asks for this machine."""
+    return set(section) <= {"processes"}
+
+
 def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
     """Fill a job's [cluster] table.
 
     Empty, or with `processes` alone: this machine, with that many CPU processes where it has no GPU.
     `gpus = "8xh100"`: from the hardware table. Otherwise the numbers themselves.
     """
-    if set(section) <= {"processes"}:
+    if is_local(section):
         processes = section.get("processes", 1)
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
             reason = "must be a whole number, at least 1"

@@ -43,7 +43,8 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """AdamW (or SGD, for comparing weights exactly) under linear warmup and cosine decay.
 
-    Weight decay applies to matrices, not to norms. The last step's rate is learning_rate x final_rate.
+    Weight decay applies to matrices, not to norms. The last step's rate is learning_rate x final_rate (unless
+    warmup takes the whole run).
     clip_norm 0 turns clipping off.
     """
 
@@ -132,5 +133,8 @@ def check_job(job: Job) -> None:
     name = job.run.name
     if not name or name != name.strip("./ ") or "/" in name or not name.isprintable():
         raise SettingError(f'run.name = "{name}"', "must be a plain folder name", 'run.name = "run"')
+    if job.data.held_out == 0 and job.evaluation.every_steps:
+        name = f"evaluation.every_steps = {job.evaluation.every_steps}"
+        raise SettingError(name, "nothing is held out to evaluate on", "data.held_out = 0.05")
     check_layout(job.layout, job.data.global_batch)
     check_cluster(job.cluster, job.layout.world_size)

@@ -35,7 +35,7 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
         signals_to_handle="SIGTERM",
     )
     # One host: nothing has to listen elsewhere, and its own name may resolve to an address that is not its.
-    os.environ |= {"GLOO_SOCKET_IFNAME": loopback(), "NCCL_SOCKET_IFNAME": loopback()}
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback()
     try:
         # Before any rank waits for another: tokenising a large corpus takes longer than a collective may.
         prepare(job.data)
@@ -69,6 +69,8 @@ def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) 
         print(f"rank {rank} was killed by {signal.Signals(number).name}", file=sys.stderr)
         return 128 + number
     if not words:
+        if REFUSED in exit_codes.values():  # said by the rank itself, for want of room to leave word
+            return REFUSED
         print(f"ranks ended without a word, with exit codes {exit_codes}", file=sys.stderr)
         return CRASHED
     first = min(words, key=lambda word: word.time_s)

@@ -38,7 +38,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     stream = open_data(job)
     model = build_parallel_model(job, mesh, device)
     optimizer = build_optimizer(model, job.optimizer)
-    first = restore(folder, model, optimizer)
+    first = restore(folder, model, optimizer, stream)
     loss_of = build_loss(device)
     batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=began_s)
@@ -67,7 +67,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
                 reporter.evaluated(done, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
         if stopping or (last and job.checkpoint.at_end) or due(done, job.checkpoint.every_steps):
             with recorder.span("checkpoint", done):
-                save(folder, done, model, optimizer, job, recorder, final=last)
+                save(folder, done, model, optimizer, stream, job, recorder, final=last)
         if stopping:
             how = "stopped" if done < job.run.steps else "finished"
             break

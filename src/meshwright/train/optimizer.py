@@ -26,7 +26,7 @@ def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
     """Rate of `step` (from 0) of `steps`: linear warmup, then a cosine to learning_rate x final_rate."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, steps - 1 - settings.warmup_steps)
+    progress = (step + 1 - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return settings.learning_rate * (settings.final_rate + (1 - settings.final_rate) * cosine)
 

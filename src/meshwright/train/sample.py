@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from meshwright.checkpoint import read_model_weights
-from meshwright.data import END
+from meshwright.data import END, VOCABULARY, is_prepared, open_folder
 from meshwright.models import build_model, generate
 from meshwright.record import open_run
-from meshwright.spec import SettingError
+from meshwright.spec import Job, SettingError
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import no_machine
 
@@ -20,6 +20,8 @@ def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: i
     saved = folder.saved_steps()
     if not saved:
         raise SettingError(f"run folder {run}", "has no checkpoint yet", "a run with checkpoint.every_steps set")
+    if not holds_bytes(job):
+        raise SettingError(f'data.path = "{job.data.path}"', "its tokens are not bytes", "a run on .txt or .jsonl text")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(job.model, device=device)
     read_model_weights(folder.checkpoint(saved[-1]), model)
@@ -28,3 +30,9 @@ def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: i
     made = generate(model, start, tokens, temperature, seed, window=job.data.sequence)[0, 1:].tolist()
     end = made.index(END) if END in made else len(made)
     return bytes(token for token in made[:end] if token < END).decode("utf-8", errors="replace")
+
+
+def holds_bytes(job: Job) -> bool:
+    """Whether the job's tokens are bytes: they are, unless somebody else tokenised the folder it names."""
+    path = Path(job.data.path)
+    return not is_prepared(path) or open_folder(path).manifest.vocabulary == VOCABULARY

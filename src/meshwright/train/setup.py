@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from meshwright.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
 from meshwright.models import token_loss
-from meshwright.parallel import data_rank, wait_for_all
+from meshwright.parallel import data_rank, tell_all, wait_for_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
@@ -40,13 +40,16 @@ class StopRequest:
 
 
 def open_data(job: Job) -> Stream:
-    """The job's stream; rank 0 prepares the tokens while the others wait."""
+    """The job's stream; rank 0 prepares the tokens while the others wait. Every rank must have found the same."""
     if dist.get_rank() == 0:
         stream = open_stream(job)
         wait_for_all()
-        return stream
-    wait_for_all()
-    return open_stream(job)
+    else:
+        wait_for_all()
+        stream = open_stream(job)
+    if tell_all(lambda: stream.checksum) != stream.checksum:
+        raise SettingError(f'data.path = "{job.data.path}"', "holds other text here than on rank 0", "the same files")
+    return stream
 
 
 def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device) -> Batches:
@@ -67,19 +70,27 @@ def build_loss(device: torch.device) -> Loss:
     return torch.compile(token_loss) if device.type == "cuda" else token_loss
 
 
-def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer) -> int:
+def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer, stream: Stream) -> int:
     """Fill model and optimizer from the run's newest checkpoint and return its step; 0 if there is none."""
     saved = folder.saved_steps()
-    return load_checkpoint(folder.checkpoint(saved[-1]), model, optimizer) if saved else 0
+    return load_checkpoint(folder.checkpoint(saved[-1]), model, optimizer, stream.checksum) if saved else 0
 
 
 def save(
-    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, job: Job, recorder: Recorder, *, final: bool
+    folder: RunFolder,
+    step: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    stream: Stream,
+    job: Job,
+    recorder: Recorder,
+    *,
+    final: bool,
 ) -> None:
     """Save a checkpoint. One that fails on the way is reported and training goes on: the next save may find room,
     and nothing trained so far is lost meanwhile. The last one must not fail."""
     try:
-        save_checkpoint(folder, step, model, optimizer, job.layout, keep=job.checkpoint.keep)
+        save_checkpoint(folder, step, model, optimizer, job.layout, corpus=stream.checksum, keep=job.checkpoint.keep)
     except CheckpointError as error:
         recorder.fault(step, str(error))
         if final:

@@ -22,6 +22,7 @@ from meshwright.train.setup import StopRequest
 # How a rank's process ends, besides 0.
 CRASHED = 1
 REFUSED = 2
+SHOW_CURSOR = "\x1b[?25h"
 # A killed rank leaves no word and breaks its peers' connections. They wait this long before they end too, so that the
 # agent, which looks ten times a second and names the first to end, sees the one that was killed.
 AFTER_PEERS_S = 1.0
@@ -125,6 +126,8 @@ def no_machine(processes: int) -> Cluster:
 
 def end_now(code: int) -> None:
     """End the process without waiting for peers: a collective in flight would keep an ordinary exit waiting."""
+    if sys.stdout.isatty():
+        sys.stdout.write(SHOW_CURSOR)  # a live display hides it and is not asked to clean up
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -26,7 +26,7 @@ def span(event: TraceEvent) -> Interval:
 
 
 def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Interval]]]:
-    """The last annotated step on the host, and each phase's intervals on the same thread, all steps."""
+    """The last annotated step on the host, and each phase's intervals, all steps."""
     steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == STEP]
     if not steps:
         raise ValueError("the trace holds no annotated step")
