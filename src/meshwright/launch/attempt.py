@@ -1,11 +1,12 @@
 """What is on disk before a rank starts: the job as it is run, and what was predicted for it."""
 
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meshwright.plan import predict
-from meshwright.record import RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
+from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError
 from meshwright.spec.decode import encode_job, read_job
 
@@ -23,10 +24,20 @@ def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
     try:
         # A resumed job may have changed; only now is it sure to run.
         replace_text(folder.job, encode_job(job))
-        return folder, start_attempt(folder, predict(job))
+        prediction = predict(job)
+        warn_of_memory(job, prediction)
+        return folder, start_attempt(folder, prediction)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         raise SettingError(f"run folder {folder.path}", reason, "room and write permission there") from None
+
+
+def warn_of_memory(job: Job, prediction: Prediction) -> None:
+    """Say on standard error that the plan does not see the job fit. No refusal: the plan may be wrong."""
+    needed, there = prediction.memory.total(), job.cluster.device.memory_bytes
+    if needed > there:
+        sizes = f"{needed / 1e9:.1f} GB predicted of {there / 1e9:.1f} GB a device"
+        print(f"warning: may run out of memory ({sizes}); meshwright plan shows what fits", file=sys.stderr)
 
 
 def forget_untrained(folder: RunFolder, attempt: int) -> None:

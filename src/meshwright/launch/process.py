@@ -44,6 +44,7 @@ def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
         nonlocal interrupted
         interrupted = True
         if any((folder.attempt(attempt) / "events").glob("rank-*.jsonl")):
+            print("\nstopping after this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
             os.killpg(child.pid, signal.SIGINT)
         else:
             print("stopped before the first step; nothing to save", file=sys.stderr)

@@ -16,10 +16,10 @@ STATE_BYTES = 4
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
-# torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 153 and 215 MB
-# in 1 and 4 processes there.
+# torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
+# examples/first-run.toml, 95 MB in the quickstart.
 CPU_PROCESS_BYTES = 289e6
-CPU_SCRATCH_BYTES = 180e6
+CPU_SCRATCH_BYTES = 80e6
 # Reserved by the caching allocator and not in use: 6 to 11% of the rest in the six runs of benchmarks/training_gpu.py.
 FRAGMENTATION_SHARE = 0.08
 

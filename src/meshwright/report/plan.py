@@ -111,7 +111,8 @@ def ranking(plan: Plan) -> "Table | None":
         return None
     shown = plan.ranked[:LISTED_LAYOUTS]
     known = bool(shown[0].step_s)
-    title = f"{'Fastest' if known else 'First'} {len(shown)} of the {plan.considered} layouts that fit"
+    order = f"{'Fastest' if known else 'First'} {len(shown)}"
+    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first)"
     table = new_table(["", "layout"], ["ranks", "step", "tokens/s", "MFU", "memory"])
     for position, prediction in enumerate(shown, 1):
         cells = layout_cells(prediction)

@@ -1,5 +1,6 @@
 """What one rank's memory holds at a step's peak, measured."""
 
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,13 @@ def resident_bytes() -> float:
 
 def peak_resident_bytes() -> float:
     """The largest resident set of this process so far, in bytes."""
+    # Not getrusage where Linux says it better: that figure survives exec, so a child starts with its parent's peak.
+    try:
+        peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        peak = None
+    if peak:
+        return float(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

@@ -16,6 +16,9 @@ from meshwright.spec import SettingError
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
 
+# What usually sends a signal.
+LIKELY: dict[int, str] = {signal.SIGKILL: " (often the system, out of memory)"}
+
 
 def watch_ranks(run: str, attempt: int, began_s: float) -> int:
     """Start the node's ranks through torchrun's agent and wait for them; return the exit code."""
@@ -66,7 +69,7 @@ def report_failure(folder: RunFolder, attempt: int, exit_codes: dict[int, int]) 
     killed = {rank: -code for rank, code in exit_codes.items() if code < 0 and -code != signal.SIGTERM}
     if killed:
         rank, number = min(killed.items())
-        print(f"rank {rank} was killed by {signal.Signals(number).name}", file=sys.stderr)
+        print(f"rank {rank} was killed by {signal.Signals(number).name}{LIKELY.get(number, '')}", file=sys.stderr)
         return 128 + number
     if not words:
         if REFUSED in exit_codes.values():  # said by the rank itself, for want of room to leave word
