@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.models import build_model, token_loss
 from meshwright.spec import ZOO, ModelSpec, count_flops, count_parameters, parameter_shapes
-from meshwright.spec.model import expand_model
+from meshwright.spec.zoo import expand_model
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
 

@@ -204,7 +204,6 @@ def watch_microbatches(job: Job) -> list[tuple[float, float]]:
     """What is held whole after each pass of a step of two microbatches; first, of the output layer and in all."""
     device = start_distributed(job.cluster)
     model = build_parallel_model(job, build_mesh(job.layout, device), device)
-    assert model.head is not None
     ends = sum(parameter.numel() for module in (model.norm, model.head) for parameter in module.parameters())
     seen: list[tuple[float, float]] = [(ends, sum(parameter.numel() for parameter in model.parameters()))]
     tokens = torch.zeros(1, job.data.sequence, dtype=torch.int64)

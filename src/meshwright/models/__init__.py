@@ -1,12 +1,13 @@
-"""A plain Llama-style decoder that runs alone in one process: the reference every layout must equal.
+"""A plain decoder that runs alone in one process: the reference every layout must equal.
 
 Imports spec and torch, never torch.distributed.
 """
 
-from meshwright.models.decoder import Block, Decoder, build_model, rotary_tables
+from meshwright.models.decoder import Block, Decoder, build_model
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
 from meshwright.models.loss import NOT_COUNTED, token_loss
+from meshwright.models.positions import rotary_tables
 
 __all__ = [
     "NOT_COUNTED",

@@ -1,5 +1,5 @@
 """The decoder. Shapes in comments: B batch, S sequence, D model, H heads, K kv heads, E head dim, F feed-forward,
-V vocabulary.
+V vocabulary, P positions.
 
 Parameter names and shapes are those of spec.count.parameter_shapes; a test holds them to it. There is no state but
 the parameters: no buffer that a move from the meta device could leave unfilled.
@@ -9,45 +9,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meshwright.models.attention import Mask, attend, build_mask
+from meshwright.models.positions import place_in_document, rotary_tables, rotate
 from meshwright.spec import ModelSpec
+
+Tables = tuple[Tensor, Tensor] | None
+
+
+def build_norm(spec: ModelSpec, width: int) -> nn.Module:
+    """The family's norm."""
+    kind = nn.LayerNorm if spec.parts.norm == "layer" else nn.RMSNorm
+    return kind(width, eps=spec.norm_epsilon)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.head_dim = spec.head_dim
-        self.grouped = spec.kv_heads != spec.heads
-        self.query = nn.Linear(spec.d_model, spec.heads * spec.head_dim, bias=False)
-        self.key = nn.Linear(spec.d_model, spec.kv_heads * spec.head_dim, bias=False)
-        self.value = nn.Linear(spec.d_model, spec.kv_heads * spec.head_dim, bias=False)
-        self.output = nn.Linear(spec.heads * spec.head_dim, spec.d_model, bias=False)
+        biases, width = spec.parts.biases, spec.heads * spec.head_dim
+        self.query = nn.Linear(spec.d_model, width, bias=biases)
+        self.key = nn.Linear(spec.d_model, spec.kv_heads * spec.head_dim, bias=biases)
+        self.value = nn.Linear(spec.d_model, spec.kv_heads * spec.head_dim, bias=biases)
+        # Qwen3's, over each head.
+        head_norms = spec.parts.head_norms
+        self.query_norm = build_norm(spec, spec.head_dim) if head_norms else None
+        self.key_norm = build_norm(spec, spec.head_dim) if head_norms else None
+        self.output = nn.Linear(width, spec.d_model, bias=biases)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [B, S, D]; cos, sin: [S, E/2]."""
-        query = rotate(self.split_heads(self.query(x)), cos, sin)  # [B, H, S, E]
-        key = rotate(self.split_heads(self.key(x)), cos, sin)  # [B, K, S, E]
-        value = self.split_heads(self.value(x))  # [B, K, S, E]
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+    def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
+        """x: [B, S, D]; tables: cos and sin [S, E/2] or [B, 1, S, E/2], None where positions are learned."""
+        # Heads are counted from the shape: a rank may hold only some.
+        query = self.query(x).unflatten(2, (-1, self.head_dim))  # [B, S, H, E]
+        key = self.key(x).unflatten(2, (-1, self.head_dim))  # [B, S, K, E]
+        value = self.value(x).unflatten(2, (-1, self.head_dim))  # [B, S, K, E]
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # heads before the sequence
+        if tables is not None:
+            query, key = rotate(query, *tables), rotate(key, *tables)
+        mixed = attend(query, key, value, mask)  # [B, H, S, E]
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, H*E] to [B, S, D]
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, S, heads*E] to [B, heads, S, E]. Heads are counted from the shape: a rank may hold only some."""
-        return x.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, or GELU between two matrices."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate = nn.Linear(spec.d_model, spec.feed_forward, bias=False)
-        self.up = nn.Linear(spec.d_model, spec.feed_forward, bias=False)
-        self.down = nn.Linear(spec.feed_forward, spec.d_model, bias=False)
+        biases = spec.parts.biases
+        self.gate = nn.Linear(spec.d_model, spec.feed_forward, bias=biases) if spec.parts.gated else None
+        self.up = nn.Linear(spec.d_model, spec.feed_forward, bias=biases)
+        self.down = nn.Linear(spec.feed_forward, spec.d_model, bias=biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] through [B, S, F] to [B, S, D]."""
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
@@ -56,15 +75,35 @@ class Block(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_epsilon)
+        self.attention_norm = build_norm(spec, spec.d_model)
         self.attention = Attention(spec)
-        self.feed_forward_norm = nn.RMSNorm(spec.d_model, eps=spec.norm_epsilon)
+        self.feed_forward_norm = build_norm(spec, spec.d_model)
         self.feed_forward = FeedForward(spec)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x: [B, S, D]; cos, sin: [S, E/2]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
+        """x: [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), tables, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Head(nn.Module):
+    """Logits. Tied, it has no parameter of its own and is given the embedding's.
+
+    Two modules that share one parameter would come apart when a model leaves the meta device. So whoever shards the
+    model keeps a tied embedding gathered until the head.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = None
+        if not spec.tied_embeddings:
+            self.weight = nn.Parameter(torch.empty(spec.vocabulary, spec.d_model))
+
+    def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
+        """x: [B, S, D]; tied: [V, D] where the head is the embedding. Returns [B, S, V]."""
+        weight = self.weight if tied is None else tied
+        assert weight is not None
+        return F.linear(x, weight)
 
 
 class Decoder(nn.Module):
@@ -74,40 +113,32 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embedding = nn.Embedding(spec.vocabulary, spec.d_model)
+        learned = spec.parts.positions == "learned"
+        self.positions = nn.Embedding(spec.max_positions, spec.d_model) if learned else None
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
-        self.norm = nn.RMSNorm(spec.d_model, eps=spec.norm_epsilon)
-        # A tied head has no module and no parameter of its own: two modules that share one parameter come apart when
-        # a model leaves the meta device. So whoever shards the model keeps a tied embedding gathered until the head.
-        self.head = None if spec.tied_embeddings else nn.Linear(spec.d_model, spec.vocabulary, bias=False)
+        self.norm = build_norm(spec, spec.d_model)
+        self.head = Head(spec)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: [B, S] int64. Returns logits [B, S, V]."""
-        # Made anew in each forward: a few small kernels, and nothing to fill, move or cast.
-        cos, sin = rotary_tables(torch.arange(tokens.shape[1], device=tokens.device), self.spec)  # [S, E/2]
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """tokens: [B, S] int64. Returns logits [B, S, V].
+
+        documents: [B, S] int32, each token's document in its sample, counted from 0. Given, a token attends to its
+        own document alone, and positions count from the document's start.
+        """
+        places = torch.arange(tokens.shape[1], device=tokens.device)  # [S]
+        if documents is not None:
+            places = place_in_document(documents)  # [B, S]
+        mask = build_mask(tokens.shape[1], documents, self.spec.attention_window, tokens.device)
         x = self.embedding(tokens)  # [B, S, D]
+        tables = None
+        if self.positions is not None:
+            x = x + self.positions(places.expand_as(tokens))
+        else:
+            # Made anew in each forward: a few small kernels, and nothing to fill, move or cast.
+            tables = rotary_tables(places, self.spec)
         for block in self.blocks:
-            x = block(x, cos, sin)
-        x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if self.head is None else self.head(x)  # [B, S, V]
-
-
-def rotary_tables(positions: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    """cos and sin [S, E/2], fp32, of the angles that `positions` [S] turn each pair of a head's numbers by."""
-    pairs = torch.arange(0, spec.head_dim, 2, device=positions.device, dtype=torch.float32)  # [E/2]
-    frequencies = spec.rope_theta ** (-pairs / spec.head_dim)
-    angles = positions.float()[:, None] * frequencies
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of x [B, heads, S, E], as Hugging Face's Llama pairs them.
-
-    Given fp32 tables, a bf16 x is turned in fp32 and rounded once: bf16 cannot tell the angles of neighbouring
-    far positions apart. Compiled, that is one fused kernel and costs no memory.
-    """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype)
+            x = block(x, tables, mask)
+        return self.head(self.norm(x), self.embedding.weight if self.spec.tied_embeddings else None)
 
 
 def build_model(spec: ModelSpec, device: torch.device | str = "meta") -> Decoder:

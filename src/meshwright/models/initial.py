@@ -21,6 +21,8 @@ def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, 
     """
     if name.endswith("norm.weight"):
         return torch.ones(tuple(shape), device=device)
+    if name.endswith(".bias"):
+        return torch.zeros(tuple(shape), device=device)
     generator = torch.Generator(device).manual_seed(seed_of(seed, name))
     return torch.randn(tuple(shape), generator=generator, device=device).mul_(standard_deviation(name, spec))
 

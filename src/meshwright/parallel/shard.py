@@ -33,7 +33,7 @@ def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
     keep = layout.zero < 3
     for block in model.blocks:
         fully_shard(block, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
-    if model.head is not None:
+    if not model.spec.tied_embeddings:
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
         fully_shard([model.norm, model.head], mesh=plane, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)

@@ -3,6 +3,16 @@
 from meshwright.spec.cluster import Cluster, Device, Link
 from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, parameter_shapes
 from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.family import (
+    BUILT_FAMILIES,
+    FAMILIES,
+    SPLIT_TABLES,
+    Family,
+    FamilyName,
+    Split,
+    SplitTable,
+    split_of,
+)
 from meshwright.spec.job import (
     CheckpointSettings,
     DataSettings,
@@ -14,11 +24,15 @@ from meshwright.spec.job import (
     check_job,
 )
 from meshwright.spec.layout import AXES, OFFERED_AXES, Axis, Layout, Precision, check_layout
-from meshwright.spec.model import ZOO, ModelSpec, check_model
+from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
+from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
     "AXES",
+    "BUILT_FAMILIES",
+    "FAMILIES",
     "OFFERED_AXES",
+    "SPLIT_TABLES",
     "ZOO",
     "Axis",
     "CheckpointSettings",
@@ -26,17 +40,26 @@ __all__ = [
     "DataSettings",
     "Device",
     "EvaluationSettings",
+    "Experts",
+    "Family",
+    "FamilyName",
     "Flops",
     "Job",
+    "LatentAttention",
     "Layout",
     "Link",
     "ModelSpec",
+    "NamedModel",
     "OptimizerSettings",
     "Precision",
+    "RopeScaling",
     "RunSettings",
     "SettingError",
+    "Split",
+    "SplitTable",
     "TraceSettings",
     "block_shapes",
+    "check_built",
     "check_job",
     "check_layout",
     "check_model",
@@ -44,4 +67,5 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "parameter_shapes",
+    "split_of",
 ]

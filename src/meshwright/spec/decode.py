@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import msgspec
 import tomli_w
@@ -14,7 +14,7 @@ from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis
-from meshwright.spec.model import expand_model
+from meshwright.spec.zoo import expand_model
 
 Table = dict[str, Any]
 T = TypeVar("T")
@@ -174,6 +174,7 @@ def default_of(kind: Any, path: list[str], prefix: str) -> str:
     """ "section.key = default" for a path into `kind`, or a word about its type."""
     path = [part.partition("[")[0] for part in path]
     for part in path:
+        kind = section_type(kind)
         if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
             return "see docs/job.md"
         field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
@@ -202,12 +203,18 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
             elsewhere = [f"{s.encode_name}.{key}" for s in msgspec.structs.fields(Job) if key in field_names(s.type)]
             nearest = elsewhere[0] if elsewhere else f"{prefix}{closest(key, fields)}"
             raise SettingError(name, "no such setting", nearest)
-        inner = fields[key]
+        inner = section_type(fields[key])
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             if isinstance(value, dict):
                 check_keys(cast(Table, value), inner, f"{name}.")
             elif not (inner is Device and isinstance(value, str)):
                 raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
+
+
+def section_type(kind: Any) -> Any:
+    """The section in "a section or nothing"; any other type as it is."""
+    inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)]
+    return inner[0] if inner else kind
 
 
 def field_names(kind: Any) -> set[str]:
@@ -219,7 +226,13 @@ def field_names(kind: Any) -> set[str]:
 
 def encode_job(job: Job) -> str:
     """The whole resolved job as TOML; `read_job` of it gives the same job on any machine."""
-    return tomli_w.dumps(msgspec.to_builtins(job))
+    return tomli_w.dumps(without_none(msgspec.to_builtins(job)))
+
+
+def without_none(table: Table) -> Table:
+    """A table without the keys that stand for nothing, for which TOML has no word."""
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {key: without_none(cast(Table, value)) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def planning_job(*, model: str, gpus: str, sequence: int, global_batch: int, settings: Iterable[str] = ()) -> Job:

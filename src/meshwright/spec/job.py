@@ -6,8 +6,8 @@ import msgspec
 
 from meshwright.spec.cluster import Cluster, check_cluster
 from meshwright.spec.errors import SettingError
-from meshwright.spec.layout import Layout, check_layout
-from meshwright.spec.model import ModelSpec, check_model
+from meshwright.spec.layout import Layout, check_layout, check_split
+from meshwright.spec.model import ModelSpec, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
 
 # A moment's decay must stay below 1.
@@ -136,5 +136,9 @@ def check_job(job: Job) -> None:
     if job.data.held_out == 0 and job.evaluation.every_steps:
         name = f"evaluation.every_steps = {job.evaluation.every_steps}"
         raise SettingError(name, "nothing is held out to evaluate on", "data.held_out = 0.05")
+    check_sequence(job.model, job.data.sequence)
     check_layout(job.layout, job.data.global_batch)
+    check_split(job.layout, job.model, job.data.sequence)
+    if job.layout.async_tensor and job.cluster.device.kind != "cuda":
+        raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_cluster(job.cluster, job.layout.world_size)

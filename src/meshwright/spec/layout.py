@@ -5,21 +5,27 @@ from typing import Literal, get_args
 import msgspec
 
 from meshwright.spec.errors import SettingError
+from meshwright.spec.model import ModelSpec
 from meshwright.spec.numbers import nearest_divisor
 
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
 # Axes that `parallel` can apply today; the others refuse any size but 1.
-OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard")
+OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard", "tensor")
 
 Precision = Literal["fp32", "bf16"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Axis sizes, their order over the links, and what a rank does with its share.
 
     microbatch: sequences that one rank runs through the model at once.
+    recompute: what of the forward pass is not kept for the backward pass but computed again: "none" of it;
+        "selective", all but the results of matrix products, attention and transfers; "full", all inside a block;
+        or a number n, all inside each of the first n blocks.
+    async_tensor: cut the tensor axis's transfers up to run beside the matrix products that need them (GPUs only).
     zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
         1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
@@ -36,6 +42,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     order: tuple[Axis, ...] = AXES
     microbatch: int = 1
     zero: Literal[1, 2, 3] = 3
+    recompute: Recompute | int = "none"
+    async_tensor: bool = False
     precision: Precision = "bf16"
 
     @property
@@ -61,7 +69,15 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
         where = " x ".join(sizes) if sizes else "one process"
         zero = f", zero {self.zero}" if self.shard > 1 or self.zero < 3 else ""
-        return f"{where}{zero}, microbatch {self.microbatch}"
+        first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
+        recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
+        return f"{where}{zero}, microbatch {self.microbatch}{recompute}"
+
+    def recomputed_layers(self, layers: int) -> int:
+        """Of `layers` blocks, how many are computed again from their inputs."""
+        if isinstance(self.recompute, int):
+            return self.recompute
+        return layers if self.recompute == "full" else 0
 
 
 def check_layout(layout: Layout, global_batch: int) -> None:
@@ -100,3 +116,37 @@ def check_layout(layout: Layout, global_batch: int) -> None:
             f"does not divide a rank's {share} sequences (data.global_batch = {global_batch} over {layout.data_size})",
             f"layout.microbatch = {near}",
         )
+
+
+def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
+    """Raise SettingError where the model or its samples cannot be split as the layout says."""
+    tensor = layout.tensor
+    for setting, value in (
+        ("model.heads", model.heads),
+        ("model.feed_forward", model.feed_forward),
+        ("data.sequence", sequence),
+    ):
+        if value % tensor:
+            raise SettingError(
+                f"layout.tensor = {tensor}",
+                f"does not divide {setting} = {value}",
+                f"layout.tensor = {nearest_divisor(value, tensor)}",
+            )
+    if model.kv_heads % tensor and tensor % model.kv_heads:
+        raise SettingError(
+            f"layout.tensor = {tensor}",
+            f"neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it",
+            f"layout.tensor = {nearest_divisor(model.kv_heads, tensor)}",
+        )
+    if tensor > model.vocabulary:
+        raise SettingError(
+            f"layout.tensor = {tensor}", f"is more than model.vocabulary = {model.vocabulary}", "layout.tensor = 1"
+        )
+    if isinstance(layout.recompute, int) and not 0 <= layout.recompute <= model.layers:
+        raise SettingError(
+            f"layout.recompute = {layout.recompute}",
+            f"must be a number of blocks, of which model.layers = {model.layers}",
+            f"layout.recompute = {min(max(0, layout.recompute), model.layers)}",
+        )
+    if layout.async_tensor and tensor == 1:
+        raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")

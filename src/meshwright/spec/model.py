@@ -1,19 +1,65 @@
-"""The architecture's numbers, and named architectures with their source."""
+"""The architecture's numbers."""
+
+from typing import Any
 
 import msgspec
 
-from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.errors import SettingError
+from meshwright.spec.family import BUILT_FAMILIES, FAMILIES, Family, FamilyName
 from meshwright.spec.numbers import LARGEST, check_range, nearest_divisor
 
 
+class RopeScaling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Llama 3.1's stretching of rotary positions past the `original_positions` that a model was first trained on.
+
+    Turns slower than `low_frequency` in the original context are slowed by `factor`, those faster than
+    `high_frequency` stay, and those between are interpolated. Source: config.json of Llama 3.1 and 3.2.
+    """
+
+    factor: float
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original_positions: int = 8192
+
+
+class Experts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A mixture of experts in place of the feed-forward part.
+
+    count: routed experts, of which a token uses `per_token`. feed_forward: width of each. shared: experts of that
+    width that every token uses, as one. dense_layers: first layers that keep a plain feed-forward part.
+    """
+
+    count: int
+    per_token: int
+    feed_forward: int
+    shared: int = 0
+    dense_layers: int = 0
+
+
+class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """DeepSeek's multi-head latent attention, arXiv:2405.04434: queries, and keys with values, through low ranks.
+
+    A query or key head has head_dim numbers without positions and rope_head_dim with; a value head value_head_dim.
+    """
+
+    query_rank: int
+    kv_rank: int
+    rope_head_dim: int
+    value_head_dim: int
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+    """A decoder: its family (spec/family.py), which says what blocks are made of, and its numbers.
 
     Letters in shapes throughout the model code: B batch, S sequence, D `d_model`, H `heads`, K `kv_heads`,
-    E `head_dim`, F `feed_forward`, V `vocabulary`.
+    E `head_dim`, F `feed_forward`, V `vocabulary`, P `max_positions`, X experts.
+
+    max_positions: the longest sequence the model is meant for, and the rows of a learned table; 0: not stated.
+    attention_window: tokens back that a token attends to, itself among them; 0: all.
     """
 
     name: str = "custom"
+    family: FamilyName = "llama"
     layers: int
     d_model: int
     heads: int
@@ -21,80 +67,23 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     head_dim: int
     feed_forward: int
     vocabulary: int
+    max_positions: int = 0
     tied_embeddings: bool = False
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
+    attention_window: int = 0
+    experts: Experts | None = None
+    latent: LatentAttention | None = None
+
+    @property
+    def parts(self) -> Family:
+        """What the family's blocks are made of."""
+        return FAMILIES[self.family]
 
 
-class NamedModel(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of the zoo: the numbers, where they were published, and the published parameter count."""
-
-    spec: ModelSpec
-    published_parameters: float
-    source: str
-
-
-ZOO: dict[str, NamedModel] = {
-    row.spec.name: row
-    for row in (
-        NamedModel(
-            spec=ModelSpec(
-                name="llama3-8b",
-                layers=32,
-                d_model=4096,
-                heads=32,
-                kv_heads=8,
-                head_dim=128,
-                feed_forward=14336,
-                vocabulary=128256,
-                rope_theta=500000.0,
-            ),
-            published_parameters=8.03e9,
-            source="Llama 3 model card and params.json, Meta, April 2024; arXiv:2407.21783 table 3",
-        ),
-        NamedModel(
-            spec=ModelSpec(
-                name="llama3-70b",
-                layers=80,
-                d_model=8192,
-                heads=64,
-                kv_heads=8,
-                head_dim=128,
-                feed_forward=28672,
-                vocabulary=128256,
-                rope_theta=500000.0,
-            ),
-            published_parameters=70.6e9,
-            source="Llama 3 model card and params.json, Meta, April 2024; arXiv:2407.21783 table 3",
-        ),
-        NamedModel(
-            # The 2048 x 16 shape of Llama-3.2-1B with an untied head: the size our GPU measurements use.
-            spec=ModelSpec(
-                name="llama-1b-untied",
-                layers=16,
-                d_model=2048,
-                heads=32,
-                kv_heads=8,
-                head_dim=64,
-                feed_forward=8192,
-                vocabulary=128256,
-                rope_theta=500000.0,
-            ),
-            published_parameters=1.50e9,
-            source="Llama 3.2 model card and config.json, Meta, September 2024, with tie_word_embeddings off "
-            "(1.24e9 tied, and 0.26e9 for the head)",
-        ),
-    )
-}
-
-
-def expand_model(section: dict[str, object]) -> dict[str, object]:
-    """Fill a job's [model] table: the zoo's numbers under a `name`, then the family's defaults."""
-    name = section.get("name", "custom")
-    if name != "custom":
-        if not isinstance(name, str) or name not in ZOO:
-            raise SettingError(f'model.name = "{name}"', "no such model", closest(str(name), ZOO))
-        section = msgspec.to_builtins(ZOO[name].spec) | section
+def fill_model(section: dict[str, Any]) -> dict[str, Any]:
+    """A [model] table with what follows from its other numbers: kv_heads, head_dim."""
     filled = dict(section)
     heads, d_model = filled.get("heads"), filled.get("d_model")
     if heads is not None:
@@ -114,8 +103,9 @@ def expand_model(section: dict[str, object]) -> dict[str, object]:
 def check_model(model: ModelSpec) -> None:
     """Raise SettingError where the numbers cannot be a model."""
     for setting in ("layers", "d_model", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary"):
-        value = getattr(model, setting)
-        check_range(f"model.{setting}", value, 1, LARGEST)
+        check_range(f"model.{setting}", getattr(model, setting), 1, LARGEST)
+    for setting in ("max_positions", "attention_window"):
+        check_range(f"model.{setting}", getattr(model, setting), 0, LARGEST)
     check_range("model.rope_theta", model.rope_theta, 1.0, 1e12)
     check_range("model.norm_epsilon", model.norm_epsilon, 0.0, 1.0)
     if model.heads % model.kv_heads:
@@ -124,9 +114,77 @@ def check_model(model: ModelSpec) -> None:
             f"does not divide model.heads = {model.heads}",
             f"model.kv_heads = {nearest_divisor(model.heads, model.kv_heads)}",
         )
+    if model.parts.positions == "learned":
+        check_learned(model)
+    else:
+        check_rotary(model)
+    check_mixture(model)
+
+
+def check_learned(model: ModelSpec) -> None:
+    """What a learned table of positions needs, and what means nothing beside it."""
+    if model.max_positions == 0:
+        raise SettingError("model.max_positions", f"is missing: {model.family} learns its positions", "1024")
+    if model.rope_theta != 10000.0 or model.rope_scaling is not None:
+        setting = "model.rope_scaling" if model.rope_scaling is not None else f"model.rope_theta = {model.rope_theta}"
+        raise SettingError(setting, f"means nothing to {model.family}, which learns its positions", "leave it out")
+
+
+def check_rotary(model: ModelSpec) -> None:
+    """What rotary positions need."""
     if model.head_dim % 2:
         raise SettingError(
             f"model.head_dim = {model.head_dim}",
             "rotary positions need an even number",
             f"model.head_dim = {model.head_dim + 1}",
+        )
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    check_range("model.rope_scaling.factor", scaling.factor, 1.0, 1e6)
+    check_range("model.rope_scaling.original_positions", scaling.original_positions, 1, LARGEST)
+    check_range("model.rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
+    if scaling.high_frequency <= scaling.low_frequency:
+        raise SettingError(
+            f"model.rope_scaling.high_frequency = {scaling.high_frequency}",
+            f"must be above low_frequency = {scaling.low_frequency}",
+            f"model.rope_scaling.high_frequency = {4 * scaling.low_frequency}",
+        )
+
+
+def check_mixture(model: ModelSpec) -> None:
+    """Experts and latent attention belong to families that have them."""
+    mixture = model.family in ("mixtral", "qwen3-moe", "deepseek-v3")
+    if (model.experts is not None) != mixture:
+        reason = "is missing" if mixture else f"means nothing to {model.family}"
+        nearest = "add [model.experts]" if mixture else 'model.family = "mixtral"'
+        raise SettingError("model.experts", f"{reason} (family {model.family})", nearest)
+    if (model.latent is not None) != (model.family == "deepseek-v3"):
+        reason = "means nothing to" if model.latent is not None else "is missing for"
+        raise SettingError("model.latent", f"{reason} family {model.family}", 'a model.name such as "deepseek-v3"')
+    if model.experts is not None:
+        experts = model.experts
+        check_range("model.experts.count", experts.count, 1, LARGEST)
+        check_range("model.experts.per_token", experts.per_token, 1, experts.count)
+        check_range("model.experts.feed_forward", experts.feed_forward, 1, LARGEST)
+        check_range("model.experts.shared", experts.shared, 0, LARGEST)
+        check_range("model.experts.dense_layers", experts.dense_layers, 0, model.layers)
+
+
+def check_sequence(model: ModelSpec, sequence: int) -> None:
+    """Raise SettingError for samples longer than the model's positions."""
+    if 0 < model.max_positions < sequence:
+        raise SettingError(
+            f"data.sequence = {sequence}",
+            f"the model is meant for {model.max_positions} positions",
+            f"data.sequence = {model.max_positions}, or a larger model.max_positions",
+        )
+
+
+def check_built(model: ModelSpec) -> None:
+    """Raise SettingError for a model that can be planned and not yet trained."""
+    if not model.parts.built:
+        families = " or ".join(BUILT_FAMILIES)
+        raise SettingError(
+            f'model.family = "{model.family}"', "can be planned; training it is not built yet", f"a {families} model"
         )
