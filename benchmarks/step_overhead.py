@@ -41,7 +41,7 @@ class BareLoop:
         initialize_(self.model, job.model, job.run.seed)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         batches = (stream.batch(step, 0, job.data.global_batch) for step in range(steps))
-        self.batches = [(torch.from_numpy(tokens), torch.from_numpy(targets)) for tokens, targets in batches]
+        self.batches = [(torch.from_numpy(batch.tokens), torch.from_numpy(batch.targets)) for batch in batches]
 
     def step(self, number: int) -> float:
         """One step; seconds."""

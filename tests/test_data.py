@@ -225,11 +225,29 @@ def test_samples_are_consecutive_pieces_of_the_training_documents(corpus: Path) 
     packed = [[*text_of(d).encode(), END] for d in range(60) if not held_out[d]]
     flat = np.array([token for document in packed for token in document])
     for index in range(stream.training_samples):
-        tokens, targets = stream.batch(0, index, 1)
+        tokens, targets, _ = stream.batch(0, index, 1)
         offset = stream.sample_offset(0, index)
         assert offset % 16 == 0
         assert tokens[0].tolist() == flat[offset : offset + 16].tolist()
         assert targets[0].tolist() == flat[offset + 1 : offset + 17].tolist()
+
+
+def test_documents_of_a_sample_are_numbered_where_that_is_asked_for(corpus: Path) -> None:
+    assert stream_of(corpus).batch(0, 0, 3).documents is None
+    stream = stream_of(corpus, attention="document")
+    batches = [stream.batch(0, 0, stream.training_samples), stream.held_out_batch(0, stream.held_out_samples)]
+    for tokens, _, documents in batches:
+        assert documents is not None and documents.dtype == np.int32 and documents.shape == tokens.shape
+        # An end token is its document's last; the next token begins another.
+        ended = np.cumsum(tokens == END, axis=1)
+        assert documents.tolist() == np.hstack([np.zeros((len(tokens), 1)), ended[:, :-1]]).tolist()
+    assert max(int(batch.documents.max()) for batch in batches if batch.documents is not None) > 0
+
+
+def test_every_rank_knows_how_many_targets_of_the_whole_step_count(corpus: Path) -> None:
+    batches = batches_of(stream_of(corpus), 2, 3, 2, 2)
+    assert batches.next(0).counted == 12 * 16
+    batches.close()
 
 
 def test_an_epoch_visits_each_sample_once_in_an_order_of_its_own(corpus: Path) -> None:
@@ -271,7 +289,7 @@ def test_samples_do_not_depend_on_who_asks_or_when(corpus: Path) -> None:
     fresh = stream_of(corpus)
     for step in (5, 2, 0, 3):
         for index in (11, 0, 4):
-            tokens, targets = fresh.batch(step, index, 1)
+            tokens, targets, _ = fresh.batch(step, index, 1)
             assert np.array_equal(tokens[0], whole[step][0][index])
             assert np.array_equal(targets[0], whole[step][1][index])
 
@@ -295,7 +313,7 @@ def test_every_layout_divides_the_same_global_batch(
     gathered: list[torch.Tensor] = []
     for rank in range(data_size):
         batches = batches_of(stream, rank, data_size, microbatch, accumulation)
-        for tokens, targets in batches.next(4):
+        for tokens, targets, _ in batches.next(4).microbatches:
             assert tokens.shape == targets.shape == (microbatch, 16)
             assert tokens.dtype == torch.int64
             assert tokens.is_contiguous()
@@ -318,10 +336,10 @@ def batches_of(stream: Stream, rank: int, data_size: int, microbatch: int, accum
 
 def test_a_resumed_run_continues_the_stream(corpus: Path) -> None:
     through = batches_of(stream_of(corpus), 0, 1, 12, 1)
-    seen = [through.next(step)[0][0] for step in range(8)]
+    seen = [through.next(step).microbatches[0].tokens for step in range(8)]
     through.close()
     resumed = batches_of(stream_of(corpus), 0, 1, 12, 1)  # through an epoch's end: 12 x 8 samples are more than one
-    assert all(torch.equal(resumed.next(step)[0][0], seen[step]) for step in range(4, 8))
+    assert all(torch.equal(resumed.next(step).microbatches[0].tokens, seen[step]) for step in range(4, 8))
     resumed.close()
     assert stream_of(corpus).training_samples < 12 * 8
 

@@ -94,7 +94,7 @@ def train_alone(job: Job) -> tuple[list[float], list[float], Tensors, Tensors]:
     norms: list[float] = []
     first: Tensors = {}
     for step in range(job.run.steps):
-        tokens, targets = (torch.from_numpy(a) for a in stream.batch(step, 0, job.data.global_batch))
+        tokens, targets = (torch.from_numpy(a) for a in stream.batch(step, 0, job.data.global_batch)[:2])
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         model.zero_grad()
         loss.backward()

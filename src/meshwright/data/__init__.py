@@ -1,16 +1,17 @@
 """Text to a token folder, and a token folder to samples that depend on (seed, step, index) alone."""
 
 from meshwright.data.folder import END, VOCABULARY, Manifest, TokenFolder, is_prepared, open_folder
-from meshwright.data.loader import Batches, Microbatches, to_tensor
+from meshwright.data.loader import Batches, StepBatches, to_tensors
 from meshwright.data.prepare import prepare
-from meshwright.data.stream import Stream, Tokens, open_stream
+from meshwright.data.stream import Batch, Stream, Tokens, open_stream
 
 __all__ = [
     "END",
     "VOCABULARY",
+    "Batch",
     "Batches",
     "Manifest",
-    "Microbatches",
+    "StepBatches",
     "Stream",
     "TokenFolder",
     "Tokens",
@@ -18,5 +19,5 @@ __all__ = [
     "open_folder",
     "open_stream",
     "prepare",
-    "to_tensor",
+    "to_tensors",
 ]

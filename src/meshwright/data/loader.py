@@ -1,14 +1,25 @@
 """A rank's microbatches, made ready by one thread while the step before runs."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from meshwright.data.stream import Stream, Tokens
+from meshwright.data.stream import Batch, Stream, Tokens
 
 DEPTH = 2
-Microbatches = list[tuple[Tensor, Tensor]]
+
+
+class StepBatches(NamedTuple):
+    """A rank's part of a step, and what it divides its summed losses by.
+
+    counted: targets of the whole global batch that are counted, the same on every rank; 1 where none is, so that
+        the loss is 0 and not undefined.
+    """
+
+    microbatches: list[Batch[Tensor]]
+    counted: int
 
 
 class Batches:
@@ -36,37 +47,37 @@ class Batches:
         self._accumulation = accumulation
         # A new thread's current GPU is 0 whatever the process chose, so "cuda" alone would mean another device there.
         self._device = torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-        self._coming: dict[int, Future[Microbatches]] = {}
+        self._coming: dict[int, Future[StepBatches]] = {}
         self._thread = ThreadPoolExecutor(1, "batches")
 
-    def next(self, step: int) -> Microbatches:
-        """A step's (tokens, targets), each [microbatch, S], on the device. An error of the thread comes here."""
+    def next(self, step: int) -> StepBatches:
+        """A step's microbatches, each [microbatch, S], on the device. An error of the thread comes here."""
         for ahead in range(step, step + 1 + DEPTH):
             if ahead not in self._coming:
                 self._coming[ahead] = self._thread.submit(self._load, ahead)
         ready = self._coming.pop(step).result()
-        return [(self._send(tokens), self._send(targets)) for tokens, targets in ready]
+        return StepBatches([self._send(batch) for batch in ready.microbatches], ready.counted)
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, step: int) -> Microbatches:
+    def _load(self, step: int) -> StepBatches:
         if self._device.type == "cuda":
             # Pinning on the thread's own current GPU would open a context on GPU 0 in every process.
             torch.cuda.set_device(self._device)
         firsts = [self._first + part * self._microbatch for part in range(self._accumulation)]
-        pairs = [self._stream.batch(step, first, self._microbatch) for first in firsts]
-        return [(self._pin(tokens), self._pin(targets)) for tokens, targets in pairs]
+        batches = [self._stream.batch(step, first, self._microbatch) for first in firsts]
+        return StepBatches([self._pin(batch) for batch in batches], max(1, self._stream.counted(step)))
 
-    def _pin(self, array: Tokens) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self._device.type == "cuda" else tensor
+    def _pin(self, batch: Batch[Tokens]) -> Batch[Tensor]:
+        tensors = to_tensors(batch, torch.device("cpu"))
+        return tensors.each(Tensor.pin_memory) if self._device.type == "cuda" else tensors
 
-    def _send(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True)
+    def _send(self, batch: Batch[Tensor]) -> Batch[Tensor]:
+        return batch.each(lambda tensor: tensor.to(self._device, non_blocking=True))
 
 
-def to_tensor(array: Tokens, device: torch.device) -> Tensor:
+def to_tensors(batch: Batch[Tokens], device: torch.device) -> Batch[Tensor]:
     """A batch on the device, at once."""
-    return torch.from_numpy(array).to(device)
+    return batch.each(lambda array: torch.from_numpy(array).to(device))

@@ -29,6 +29,7 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: a folder of .txt or .jsonl (a "text" field a line), a prepared token folder, or "stdlib": the source of
         the Python standard library found on the machine.
     sequence: tokens per sample. global_batch: samples per optimizer step, whatever the layout.
+    attention: what a token attends to, of what comes before it: all of its sample, or its own document's part of it.
     held_out: share of documents kept for evaluation, never trained on.
     cache: folder for prepared tokens.
     """
@@ -36,6 +37,7 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     path: str = "stdlib"
     sequence: int
     global_batch: int
+    attention: Literal["sample", "document"] = "sample"
     held_out: float = 0.05
     cache: str = ".meshwright/tokens"
 

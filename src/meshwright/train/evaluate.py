@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.data import Stream, Tokens, to_tensor
+from meshwright.data import Batch, Stream, Tokens, to_tensors
 from meshwright.models import NOT_COUNTED
 from meshwright.parallel import data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
@@ -16,7 +16,7 @@ from meshwright.train.setup import Loss
 def evaluate(
     model: nn.Module, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
 ) -> float | None:
-    """Mean loss over the first evaluation.sequences held-out samples, nats per token; None if none are held out.
+    """Mean loss over the first evaluation.sequences held-out samples, nats per counted token; None if there is none.
 
     Ranks take samples in turn. Every rank runs the same number of batches, because a sharded forward pass is a
     collective, and all of them as large as in training, so that a compiled block meets no other shape. Where samples
@@ -26,18 +26,26 @@ def evaluate(
     if samples == 0:
         return None
     layout = job.layout
-    total = torch.zeros((), device=device)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
-        inputs, targets = held_out(stream, first, layout.microbatch, samples)
-        total += loss_of(model(to_tensor(inputs, device)), to_tensor(targets, device))
+        batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
+        total[0] += loss_of(logits_of(model, batch), batch.targets)
+        total[1] += (batch.targets != NOT_COUNTED).sum()
     free_gathered(model)
-    return float(sum_over_ranks(total)) / (samples * job.data.sequence)
+    loss, counted = sum_over_ranks(total).tolist()
+    return loss / counted if counted else None
 
 
-def held_out(stream: Stream, first: int, count: int, samples: int) -> tuple[Tokens, Tokens]:
+def logits_of(model: nn.Module, batch: Batch[Tensor]) -> Tensor:
+    """The model's logits for a batch; it is told of documents only where a token must not look past its own."""
+    return model(batch.tokens) if batch.documents is None else model(batch.tokens, batch.documents)
+
+
+def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:
     """`count` held-out samples from `first` on; past the last of `samples`, its repetition with targets not counted."""
-    pairs = [stream.held_out_batch(min(number, samples - 1), 1) for number in range(first, first + count)]
-    inputs, targets = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
-    targets[max(0, samples - first) :] = NOT_COUNTED
-    return inputs, targets
+    batches = [stream.held_out_batch(min(number, samples - 1), 1) for number in range(first, first + count)]
+    tokens, targets, documents = zip(*batches, strict=True)
+    counted = np.concatenate(targets)
+    counted[max(0, samples - first) :] = NOT_COUNTED
+    return Batch(np.concatenate(tokens), counted, None if documents[0] is None else np.concatenate(documents))

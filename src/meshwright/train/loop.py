@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.data import Microbatches
+from meshwright.data import StepBatches
 from meshwright.models import Decoder
 from meshwright.parallel import (
     StepTotals,
@@ -21,7 +21,7 @@ from meshwright.parallel import (
 from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
-from meshwright.train.evaluate import evaluate
+from meshwright.train.evaluate import evaluate, logits_of
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
 from meshwright.train.setup import Loss, StopRequest, build_batches, build_loss, due, open_data, restore, save
@@ -53,8 +53,8 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
         with recorder.step(step):
             reporter.begin_step()
             with recorder.phase("input"):
-                microbatches = batches.next(step)
-            loss = forward_backward(model, microbatches, loss_of, job, recorder, memory)
+                share = batches.next(step)
+            loss = forward_backward(model, share, loss_of, job, recorder, memory)
             totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
 
@@ -78,15 +78,15 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
 
 
 def forward_backward(
-    model: Decoder, microbatches: Microbatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
+    model: Decoder, share: StepBatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
 ) -> Tensor:
     """Accumulate the gradients of this rank's microbatches; return its part of the global batch's mean loss."""
-    tokens = job.data.global_batch * job.data.sequence
-    loss = torch.zeros((), device=microbatches[0][0].device)
-    for index, (inputs, targets) in enumerate(microbatches):
+    microbatches = share.microbatches
+    loss = torch.zeros((), device=microbatches[0].tokens.device)
+    for index, batch in enumerate(microbatches):
         with recorder.phase("forward"), memory.forward(model, first=index == 0) as logits_seen:
             begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
-            part = loss_of(logits_seen(model(inputs)), targets) / tokens
+            part = loss_of(logits_seen(logits_of(model, batch)), batch.targets) / share.counted
         with recorder.phase("backward"):
             part.backward()
             loss += part.detach()
