@@ -7,7 +7,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
 
-from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, local_part, read_manifest, without
+from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, read_manifest, without
+from meshwright.parallel import local_part
 from meshwright.spec import SettingError
 
 

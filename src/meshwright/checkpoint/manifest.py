@@ -8,8 +8,6 @@ from typing import BinaryIO
 import msgspec
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from meshwright.record import MANIFEST
@@ -84,11 +82,3 @@ def named_state(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple
         if optimizer is not None:
             for key, value in optimizer.state.get(parameter, {}).items():
                 yield f"optimizer.{key}.{name}", value
-
-
-def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
-    """This rank's part of a tensor, with its offset and shape within the whole."""
-    if not isinstance(tensor, DTensor):
-        return tensor, (0,) * tensor.dim(), tuple(tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(offset), tuple(shape)

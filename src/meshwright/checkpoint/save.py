@@ -19,9 +19,9 @@ from meshwright.checkpoint.manifest import (
     Part,
     ShardIndex,
     checksum,
-    local_part,
     named_state,
 )
+from meshwright.parallel import local_part
 from meshwright.record import MANIFEST, RunFolder, replace_text
 from meshwright.spec import Layout
 

@@ -1,7 +1,8 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
-from meshwright.parallel.apply import build_parallel_model, copy_whole
+from meshwright.parallel.apply import build_loss, build_parallel_model
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
+from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.reduce import (
     StepTotals,
     clip_gradients,
@@ -11,16 +12,20 @@ from meshwright.parallel.reduce import (
     wait_for_all,
 )
 from meshwright.parallel.shard import begin_microbatch, free_gathered
+from meshwright.parallel.tensor import Loss
 
 __all__ = [
+    "Loss",
     "StepTotals",
     "begin_microbatch",
+    "build_loss",
     "build_mesh",
     "build_parallel_model",
     "clip_gradients",
     "copy_whole",
     "data_rank",
     "free_gathered",
+    "local_part",
     "reduce_step",
     "squared_norm",
     "start_distributed",

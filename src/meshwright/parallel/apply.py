@@ -1,22 +1,25 @@
 """The one order in which a layout is applied to a model.
 
     1. build the model on the meta device: shapes only, no memory
-    2. compile its blocks, one by one (GPU)
-    3. split and replicate parameters over shard and replica
-    4. allocate this rank's part and fill it with the layout-independent initial weights
+    2. split its modules along tensor
+    3. say what its blocks compute again, and compile them, one by one (GPU)
+    4. split and replicate parameters over shard and replica
+    5. allocate this rank's part and fill it with the layout-independent initial weights
 
-Pipeline, tensor, context and expert come between 1 and 2 when they are built: they change what a block computes,
+Pipeline, context and expert come between 1 and 3 when they are built: they change what a block computes; recompute,
 compilation and sharding do not.
 """
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from meshwright.models import Decoder, build_model, initial_tensor
+from meshwright.models import Decoder, build_model, initial_tensor, token_loss
+from meshwright.parallel.part import copy_whole
+from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.shard import apply_shard
-from meshwright.spec import Job
+from meshwright.parallel.tensor import Loss, apply_tensor, build_vocabulary_loss
+from meshwright.spec import SPLIT_TABLES, Job
 
 
 def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> Decoder:
@@ -25,13 +28,25 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
     Tensors of `named_parameters` are DTensors, whole in shape and local in memory.
     """
     model = build_model(job.model, device="meta")
-    if device.type == "cuda":
-        for block in model.blocks:
-            block.compile()
+    if job.layout.tensor > 1:
+        apply_tensor(model, job.model, SPLIT_TABLES[job.model.family], mesh["tensor"])
+    for index, block in enumerate(model.blocks):
+        block.forward = block_forward(block.forward, job.layout, index, compiled=device.type == "cuda")
     apply_shard(model, mesh, job.layout)
     model.to_empty(device=device)
     fill_initial(model, job, device)
     return model
+
+
+def build_loss(job: Job, mesh: DeviceMesh, device: torch.device) -> Loss:
+    """The loss of the logits that the model gives on this rank, summed over counted targets.
+
+    Compiled on a GPU, where its fp32 copies of the logits would otherwise be the largest tensors.
+    """
+    compiled = device.type == "cuda"
+    if job.layout.tensor > 1:
+        return build_vocabulary_loss(job.model, mesh["tensor"], compiled=compiled)
+    return torch.compile(token_loss) if compiled else token_loss
 
 
 @torch.no_grad()
@@ -43,13 +58,3 @@ def fill_initial(model: nn.Module, job: Job, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         whole = initial_tensor(name, tuple(parameter.shape), job.model, job.run.seed, device)
         copy_whole(parameter, whole)
-
-
-def copy_whole(parameter: torch.Tensor, whole: torch.Tensor) -> None:
-    """Copy this rank's part of a whole tensor, known to every rank, into a parameter."""
-    if isinstance(parameter, DTensor):
-        # src_data_rank=None: every rank holds the same `whole` already, so only slice it.
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(whole)

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from meshwright.spec import Layout
+
 
 class StepTotals(NamedTuple):
     """What all ranks agree on at a step's end: loss, squared gradient norm, stop requests, in one fp32 tensor [3].
@@ -70,9 +72,13 @@ def copies(tensor: torch.Tensor) -> int:
     return dist.get_world_size() // math.prod(splits)
 
 
-def reduce_step(loss: torch.Tensor, squared: torch.Tensor, *, stop: bool) -> StepTotals:
-    """Sum loss, squared gradient norm and stop requests over all ranks in one all-reduce, without reading them."""
-    totals = torch.stack([loss.detach().float(), squared, torch.full_like(squared, float(stop))])
+def reduce_step(loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, stop: bool) -> StepTotals:
+    """Sum loss, squared gradient norm and stop requests over all ranks in one all-reduce, without reading them.
+
+    The ranks along tensor share their samples, and each has their whole loss.
+    """
+    loss = loss.detach().float() / layout.tensor
+    totals = torch.stack([loss, squared, torch.full_like(squared, float(stop))])
     dist.all_reduce(totals)
     return StepTotals(totals)
 

@@ -42,8 +42,8 @@ class MemoryProbe:
         if not (self.active and first):
             yield lambda logits: logits
             return
-        held = self._allocator if self._cuda else self._saved
-        with held() as count:
+        held = self._allocator() if self._cuda else self._saved(model)
+        with held as count:
             yield self._note
             kept = count()
             self._gathered = gathered_bytes(model)
@@ -53,7 +53,7 @@ class MemoryProbe:
 
     def _note(self, logits: Tensor) -> Tensor:
         # Twice: the gradient has the same size, and both are there when the backward pass begins.
-        self._logits = 2.0 * logits.numel() * logits.element_size()
+        self._logits = 2.0 * tensor_bytes([logits])
         return logits
 
     @contextmanager
@@ -63,13 +63,14 @@ class MemoryProbe:
         yield lambda: float(torch.cuda.memory_allocated(self._device) - before)
 
     @contextmanager
-    def _saved(self) -> Iterator[Callable[[], float]]:
+    def _saved(self, model: nn.Module) -> Iterator[Callable[[], float]]:
         """Bytes of the distinct tensors that autograd keeps for the backward pass, parameters left out."""
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
-                storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
+            # A parameter is known by its memory: a view of one is no parameter, and not of one that is split.
+            if storage.data_ptr() not in {local(p).untyped_storage().data_ptr() for p in model.parameters()}:
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -110,10 +111,15 @@ class MemoryProbe:
         )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def tensor_bytes(tensors: Any) -> float:
     """Bytes of this rank's part of some tensors."""
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-    return float(sum(t.numel() * t.element_size() for t in local))
+    parts = (local(tensor) for tensor in tensors)
+    return float(sum(part.numel() * part.element_size() for part in parts))
 
 
 def resident_bytes() -> float:
@@ -145,6 +151,11 @@ def peak_memory_bytes(device: torch.device) -> float:
 
 
 def gathered_bytes(model: nn.Module) -> float:
-    """Bytes of parameters that are gathered now: FSDP puts them, as plain tensors, in the place of the sharded ones."""
-    whole = (p for p in model.parameters() if not isinstance(p, DTensor))
-    return float(sum(p.numel() * p.element_size() for p in whole))
+    """Bytes of parameters that are gathered now: FSDP puts them in the place of the sharded ones, without its axis."""
+    return tensor_bytes(p for p in model.parameters() if not is_sharded(p))
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a rank's part along FSDP's axes."""
+    axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
+    return "shard" in (axes or ())

@@ -7,9 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
 from meshwright.models import NOT_COUNTED
-from meshwright.parallel import data_rank, free_gathered, sum_over_ranks
+from meshwright.parallel import Loss, data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
-from meshwright.train.setup import Loss
 
 
 @torch.no_grad()

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from meshwright.data import StepBatches
 from meshwright.models import Decoder
 from meshwright.parallel import (
+    Loss,
     StepTotals,
     begin_microbatch,
+    build_loss,
     build_mesh,
     build_parallel_model,
     clip_gradients,
@@ -24,7 +26,7 @@ from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train.evaluate import evaluate, logits_of
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
-from meshwright.train.setup import Loss, StopRequest, build_batches, build_loss, due, open_data, restore, save
+from meshwright.train.setup import StopRequest, build_batches, due, open_data, restore, save
 
 
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
@@ -39,7 +41,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     model = build_parallel_model(job, mesh, device)
     optimizer = build_optimizer(model, job.optimizer)
     first = restore(folder, model, optimizer, stream)
-    loss_of = build_loss(device)
+    loss_of = build_loss(job, mesh, device)
     batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=began_s)
     reporter = Reporter(folder, attempt, job, device, first)
@@ -108,7 +110,7 @@ def update(
     with recorder.phase("optimizer"):
         squared = squared_norm(model)
         with recorder.phase("control"):
-            totals = reduce_step(loss, squared, stop=stop)
+            totals = reduce_step(loss, squared, job.layout, stop=stop)
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
         rate = set_learning_rate(optimizer, step, job)
         optimizer.step()

@@ -2,24 +2,20 @@
 
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from meshwright.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
-from meshwright.models import token_loss
 from meshwright.parallel import data_rank, tell_all, wait_for_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class StopRequest:
@@ -63,11 +59,6 @@ def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.devi
         accumulation=layout.accumulation(job.data.global_batch),
         device=device,
     )
-
-
-def build_loss(device: torch.device) -> Loss:
-    """token_loss; compiled on a GPU, where its fp32 copies of the logits would otherwise be the largest tensors."""
-    return torch.compile(token_loss) if device.type == "cuda" else token_loss
 
 
 def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer, stream: Stream) -> int:
