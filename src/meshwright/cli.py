@@ -136,6 +136,48 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
     click.echo(sample_text(run, prompt, tokens, temperature, seed))
 
 
+@cli.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print what was compared as JSON.")
+@SET
+def verify(job: Path, as_json: bool, settings: tuple[str, ...]) -> None:
+    """Check that a JOB's layout trains as one process does: a small job of its kind, tensor by tensor.
+
+    Exit code 1 where they differ, with the first module that does and the likely cause.
+    """
+    from meshwright import launch
+    from meshwright.explain.verification import explain_trial
+    from meshwright.report.verification import verification_json, verification_text
+
+    launch.needs_torch("verify")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        trials = launch.run_trials(read(job, settings), local=here)
+    except launch.VerificationEnded as ended:
+        sys.exit(ended.code)
+    verdicts = [explain_trial(trial) for trial in trials]
+    for trial, verdict in zip(trials, verdicts, strict=True):
+        if as_json:
+            click.echo(verification_json(trial, verdict))
+        else:
+            verification_text(trial, verdict, console())
+    sys.exit(0 if all(verdict.agrees for verdict in verdicts) else 1)
+
+
+@cli.command(hidden=True)
+@click.argument("run")
+@click.argument("attempt", type=int)
+@click.argument("parent", type=int)
+def verify_agent(run: str, attempt: int, parent: int) -> None:
+    """The child process of `verify`: runs the job in one process and in its layout."""
+    from meshwright import launch
+
+    launch.become_agent(parent)
+    from meshwright.verify.agent import verify_run
+
+    sys.exit(verify_run(run, attempt))
+
+
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -194,6 +236,18 @@ def local(processes: int) -> "Cluster":
     from meshwright.plan import local_cluster
 
     return local_cluster(processes, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def here(ranks: int) -> "Cluster":
+    """This machine as a cluster of `ranks` devices: GPUs where there are enough, or else processes."""
+    import msgspec
+
+    from meshwright.plan import local_cluster
+
+    found = local(ranks)
+    return (
+        msgspec.structs.replace(found, devices_per_node=ranks) if found.devices >= ranks else local_cluster(ranks, "")
+    )
 
 
 def under_torchrun() -> bool:

@@ -2,5 +2,15 @@
 
 from meshwright.launch.attempt import begin_attempt, forget_untrained, reopen_run
 from meshwright.launch.process import become_agent, needs_torch, run_attempt
+from meshwright.launch.verification import VerificationEnded, run_trials
 
-__all__ = ["become_agent", "begin_attempt", "forget_untrained", "needs_torch", "reopen_run", "run_attempt"]
+__all__ = [
+    "VerificationEnded",
+    "become_agent",
+    "begin_attempt",
+    "forget_untrained",
+    "needs_torch",
+    "reopen_run",
+    "run_attempt",
+    "run_trials",
+]

@@ -113,7 +113,7 @@ class MemoryProbe:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def tensor_bytes(tensors: Any) -> float:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshwright.data import prepare
 from meshwright.record import RunFolder
-from meshwright.spec import SettingError
+from meshwright.spec import Job, SettingError
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
 
@@ -21,9 +22,22 @@ LIKELY: dict[int, str] = {signal.SIGKILL: " (often the system, out of memory)"}
 
 
 def watch_ranks(run: str, attempt: int, began_s: float) -> int:
-    """Start the node's ranks through torchrun's agent and wait for them; return the exit code."""
+    """Train an attempt on this node's ranks; return the exit code."""
     folder = RunFolder(Path(run))
     job = read_job(folder.job, local=no_machine)
+    try:
+        # Before any rank waits for another: tokenising a large corpus takes longer than a collective may.
+        prepare(job.data)
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return REFUSED
+    return start_ranks(folder, attempt, job, run_rank, (run, attempt, began_s))
+
+
+def start_ranks(
+    folder: RunFolder, attempt: int, job: Job, work: Callable[..., None], arguments: tuple[object, ...]
+) -> int:
+    """Start the node's ranks through torchrun's agent, each with work(*arguments), and wait; return the exit code."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -40,13 +54,7 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
     # One host: nothing has to listen elsewhere, and its own name may resolve to an address that is not its.
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback()
     try:
-        # Before any rank waits for another: tokenising a large corpus takes longer than a collective may.
-        prepare(job.data)
-    except SettingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return REFUSED
-    try:
-        elastic_launch(config, run_rank)(run, attempt, began_s)
+        elastic_launch(config, work)(*arguments)
     except ChildFailedError as error:
         return report_failure(folder, attempt, {rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException as stopped:  # the ranks are gone by now

@@ -6,7 +6,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -38,32 +39,33 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_rank(run: str, attempt: int, began_s: float) -> None:
-    """A rank started by our own agent: train the run folder's job. Failures end the process and leave word."""
+    """A rank started by our own agent: train the run folder's job."""
     stop = StopRequest()
     stop.listen()
     folder = RunFolder(Path(run))
-    rank = -1
-
-    def work() -> None:
-        nonlocal rank
+    with leave_word(folder, attempt):
         job = read_job(folder.job, local=no_machine)
         settle_process(job)
         device = start_distributed(job.cluster)
-        rank = torch.distributed.get_rank()
         train(job, folder, attempt, device, stop, began_s=began_s)
+    stop_distributed()
 
-    failure = caught(work)
-    if failure:
-        word = msgspec.structs.replace(failure, rank=rank)
+
+@contextmanager
+def leave_word(folder: RunFolder, attempt: int) -> Iterator[None]:
+    """Around a rank's life: a failure ends the process and leaves word in the attempt's folder."""
+    try:
+        yield
+    except BaseException as error:
+        failure = failure_of(error)
         name = f"failure-{socket.gethostname()}-{os.getpid()}.json"
         try:
-            replace_text(folder.attempt(attempt) / name, msgspec.json.encode(word).decode())
+            replace_text(folder.attempt(attempt) / name, msgspec.json.encode(failure).decode())
         except OSError:  # a full disk may be what failed in the first place
             print(failure.traceback or f"error: {failure.line}", file=sys.stderr)
         if failure.traceback:
             time.sleep(AFTER_PEERS_S)
         end_now(CRASHED if failure.traceback else REFUSED)
-    stop_distributed()
 
 
 def join_ranks(
@@ -82,14 +84,13 @@ def join_ranks(
         begun.append(begin())
         return begun[0]
 
-    def work() -> None:
+    try:
         settle_process(job)
         device = start_distributed(job.cluster)
         run, attempt = tell_all(begin_here)
         train(job, RunFolder(Path(run)), attempt, device, stop, began_s=began_s)
-
-    failure = caught(work)
-    if failure:
+    except BaseException as error:
+        failure = failure_of(error)
         print(failure.traceback or f"error: {failure.line}", file=sys.stderr, flush=True)
         if begun and not failure.traceback:
             forget(*begun[0])
@@ -97,16 +98,13 @@ def join_ranks(
     stop_distributed()
 
 
-def caught(work: Callable[[], None]) -> Failure | None:
-    """Do the work; say how it failed if it did."""
-    try:
-        work()
-    except SettingError as error:
-        return Failure(rank=-1, time_s=time.time(), line=str(error))
-    except BaseException as error:
-        line = f"{type(error).__name__}: {error}"
-        return Failure(rank=-1, time_s=time.time(), line=line, traceback=traceback.format_exc())
-    return None
+def failure_of(error: BaseException) -> Failure:
+    """Word of an exception that is being handled."""
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else -1
+    if isinstance(error, SettingError):
+        return Failure(rank=rank, time_s=time.time(), line=str(error))
+    line = f"{type(error).__name__}: {error}"
+    return Failure(rank=rank, time_s=time.time(), line=line, traceback=traceback.format_exc())
 
 
 def settle_process(job: Job) -> None:

@@ -1,0 +1,132 @@
+"""The reference: the same training in one process, as a bare loop over a plain model.
+
+It shares the model and the stream of samples with the trainer and nothing else: no mesh, no FSDP, no microbatches, its
+own loss, clipping and update. What it saw is written down whole; a rank reads of it what it needs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meshwright.data import Batch, open_stream, to_tensors
+from meshwright.models import build_model, initialize_
+from meshwright.record.verification import Reference
+from meshwright.spec import Job, Precision
+from meshwright.train.evaluate import logits_of
+from meshwright.train.optimizer import learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What a tensor of the reference is: the samples' tokens, a module's output, a parameter's gradient, a weight.
+SAMPLES = "samples"
+OUTPUT, GRADIENT, WEIGHT = "output.", "gradient.", "weight."
+
+
+class Alone:
+    """One process's training of a job, step by step: fp32 weights, and a model in the job's precision."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        self._device = device
+        self._stream = open_stream(job)
+        self._model = build_model(job.model, device=device)
+        initialize_(self._model, job.model, job.run.seed)
+        self.weights = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+        self._model.to(DTYPES[job.layout.precision])
+
+    def batch(self, step: int) -> Batch[Tensor]:
+        """The whole global batch of a step."""
+        return to_tensors(self._stream.batch(step, 0, self.job.data.global_batch), self._device)
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Every module's output over the first step's samples."""
+        seen: dict[str, Tensor] = {}
+        with torch.no_grad(), watching(self._model, seen):
+            logits_of(self._model, self.batch(0))
+        return seen
+
+    def gradients(self, step: int) -> tuple[float, dict[str, Tensor]]:
+        """A step's mean loss, and its gradients in fp32 before clipping."""
+        batch = self.batch(step)
+        logits = logits_of(self._model, batch).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+        self._model.zero_grad()
+        loss.backward()
+        return loss.item(), {name: p.grad.float() for name, p in self._model.named_parameters() if p.grad is not None}
+
+    @torch.no_grad()
+    def update(self, step: int, gradients: dict[str, Tensor]) -> float:
+        """Clip, step, and return the norm before clipping. SGD only: Adam would amplify round-off."""
+        settings = self.job.optimizer
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients.values()])).item()
+        scale = min(1.0, settings.clip_norm / (norm + 1e-6)) if settings.clip_norm > 0 else 1.0
+        rate = learning_rate(step, self.job.run.steps, settings)
+        for name, parameter in self._model.named_parameters():
+            weight = self.weights[name]
+            decay = settings.weight_decay if weight.dim() >= 2 else 0.0
+            weight -= rate * (scale * gradients[name] + decay * weight)
+            parameter.copy_(weight)
+        return norm
+
+
+def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
+    """The job's steps; what the ranks will compare with goes into a safetensors file at `written`."""
+    alone = Alone(job, device)
+    tensors = {SAMPLES: alone.batch(0).tokens}
+    tensors |= {OUTPUT + name: output for name, output in alone.outputs().items()}
+    losses: list[float] = []
+    norms: list[float] = []
+    for step in range(job.run.steps):
+        loss, gradients = alone.gradients(step)
+        if step == 0:
+            tensors |= {GRADIENT + name: gradient for name, gradient in gradients.items()}
+        losses.append(loss)
+        norms.append(alone.update(step, gradients))
+    tensors |= {WEIGHT + name: weight for name, weight in alone.weights.items()}
+    whole = torch.contiguous_format
+    save_file({name: tensor.cpu().clone(memory_format=whole) for name, tensor in tensors.items()}, written)
+    return Reference(losses=losses, norms=norms)
+
+
+@contextmanager
+def watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None]:
+    """Every module's output, by the module's name, in the order in which modules end."""
+
+    def look(name: str) -> None:
+        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output.detach()
+
+        hooks.append(modules[name].register_forward_hook(keep))
+
+    hooks: list[torch.utils.hooks.RemovableHandle] = []
+    modules = {name: module for name, module in model.named_modules() if name}
+    for name in modules:
+        look(name)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def measure_angle(job: Job, device: torch.device, seeds: int = 5) -> float:
+    """The largest 1 - cosine between a gradient in the job's precision and in fp32, in one process, over tensors and
+    seeds: what rounding alone does."""
+    worst = 0.0
+    for seed in range(seeds):
+        rounded, exact = (Alone(variant(job, seed, p), device) for p in (job.layout.precision, "fp32"))
+        for ours, theirs in zip(rounded.gradients(0)[1].values(), exact.gradients(0)[1].values(), strict=True):
+            worst = max(worst, 1 - F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item())
+    return worst
+
+
+def variant(job: Job, seed: int, precision: Precision) -> Job:
+    """The job with another seed, in a precision."""
+    run = msgspec.structs.replace(job.run, seed=seed)
+    return msgspec.structs.replace(job, run=run, layout=msgspec.structs.replace(job.layout, precision=precision))
