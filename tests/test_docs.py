@@ -20,7 +20,8 @@ from meshwright.cli import cli
 from meshwright.models import token_loss
 from meshwright.parallel import begin_microbatch, build_mesh, build_parallel_model, start_distributed
 from meshwright.plan import predict_memory
-from meshwright.plan.memory import BYTES, count_tensors
+from meshwright.plan.activations import BYTES
+from meshwright.plan.part import build_part
 from meshwright.spec import ZOO, Job, SettingError, count_flops, count_parameters
 from meshwright.spec.decode import decode_job, planning_job, read_job
 
@@ -168,7 +169,7 @@ def test_bytes_per_parameter_are_the_plans(column: str, precision: str) -> None:
     # Exact: 8 divides every dimension of this model.
     assert memory.parameters == cell("parameters, fp32")
     assert memory.gradients == cell("gradients, fp32")
-    assert memory.optimizer_states == cell("AdamW's two moments, fp32") + 4 * count_tensors(job.model)
+    assert memory.optimizer_states == cell("AdamW's two moments, fp32") + 4 * build_part(job).tensors
     copies, waiting = f"whole parameters, in {precision}", "whole gradients, fp32, if microbatches accumulate"
     # Beside the table's bytes there are the blocks at work: two of 32, output layer, embedding and a gather's buffer.
     extra = memory.communication_buffers - cell(copies) - cell(waiting)

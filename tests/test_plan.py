@@ -54,7 +54,7 @@ def test_8b_on_8_h100_fits_sharded(eight_h100: Plan) -> None:
 
 
 def test_8b_replicated_is_rejected_for_its_states(eight_h100: Plan) -> None:
-    rejected = {r.layout.label(): r for r in eight_h100.rejected}["replica 8, microbatch 1"]
+    rejected = {r.layout.label(): r for r in eight_h100.rejected}["replica 8, microbatch 1, recompute full"]
     memory = rejected.memory
     assert memory is not None
     # 8.03e9 parameters: 4 bytes each for masters and gradients, 8 for moments; bf16 copies and whole gradients beside.
@@ -162,13 +162,19 @@ def test_json_gives_the_plan_back(eight_h100: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "model", "global_batch"), [("8xh100", "llama3-8b", 128), ("128x8xh100", "llama3-8b", 4096)]
+    ("gpus", "model", "global_batch"),
+    [
+        ("8xh100", "llama3-8b", 128),
+        ("128x8xh100", "llama3-8b", 4096),
+        ("64x8xh100", "llama3-70b", 2048),
+        ("64x8xh100", "llama3.1-405b", 512),
+    ],
 )
 def test_planning_is_quick(gpus: str, model: str, global_batch: int) -> None:
-    job = job_on(gpus, model, 8192, global_batch, "layout.shard=8")
+    job = job_on(gpus, model, 8192, global_batch)
     start = time.process_time()
     build_plan(job)
-    assert time.process_time() - start < 0.3
+    assert time.process_time() - start < 2.0
 
 
 def test_the_command_is_quick_and_loads_no_torch() -> None:

@@ -7,16 +7,10 @@ from torch import Tensor
 
 from meshwright.models import build_model
 from meshwright.plan import predict_memory
+from meshwright.plan.activations import activation_bytes
 from meshwright.plan.machine import cpu_cluster
-from meshwright.plan.memory import (
-    CPU_PROCESS_BYTES,
-    activation_bytes,
-    count_tensors,
-    gathered_bytes,
-    local_parameters,
-    parameter_groups,
-    reduction_bytes,
-)
+from meshwright.plan.memory import CPU_PROCESS_BYTES, gathered_bytes, reduction_bytes
+from meshwright.plan.part import build_part
 from meshwright.spec import (
     DataSettings,
     Job,
@@ -61,8 +55,9 @@ def test_the_fullest_rank_holds_ceiled_rows() -> None:
     # Over 4 ranks: 13 rows give 4, 8 give 2, 4 give 1, 6 give 2.
     block = 2 + 2 + 2 * 8 + 1 * 8 + 1 * 8 + 2 * 8 + 2 * 8 + 2 * 8 + 2 * 6
     local = 2 * 4 * 8 + 2 + 2 * block
-    assert local_parameters(ODD, 4) == local
-    memory = predict_memory(cpu_job(ODD, Layout(shard=4, precision="fp32")))
+    job = cpu_job(ODD, Layout(shard=4, precision="fp32"))
+    assert build_part(job).local == local
+    memory = predict_memory(job)
     assert memory.parameters == 4 * local
     assert memory.optimizer_states == 8 * local + 4 * 21
 
@@ -74,18 +69,18 @@ def test_sgd_has_no_states() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups_and_tensors_are_the_whole_model(tied: bool) -> None:
     model = msgspec.structs.replace(ODD, tied_embeddings=tied)
-    groups = parameter_groups(model)
-    assert groups.whole() == count_parameters(model) == local_parameters(model, 1)
-    assert count_tensors(model) == len(parameter_shapes(model))
-    assert bool(groups.head) != tied
+    part = build_part(cpu_job(model, Layout()))
+    assert part.groups.whole() == count_parameters(model) == part.local
+    assert part.tensors == len(parameter_shapes(model))
+    assert bool(part.groups.head) != tied
 
 
 def test_what_each_zero_holds_whole() -> None:
     def buffers(layout: Layout) -> tuple[float, float]:
         job = cpu_job(ODD, layout)
-        return gathered_bytes(job), reduction_bytes(job)
+        return gathered_bytes(job, groups), reduction_bytes(job, groups)
 
-    groups = parameter_groups(ODD)
+    groups = build_part(cpu_job(ODD, Layout())).groups
     ends, whole = groups.root + groups.head, groups.whole()
     in_flight = groups.block * (2 + 4)
     # 8 sequences over 2 ranks in microbatches of 1: four of them. A gather's own buffer is as large as a group.
@@ -116,7 +111,7 @@ def test_activations_are_what_the_built_model_keeps(kv_heads: int) -> None:
         model(torch.zeros(microbatch, sequence, dtype=torch.int64))
     built = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
     job = cpu_job(spec, Layout(microbatch=microbatch, precision="fp32"), global_batch=2, sequence=sequence)
-    assert activation_bytes(job) == pytest.approx(built, rel=1e-3)
+    assert activation_bytes(job, build_part(job)) == pytest.approx(built, rel=1e-3)
 
 
 def test_the_process_itself_counts() -> None:

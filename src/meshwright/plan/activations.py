@@ -74,10 +74,12 @@ def feed_forward_columns(model: ModelSpec, layer: int) -> tuple[float, float]:
 def mean_block(part: Part, *, selective: bool, compiled: bool) -> Saved:
     """What the mean block keeps for its backward pass, nothing recomputed or all but products and attention."""
     keep = keep_products if selective else keep_all
-    model, dense = part.model, part.dense
-    first = keep(part, *feed_forward_columns(model, 0), compiled=compiled)
+    model = part.model
     others = keep(part, *feed_forward_columns(model, model.layers), compiled=compiled)
-    share = dense / model.layers if model.layers else 0.0
+    if not model.experts or not model.experts.dense_layers:
+        return others
+    first = keep(part, *feed_forward_columns(model, 0), compiled=compiled)
+    share = model.experts.dense_layers / model.layers
     return Saved(
         elements=share * first.elements + (1 - share) * others.elements,
         fp32=share * first.fp32 + (1 - share) * others.fp32,
@@ -136,7 +138,7 @@ def activation_bytes(job: Job, part: Part) -> float:
     whole = mean_block(part, selective=False, compiled=compiled).bytes_at(layout.precision)
     if layout.recompute == "selective":
         kept = layers * mean_block(part, selective=True, compiled=compiled).bytes_at(layout.precision)
-        again = kept + whole - kept / layers if layers else 0.0
+        again = kept + whole - kept / layers
     else:
         recomputed = layout.recomputed_layers(layers)
         inputs = recomputed * size * model.d_model / part.tensor

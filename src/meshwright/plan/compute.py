@@ -4,7 +4,7 @@ import msgspec
 
 from meshwright.plan.activations import BYTES, feed_forward_columns
 from meshwright.plan.memory import STATE_BYTES
-from meshwright.plan.part import Part, Shape, local_parameters
+from meshwright.plan.part import Part, Shape
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
@@ -67,7 +67,7 @@ def product_seconds(job: Job, shape: Shape) -> float:
 def block_products(job: Job, part: Part) -> tuple[float, float]:
     """Forward products of the mean block: those that read a gathered input, and those whose outputs are summed."""
     sums = [0.0, 0.0]
-    for count, shapes in part.kinds():
+    for count, shapes in part.blocks:
         for name, shape in shapes.items():
             if len(shape) > 1:
                 summed = name.removesuffix(".weight").endswith((".output", ".down"))
@@ -110,7 +110,7 @@ def head_passes(job: Job) -> Passes:
 def predict_optimizer(job: Job, part: Part) -> float:
     """Seconds of gradient norm, clipping and update of the fullest rank's part."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
-    local_bytes = STATE_BYTES * local_parameters(part, job.layout.shard)
+    local_bytes = STATE_BYTES * part.local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
     update_s = passes * local_bytes / (device.memory_bytes_per_s * rates.update)

@@ -4,7 +4,7 @@ import msgspec
 
 from meshwright.account import MemoryAccount
 from meshwright.plan.activations import BYTES, activation_bytes, logits_bytes
-from meshwright.plan.part import Groups, Part, build_groups, build_part, local_parameters
+from meshwright.plan.part import Groups, Part, build_part
 from meshwright.spec import Job
 
 # Masters, reduced gradients and optimizer states are fp32 in every precision (spec.Layout).
@@ -28,13 +28,12 @@ def predict_memory(job: Job, part: Part | None = None) -> MemoryAccount:
 
     part: what build_part gives for the job, where the caller has it already.
     """
-    part = part or build_part(job.model, job.layout.tensor)
-    groups = build_groups(part)
-    local = local_parameters(part, job.layout.shard)
+    part = part or build_part(job)
+    groups, local = part.groups, part.local
     states = 0
     if job.optimizer.name == "adamw":
         # Two moments, and a step count a parameter tensor.
-        states = 2 * STATE_BYTES * local + 4 * part.tensors()
+        states = 2 * STATE_BYTES * local + 4 * part.tensors
     account = MemoryAccount(
         parameters=STATE_BYTES * local,
         # Kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of the

@@ -1,39 +1,13 @@
-"""The model as one rank of the tensor axis holds and computes it, by its family's split table."""
+"""The part of a model that one rank holds and computes with: along tensor by its family's split table, along shard."""
 
 from math import ceil, prod
 
 import msgspec
 
-from meshwright.spec import SPLIT_TABLES, ModelSpec, SplitTable, block_shapes, end_shapes, split_of
+from meshwright.spec import SPLIT_TABLES, Job, ModelSpec, SplitTable, block_shapes, end_shapes, split_of
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-
-
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fullest rank of the tensor axis has of a model; all of it where the axis has one rank.
-
-    first, others: shapes of the parameters of one block; the `dense` first blocks have those of `first` (a mixture's
-    blocks without experts), all others those of `others`. root: what FSDP gathers with the embedding; head: what it
-    gathers with the head. A tied head is in the root, and its norm with it.
-    """
-
-    model: ModelSpec
-    tensor: int
-    dense: int
-    first: Shapes
-    others: Shapes
-    root: Shapes
-    head: Shapes
-
-    def kinds(self) -> tuple[tuple[int, Shapes], ...]:
-        """Each kind of block with the number of its blocks."""
-        others = self.model.layers - self.dense
-        return tuple(kind for kind in ((self.dense, self.first), (others, self.others)) if kind[0])
-
-    def tensors(self) -> int:
-        """Number of parameter tensors."""
-        return sum(count * len(shapes) for count, shapes in self.kinds()) + len(self.root) + len(self.head)
 
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,23 +24,59 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
         return round(self.layers * self.block) + self.head + self.root
 
 
-def build_part(model: ModelSpec, tensor: int) -> Part:
-    """The fullest rank's part of `model` along a tensor axis of `tensor` ranks."""
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What the fullest rank has of a job's model along the tensor axis, and of that along the shard axis.
+
+    blocks: each kind of block with the number of its blocks, and the shapes of its parameters along tensor: a mixture's
+    first blocks may have no experts. groups: whole along shard. local: parameters (elements) that the rank holds.
+    tensors: number of parameter tensors.
+    """
+
+    model: ModelSpec
+    tensor: int
+    blocks: tuple[tuple[int, Shapes], ...]
+    groups: Groups
+    local: int
+    tensors: int
+
+
+def build_part(job: Job) -> Part:
+    """The fullest rank's part of the job's model. It depends on the sizes of the tensor and shard axes alone."""
+    model, tensor, shard = job.model, job.layout.tensor, job.layout.shard
     table = SPLIT_TABLES[model.family]
 
     def part(shapes: Shapes, prefix: str = "") -> Shapes:
         return {name: split_shape(model, table, prefix + name, shape, tensor) for name, shape in shapes.items()}
 
     before, after = end_shapes(model)
-    root, head = (before | after, {}) if model.tied_embeddings else (before, after)
+    root, head = part(before), part(after)
+    if model.tied_embeddings:
+        # A tied head stays with the embedding in the root, and its norm with it.
+        root, head = root | head, {}
+    dense = model.experts.dense_layers if model.experts else 0
+    first, others = part(block_shapes(model, 0), "blocks.0."), part(block_shapes(model), "blocks.0.")
+    blocks = tuple(kind for kind in ((dense, first), (model.layers - dense, others)) if kind[0])
+    stretches = [*blocks, (1, root), (1, head)]
     return Part(
         model=model,
         tensor=tensor,
-        dense=model.experts.dense_layers if model.experts else 0,
-        first=part(block_shapes(model, 0), "blocks.0."),
-        others=part(block_shapes(model), "blocks.0."),
-        root=part(root),
-        head=part(head),
+        blocks=blocks,
+        groups=build_groups(blocks, root, head),
+        local=sum(count * local_elements(shapes, shard) for count, shapes in stretches),
+        tensors=sum(count * len(shapes) for count, shapes in stretches),
+    )
+
+
+def build_groups(blocks: tuple[tuple[int, Shapes], ...], root: Shapes, head: Shapes) -> Groups:
+    """FSDP's groups as parallel/shard.py makes them."""
+    sizes = [(count, elements(shapes)) for count, shapes in blocks]
+    layers = sum(count for count, _ in blocks)
+    return Groups(
+        block=sum(count * size for count, size in sizes) / layers,
+        largest_block=max(size for _, size in sizes),
+        head=elements(head),
+        root=elements(root),
+        layers=layers,
     )
 
 
@@ -89,28 +99,11 @@ def elements(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
-def build_groups(part: Part) -> Groups:
-    """FSDP's groups as parallel/shard.py makes them: a tied head stays with the embedding in the root."""
-    sizes = [(count, elements(shapes)) for count, shapes in part.kinds()]
-    layers = part.model.layers
-    return Groups(
-        block=sum(count * size for count, size in sizes) / layers if layers else 0.0,
-        largest_block=max((size for _, size in sizes), default=0),
-        head=elements(part.head),
-        root=elements(part.root),
-        layers=layers,
-    )
-
-
-def local_parameters(part: Part, shard: int) -> int:
-    """Parameters that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / shard).
+def local_elements(shapes: Shapes, shard: int) -> int:
+    """Elements that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / shard).
 
     Stacked experts count as split evenly along both dims before the last: no trainer here splits them yet, and by
     experts alone some ranks would hold twice what others do.
     """
-
-    def local(shapes: Shapes) -> int:
-        split = ((shape, max(1, len(shape) - 1)) for shape in shapes.values())
-        return sum(ceil(prod(shape[:dim]) / shard) * prod(shape[dim:]) for shape, dim in split)
-
-    return sum(count * local(shapes) for count, shapes in part.kinds()) + local(part.root) + local(part.head)
+    split = ((shape, max(1, len(shape) - 1)) for shape in shapes.values())
+    return sum(ceil(prod(shape[:dim]) / shard) * prod(shape[dim:]) for shape, dim in split)

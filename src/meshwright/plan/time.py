@@ -24,7 +24,7 @@ def predict_step(job: Job, part: Part | None = None) -> tuple[StepAccount, dict[
     device = job.cluster.device
     if not has_known_peak(device, job):
         return StepAccount(), {}
-    part = part or build_part(job.model, job.layout.tensor)
+    part = part or build_part(job)
     rates, microbatches = rates_of(device), accumulation_of(job)
     pieces = build_pieces(job, part)
     walk = walk_step(job, pieces)

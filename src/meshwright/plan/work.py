@@ -6,7 +6,7 @@ from meshwright.plan.activations import BYTES
 from meshwright.plan.collective import Ring, build_ring, predict_collective
 from meshwright.plan.compute import Passes, block_passes, head_passes
 from meshwright.plan.memory import STATE_BYTES
-from meshwright.plan.part import Part, build_groups
+from meshwright.plan.part import Part
 from meshwright.plan.rates import rates_of
 from meshwright.plan.tensor import TensorTransfers, block_transfers, end_transfers
 from meshwright.spec import Job
@@ -40,7 +40,7 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 
 def build_pieces(job: Job, part: Part) -> list[Piece]:
     """The model's pieces in the order of the forward pass; needs known peaks."""
-    groups, layers = build_groups(part), job.model.layers
+    groups, layers = part.groups, job.model.layers
     rings = (build_ring(job.layout, "shard", job.cluster), build_ring(job.layout, "replica", job.cluster))
     passes, (embedding, logits) = block_passes(job, part), end_transfers(job)
     transfers = block_transfers(job, (passes.reads_s, passes.reduces_s))
