@@ -26,8 +26,9 @@ class Saved(msgspec.Struct, frozen=True, kw_only=True):
 class Widths(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers a token on one rank. split: D where the sequence is split; whole: D where it is gathered.
 
-    query, key, value, mixed: attention's inputs and output, heads and their numbers together. heads, kv_heads: how
-    many of them. low_rank: what latent attention goes down to.
+    query, key, value, mixed: attention's inputs and output, heads and their numbers together; made: keys and values as
+    computed, of which a rank that shares heads with others looks at one. heads, kv_heads: how many of them. low_rank:
+    what latent attention goes down to.
     """
 
     split: float
@@ -36,6 +37,7 @@ class Widths(msgspec.Struct, frozen=True, kw_only=True):
     key: float
     value: float
     mixed: float
+    made: float
     heads: float
     kv_heads: float
     low_rank: float
@@ -44,9 +46,9 @@ class Widths(msgspec.Struct, frozen=True, kw_only=True):
 def widths_of(part: Part) -> Widths:
     """What the rank's part of each sequence is as wide as."""
     model, tensor = part.model, part.tensor
-    # Fewer key heads than ranks: each rank computes all of them.
-    kv_heads = model.kv_heads / (tensor if model.kv_heads % tensor == 0 else 1)
-    heads = model.heads / tensor
+    heads, kv_heads = model.heads / tensor, max(1, model.kv_heads / tensor)
+    # Where there are fewer key heads than ranks, each rank computes all of them.
+    made = kv_heads if model.kv_heads % tensor == 0 else model.kv_heads
     latent = model.latent
     positions = latent.rope_head_dim if latent else 0
     value = latent.value_head_dim if latent else model.head_dim
@@ -57,6 +59,7 @@ def widths_of(part: Part) -> Widths:
         key=kv_heads * (model.head_dim + positions),
         value=kv_heads * value,
         mixed=heads * value,
+        made=made * (model.head_dim + positions + value),
         heads=heads,
         kv_heads=kv_heads,
         low_rank=latent.query_rank + latent.kv_rank + latent.rope_head_dim if latent else 0,
@@ -92,8 +95,8 @@ def keep_all(part: Part, columns: float, copies: float, *, compiled: bool) -> Sa
     Inputs of the two norms 2D; their outputs, which the projections keep (gathered: whole), 2D; queries and attention's
     output 2HE; keys and values 2KE; gate, up and their product 3F, or in a plain feed-forward part 2F; norms of heads
     HE + KE; the results of latent attention's products to low ranks, and their norms; each expert's input and output.
-    Eager code on a CPU keeps besides: RMSNorm's scaled inputs, attention's output once more with heads innermost HE,
-    and silu's output F; a test holds that sum to the built model.
+    Eager code on a CPU keeps besides: RMSNorm's scaled inputs, silu's output F, and attention's output once more with
+    heads innermost HE (where queries are rotated and so laid out anew); a test holds that sum to the built model.
     """
     model, w, f = part.model, widths_of(part), columns / part.tensor
     family = model.parts
@@ -105,7 +108,7 @@ def keep_all(part: Part, columns: float, copies: float, *, compiled: bool) -> Sa
         kept += w.query + w.key
         fp32 += w.heads + w.kv_heads
     if not compiled:
-        kept += w.mixed + (f if family.gated else 0)
+        kept += (w.mixed if family.positions == "rotary" else 0) + (f if family.gated else 0)
         kept += 2 * w.split if family.norm == "rms" else 0
         kept += w.query + w.key if family.head_norms else 0
     return Saved(elements=kept, fp32=fp32)
@@ -119,7 +122,7 @@ def keep_products(part: Part, columns: float, copies: float, *, compiled: bool) 
     not: the last product's D, and of ranks that divide a sequence the sums before their reduction, 2D.
     """
     model, w, f = part.model, widths_of(part), columns / part.tensor
-    kept = 2 * w.split + w.query + w.key + w.value + w.mixed + (2 if model.parts.gated else 1) * f
+    kept = 2 * w.split + w.query + w.made + w.mixed + (2 if model.parts.gated else 1) * f
     kept += w.low_rank + copies * w.whole
     kept += 2 * w.whole if part.tensor > 1 else 0
     if not compiled:
@@ -152,14 +155,15 @@ def activation_bytes(job: Job, part: Part) -> float:
 def outside_bytes(job: Job, part: Part) -> float:
     """Bytes a token beside the blocks.
 
-    The embedding keeps its int64 tokens (its output is the first block's input, counted there); the final norm its
-    input and a root (LayerNorm a mean as well), in eager code on a CPU also its input scaled; the head the norm's
-    output, gathered.
+    The embedding keeps its int64 tokens, and of a split vocabulary those in the rank's part (its output is the first
+    block's input, counted there); the final norm its input and a root (LayerNorm a mean as well), in eager code on a
+    CPU also its input scaled; the head the norm's output, gathered.
     """
     rms = job.model.parts.norm == "rms"
     split = job.model.d_model / part.tensor
     norms = split + (split if rms and job.cluster.device.kind == "cpu" else 0) + job.model.d_model
-    return 8 + norms * BYTES[job.layout.precision] + (4 if rms else 8) / part.tensor
+    tokens = 8 if part.tensor == 1 else 16
+    return tokens + norms * BYTES[job.layout.precision] + (4 if rms else 8) / part.tensor
 
 
 def tables_bytes(job: Job) -> float:

@@ -11,8 +11,9 @@ from meshwright.plan.collective import build_ring, predict_collective
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Job
 
-# The loss over a split vocabulary sums three fp32 numbers a token: maximum, sum of exponentials, the target's logit.
-LOSS_SUMS = 3
+# The loss over a split vocabulary combines over ranks, fp32 a token: the maximum; then the sum of exponentials and the
+# target's logit together.
+LOSS_BYTES = (4, 8)
 
 
 class TensorTransfers(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,7 +56,7 @@ def end_transfers(job: Job) -> tuple[TensorTransfers, TensorTransfers]:
     ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
     gather_s, scatter_s = move_seconds(job)
     tokens = job.layout.microbatch * job.data.sequence
-    sums_s = LOSS_SUMS * predict_collective("all_reduce", 4 * tokens, ring, rates)
+    sums_s = sum(predict_collective("all_reduce", size * tokens, ring, rates) for size in LOSS_BYTES)
     return (
         TensorTransfers(forward_s=scatter_s, backward_s=gather_s),
         TensorTransfers(forward_s=gather_s + sums_s, backward_s=scatter_s),
