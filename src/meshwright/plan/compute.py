@@ -20,7 +20,7 @@ class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a piece's kernels in its forward and backward pass.
 
     Of the forward pass's, elementwise_s: all but matrix products and attention; reads_s, reduces_s: products that
-    read what is gathered along the tensor axis, and those whose outputs are summed along it.
+    read what is gathered along the tensor axis, and those whose outputs are summed along it; last_s: its last product.
     """
 
     forward_s: float = 0.0
@@ -28,6 +28,7 @@ class Passes(msgspec.Struct, frozen=True, kw_only=True):
     elementwise_s: float = 0.0
     reads_s: float = 0.0
     reduces_s: float = 0.0
+    last_s: float = 0.0
 
 
 def elementwise_elements(model: ModelSpec) -> tuple[float, float]:
@@ -64,15 +65,17 @@ def product_seconds(job: Job, shape: Shape) -> float:
     return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(job.layout.precision) * rates.matmul)
 
 
-def block_products(job: Job, part: Part) -> tuple[float, float]:
-    """Forward products of the mean block: those that read a gathered input, and those whose outputs are summed."""
-    sums = [0.0, 0.0]
+def block_products(job: Job, part: Part) -> dict[str, float]:
+    """Seconds of the mean block's forward products by their kind, in the words of Passes."""
+    sums = {"reads_s": 0.0, "reduces_s": 0.0, "last_s": 0.0}
     for count, shapes in part.blocks:
         for name, shape in shapes.items():
             if len(shape) > 1:
-                summed = name.removesuffix(".weight").endswith((".output", ".down"))
-                sums[summed] += count * product_seconds(job, shape) / job.model.layers
-    return sums[0], sums[1]
+                seconds, module = count * product_seconds(job, shape) / job.model.layers, name.removesuffix(".weight")
+                last = module.endswith(".down")
+                sums["reduces_s" if last or module.endswith(".output") else "reads_s"] += seconds
+                sums["last_s"] += seconds if last else 0.0
+    return sums
 
 
 def block_passes(job: Job, part: Part) -> Passes:
@@ -80,8 +83,8 @@ def block_passes(job: Job, part: Part) -> Passes:
     device, rates = job.cluster.device, rates_of(job.cluster.device)
     peak = device.peak_flops_per_s(job.layout.precision)
     sequences, tokens = job.layout.microbatch, job.layout.microbatch * job.data.sequence
-    reads_s, reduces_s = block_products(job, part)
-    matmul_s = reads_s + reduces_s
+    products = block_products(job, part)
+    matmul_s = products["reads_s"] + products["reduces_s"]
     # The count is over the full square, kernels skip what the causal mask hides.
     causal_flops = sequences * count_flops(job.model, job.data.sequence).block_attention / 2 / part.tensor
     size = tokens * BYTES[job.layout.precision] / (device.memory_bytes_per_s * rates.elementwise) / part.tensor
@@ -90,8 +93,7 @@ def block_passes(job: Job, part: Part) -> Passes:
         forward_s=matmul_s + causal_flops / (peak * rates.attention_forward) + forward_elements * size,
         backward_s=2 * matmul_s + 2 * causal_flops / (peak * rates.attention_backward) + backward_elements * size,
         elementwise_s=forward_elements * size,
-        reads_s=reads_s,
-        reduces_s=reduces_s,
+        **products,
     )
 
 

@@ -29,7 +29,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 
     blocks: each kind of block with the number of its blocks, and the shapes of its parameters along tensor: a mixture's
     first blocks may have no experts. groups: whole along shard. local: parameters (elements) that the rank holds.
-    tensors: number of parameter tensors.
+    tensors: number of parameter tensors. summed, summed_ends: elements of each parameter that is whole on all ranks of
+    the tensor axis, whose gradients they sum: of one block, and of the rest of the model.
     """
 
     model: ModelSpec
@@ -38,6 +39,8 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     groups: Groups
     local: int
     tensors: int
+    summed: tuple[int, ...]
+    summed_ends: tuple[int, ...]
 
 
 def build_part(job: Job) -> Part:
@@ -53,8 +56,10 @@ def build_part(job: Job) -> Part:
     if model.tied_embeddings:
         # A tied head stays with the embedding in the root, and its norm with it.
         root, head = root | head, {}
+    whole_ends = before | after
     dense = model.experts.dense_layers if model.experts else 0
-    first, others = part(block_shapes(model, 0), "blocks.0."), part(block_shapes(model), "blocks.0.")
+    whole_block = block_shapes(model)
+    first, others = part(block_shapes(model, 0), "blocks.0."), part(whole_block, "blocks.0.")
     blocks = tuple(kind for kind in ((dense, first), (model.layers - dense, others)) if kind[0])
     stretches = [*blocks, (1, root), (1, head)]
     return Part(
@@ -64,7 +69,14 @@ def build_part(job: Job) -> Part:
         groups=build_groups(blocks, root, head),
         local=sum(count * local_elements(shapes, shard) for count, shapes in stretches),
         tensors=sum(count * len(shapes) for count, shapes in stretches),
+        summed=same_shape(others, whole_block) if tensor > 1 else (),
+        summed_ends=same_shape(root | head, whole_ends) if tensor > 1 else (),
     )
+
+
+def same_shape(part: Shapes, whole: Shapes) -> tuple[int, ...]:
+    """Elements of each parameter that is in the part as it is in the whole."""
+    return tuple(prod(shape) for name, shape in whole.items() if part[name] == shape)
 
 
 def build_groups(blocks: tuple[tuple[int, Shapes], ...], root: Shapes, head: Shapes) -> Groups:

@@ -27,7 +27,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     links: of the link's bandwidth, what a large collective moves along a ring.
     overlaps: whether transfers run beside compute.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
-        group, forward and backward of one microbatch.
+        group, forward and backward of one microbatch. tensor_host_s: what the tensor axis adds for one block.
     step_s: idle device per step outside the model (logging, syncs).
     """
 
@@ -45,6 +45,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     overlaps: bool
     block_host_s: float
     group_host_s: float
+    tensor_host_s: float
     step_s: float
 
 
@@ -77,6 +78,8 @@ GPU = Rates(
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
     group_host_s=0.8e-3,
+    # Compiled, a block's placements are settled before it runs. Assumed: none.
+    tensor_host_s=0.0,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
     step_s=0.0,
 )
@@ -107,6 +110,9 @@ CPU = Rates(
     # examples/first-run.toml (8 blocks and 16 groups run), 21 ms in one of examples/quickstart.toml (4 and 6).
     block_host_s=1.1e-3,
     group_host_s=1.1e-3,
+    # `host` of a step of a model of 2 blocks, the two ends of which count as a third: 33 ms in 2 processes along
+    # tensor, 8 ms in one (measured accounts, 2026-11-22; DTensor works out in Python where everything goes).
+    tensor_host_s=8e-3,
     # The optimizer's and the loop's own Python, assumed.
     step_s=4e-3,
 )

@@ -32,7 +32,9 @@ def predict_step(job: Job, part: Part | None = None) -> tuple[StepAccount, dict[
     exposed_s = walk.exposed_shard_s + walk.exposed_replica_s + walk.tensor_s
     # FSDP wraps each block, the head and the root. A block that runs again is launched again.
     layers, again = job.model.layers, job.layout.recomputed_layers(job.model.layers)
-    launches_s = (rates.block_host_s * (layers + again / 2) + rates.group_host_s * (layers + 2)) * microbatches
+    launches_s = rates.block_host_s * (layers + again / 2) + rates.group_host_s * (layers + 2)
+    launches_s += rates.tensor_host_s * (layers + 1 + again / 2) if job.layout.tensor > 1 else 0.0
+    launches_s *= microbatches
     device_s = walk.compute_s + walk.recompute_s + exposed_s
     # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
     late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - device_s)

@@ -42,25 +42,29 @@ def build_pieces(job: Job, part: Part) -> list[Piece]:
     """The model's pieces in the order of the forward pass; needs known peaks."""
     groups, layers = part.groups, job.model.layers
     rings = (build_ring(job.layout, "shard", job.cluster), build_ring(job.layout, "replica", job.cluster))
-    passes, (embedding, logits) = block_passes(job, part), end_transfers(job)
-    transfers = block_transfers(job, (passes.reads_s, passes.reduces_s))
+    passes, (embedding, logits) = block_passes(job, part), end_transfers(job, part)
+    transfers = block_transfers(job, part, (passes.reads_s, passes.reduces_s))
     block = build_piece(job, groups.block, passes, rings, transfers)
     if job.layout.recompute == "selective":
         block = recompute_elementwise(job, block, passes)
     first = job.layout.recomputed_layers(layers)
-    blocks = [recompute_block(msgspec.structs.replace(block, count=first))] if first else []
+    blocks = [recompute_block(job, msgspec.structs.replace(block, count=first), passes, transfers)] if first else []
     blocks += [msgspec.structs.replace(block, count=layers - first)] if first < layers else []
     root = build_piece(job, groups.root, Passes(), rings, embedding)
     head = build_piece(job, groups.head, head_passes(job), rings, logits)
     return [root, *blocks, head]
 
 
-def recompute_block(piece: Piece) -> Piece:
-    """A block whose whole forward pass runs again, its transfers along the tensor axis too."""
+def recompute_block(job: Job, piece: Piece, passes: Passes, transfers: TensorTransfers) -> Piece:
+    """A block whose forward pass runs again, its transfers along the tensor axis too.
+
+    On a CPU, not compiled, it stops where all is there that the backward pass needs: before the last product.
+    """
+    eager = job.cluster.device.kind == "cpu"
     return msgspec.structs.replace(
         piece,
-        again_s=piece.forward_s,
-        tensor_again_s=piece.tensor_forward_s,
+        again_s=piece.forward_s - (passes.last_s if eager else 0.0),
+        tensor_again_s=piece.tensor_forward_s - (transfers.last_s if eager else 0.0),
         # Hidden in the forward pass, in its second run and in the backward pass, alike.
         tensor_hidden_s=1.5 * piece.tensor_hidden_s,
     )
