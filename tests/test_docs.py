@@ -183,6 +183,18 @@ def test_the_example_is_the_plans() -> None:
             assert f"{account[row.replace(' ', '_')] / 1e9:.1f}" == shown, (row, column)
 
 
+def test_recomputed_activations_are_the_plans() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
+    table = list(rows(page, "GB of activations"))
+    assert [row["GB of activations"] for row in table] == ["none", "selective", "16", "full"]
+    for row in table:
+        recompute = row.pop("GB of activations")
+        for column, shown in row.items():
+            tensor = int(column.removeprefix("tensor "))
+            settings = (f"layout.shard={8 // tensor}", f"layout.tensor={tensor}", f"layout.recompute={recompute}")
+            assert f"{predicted(*settings)[1].activations / 1e9:.1f}" == shown, (recompute, column)
+
+
 def held_whole(model: torch.nn.Module) -> tuple[float, float]:
     """Parameters (elements) of gathered copies and of unreduced gradients that FSDP holds now."""
     groups = {id(g): g for m in model.modules() if isinstance(m, FSDPModule) and (g := fsdp_group(m)) is not None}
