@@ -93,6 +93,8 @@ def test_the_job_page_gives_the_default(key: str) -> None:
         assert shown == RESOLVED[key]
     elif default is msgspec.NODEFAULT:
         assert shown == "required"
+    elif default is None:
+        assert shown == "none"
     else:
         assert msgspec.json.decode(shown.strip("`"), type=type(default)) == default
 

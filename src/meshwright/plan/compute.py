@@ -85,8 +85,8 @@ def block_passes(job: Job, part: Part) -> Passes:
     sequences, tokens = job.layout.microbatch, job.layout.microbatch * job.data.sequence
     products = block_products(job, part)
     matmul_s = products["reads_s"] + products["reduces_s"]
-    # The count is over the full square, kernels skip what the causal mask hides.
-    causal_flops = sequences * count_flops(job.model, job.data.sequence).block_attention / 2 / part.tensor
+    attention_flops = sequences * count_flops(job.model, job.data.sequence).block_attention / part.tensor
+    causal_flops = attention_flops * visible_share(job.model, job.data.sequence)
     size = tokens * BYTES[job.layout.precision] / (device.memory_bytes_per_s * rates.elementwise) / part.tensor
     forward_elements, backward_elements = elementwise_elements(job.model)
     return Passes(
@@ -95,6 +95,12 @@ def block_passes(job: Job, part: Part) -> Passes:
         elementwise_s=forward_elements * size,
         **products,
     )
+
+
+def visible_share(model: ModelSpec, sequence: int) -> float:
+    """Of the full square that the count is over, what the mask lets through: kernels skip the rest."""
+    window = min(model.attention_window or sequence, sequence)
+    return window * (2 * sequence - window) / (2 * sequence * sequence)
 
 
 def head_passes(job: Job) -> Passes:

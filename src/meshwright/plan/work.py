@@ -16,10 +16,10 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """One FSDP group with what runs while it is whole: the embedding (root), a block, or the head.
 
     Seconds for one microbatch. count: pieces in a row that are alike. again_s: forward work done again before the
-    backward pass. tensor_*_s: exposed transfers along the tensor axis in each of the three, and hidden ones of
-    all three. copy_out_s: making the
-    group whole in compute precision, once. copy_in_s: turning its gradients into a reduction's input. accumulate_s:
-    adding whole gradients to those kept for a later reduction. gather_s, scatter_s, all_reduce_s: its transfers, once.
+    backward pass. tensor_*_s: exposed transfers along the tensor axis in each of the three, and hidden ones of all
+    three. copy_out_s: making the group whole in compute precision, once. copy_in_s: turning its gradients into a
+    reduction's input. accumulate_s: adding whole gradients to those kept for a later reduction. gather_s, scatter_s,
+    all_reduce_s: its transfers, once.
     """
 
     count: int = 1
