@@ -92,7 +92,7 @@ def about(seconds: float) -> Any:
         {"shard": 2, "zero": 2},
         {"replica": 2, "shard": 2},
         {"recompute": "full"},
-        {"shard": 2, "recompute": "selective"},
+        {"recompute": "selective"},
         {"tensor": 2},
         {"shard": 2, "tensor": 2, "recompute": 1},
     ],
