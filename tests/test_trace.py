@@ -123,10 +123,11 @@ def test_the_account_closes(tmp_path: Path, layout: dict[str, Any]) -> None:
         assert rows["imbalance"] == rows["bubble"] == 0
 
 
-@pytest.mark.parametrize("layout", [{"replica": 2}, {"shard": 2}], ids=["replica", "shard"])
+@pytest.mark.parametrize("layout", [{"replica": 2}, {"shard": 2}, {"tensor": 2}], ids=["replica", "shard", "tensor"])
 def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
     patches = {"begin_microbatch": late(SLOW, DELAY_S, loop.begin_microbatch)}
-    run = traced(tmp_path, layout, patches)
+    # 4 heads, and columns that 2 ranks can divide.
+    run = traced(tmp_path, layout, patches, model={"feed_forward": 92})
     step = measured(run)
     other, slow = step.ranks[1 - SLOW], step.ranks[SLOW]
     assert other.straggler == about(DELAY_S)
