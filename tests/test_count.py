@@ -1,7 +1,9 @@
 """The count is the model: spec.count against the built model and torch's own counter."""
 
 import tomllib
+from math import floor, log10, prod
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -9,7 +11,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.models import build_model, token_loss
-from meshwright.spec import ZOO, ModelSpec, count_flops, count_parameters, parameter_shapes
+from meshwright.spec import (
+    ZOO,
+    FamilyName,
+    ModelSpec,
+    NamedModel,
+    SettingError,
+    check_built,
+    count_flops,
+    count_parameters,
+    parameter_shapes,
+)
 from meshwright.spec.zoo import expand_model
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
@@ -30,6 +42,19 @@ MODELS = {
     "one kv head, wide heads": ModelSpec(
         layers=2, d_model=64, heads=4, kv_heads=1, head_dim=32, feed_forward=96, vocabulary=33
     ),
+}
+
+
+def of_family(family: FamilyName, **numbers: Any) -> ModelSpec:
+    more: dict[str, Any] = {"kv_heads": 2} | numbers
+    return ModelSpec(family=family, layers=3, d_model=64, heads=4, head_dim=16, feed_forward=96, vocabulary=71, **more)
+
+
+MODELS |= {
+    "mistral": of_family("mistral", attention_window=32),
+    "qwen3": of_family("qwen3", tied_embeddings=True),
+    "gpt2": of_family("gpt2", kv_heads=4, max_positions=256, tied_embeddings=True),
+    "gpt2, untied": of_family("gpt2", kv_heads=4, max_positions=256),
 }
 each_model = pytest.mark.parametrize("spec", MODELS.values(), ids=MODELS.keys())
 
@@ -62,6 +87,59 @@ def test_flops_are_torchs(spec: ModelSpec, batch: int, sequence: int) -> None:
     with FlopCounterMode(display=False) as training:
         token_loss(model(tokens), tokens).backward()
     assert training.get_total_flops() == pytest.approx(batch * counted.training(), rel=0.01)
+
+
+each_named = pytest.mark.parametrize("named", ZOO.values(), ids=ZOO.keys())
+
+
+@each_named
+def test_named_models_have_their_published_parameters(named: NamedModel) -> None:
+    """Within half a unit of the last digit that was published."""
+    unit = 10 ** (floor(log10(named.published_parameters)) + 1 - named.published_digits)
+    assert abs(count_parameters(named.spec) - named.published_parameters) <= unit / 2
+
+
+@each_named
+def test_and_those_that_are_built_have_them_in_fact(named: NamedModel) -> None:
+    if not named.spec.parts.built:
+        with pytest.raises(SettingError, match="training it is not built yet"):
+            check_built(named.spec)
+        return
+    # Blocks are alike: two of them stand for 126.
+    spec = msgspec.structs.replace(named.spec, layers=2)
+    built = {name: tuple(parameter.shape) for name, parameter in build_model(spec).named_parameters()}
+    assert list(built.items()) == list(parameter_shapes(spec).items())
+    block = sum(prod(shape) for name, shape in built.items() if name.startswith("blocks.1."))
+    whole = sum(prod(shape) for shape in built.values()) + (named.spec.layers - 2) * block
+    assert whole == count_parameters(named.spec)
+
+
+def test_experts_that_a_token_does_not_use_cost_no_flops() -> None:
+    """Of 8 experts a token runs through 2: as many FLOPs as a dense part twice as wide, and the router's."""
+    mixtral = ZOO["mixtral-8x7b"].spec
+    dense = msgspec.structs.replace(
+        mixtral, family="llama", experts=None, feed_forward=2 * mixtral.feed_forward, layers=mixtral.layers
+    )
+    router = 2 * 512 * mixtral.layers * mixtral.d_model * 8
+    assert count_flops(mixtral, 512).forward() == count_flops(dense, 512).forward() + router
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [
+        # arXiv:2401.04088: 13B; arXiv:2505.09388: 3B and 22B; arXiv:2412.19437: 37B.
+        ("mixtral-8x7b", 13e9),
+        ("qwen3-30b-a3b", 3e9),
+        ("qwen3-235b-a22b", 22e9),
+        ("deepseek-v3", 37e9),
+    ],
+)
+def test_active_parameters_are_the_published_ones(name: str, active: float) -> None:
+    """What 6 N of a token's FLOPs, attention apart, come from; the embedding, which costs none, is counted in them."""
+    model = ZOO[name].spec
+    flops = count_flops(model, 1)
+    matrices = (flops.layers * flops.block_matmul + flops.head) / 2
+    assert matrices + model.vocabulary * model.d_model == pytest.approx(active, rel=0.13)
 
 
 def test_flops_by_part() -> None:

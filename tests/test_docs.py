@@ -20,7 +20,8 @@ from meshwright.cli import cli
 from meshwright.models import token_loss
 from meshwright.parallel import begin_microbatch, build_mesh, build_parallel_model, start_distributed
 from meshwright.plan import predict_memory
-from meshwright.plan.memory import BYTES, count_tensors
+from meshwright.plan.activations import BYTES
+from meshwright.plan.part import build_part
 from meshwright.spec import ZOO, Job, SettingError, count_flops, count_parameters
 from meshwright.spec.decode import decode_job, planning_job, read_job
 
@@ -92,6 +93,8 @@ def test_the_job_page_gives_the_default(key: str) -> None:
         assert shown == RESOLVED[key]
     elif default is msgspec.NODEFAULT:
         assert shown == "required"
+    elif default is None:
+        assert shown == "none"
     else:
         assert msgspec.json.decode(shown.strip("`"), type=type(default)) == default
 
@@ -168,7 +171,7 @@ def test_bytes_per_parameter_are_the_plans(column: str, precision: str) -> None:
     # Exact: 8 divides every dimension of this model.
     assert memory.parameters == cell("parameters, fp32")
     assert memory.gradients == cell("gradients, fp32")
-    assert memory.optimizer_states == cell("AdamW's two moments, fp32") + 4 * count_tensors(job.model)
+    assert memory.optimizer_states == cell("AdamW's two moments, fp32") + 4 * build_part(job).tensors
     copies, waiting = f"whole parameters, in {precision}", "whole gradients, fp32, if microbatches accumulate"
     # Beside the table's bytes there are the blocks at work: two of 32, output layer, embedding and a gather's buffer.
     extra = memory.communication_buffers - cell(copies) - cell(waiting)
@@ -180,6 +183,18 @@ def test_the_example_is_the_plans() -> None:
         for column, shown in cells.items():
             account = dict(predicted(*LAYOUT_COLUMNS[column])[1].rows())
             assert f"{account[row.replace(' ', '_')] / 1e9:.1f}" == shown, (row, column)
+
+
+def test_recomputed_activations_are_the_plans() -> None:
+    page = (ROOT / "docs" / "layouts.md").read_text()
+    table = list(rows(page, "GB of activations"))
+    assert [row["GB of activations"] for row in table] == ["none", "selective", "16", "full"]
+    for row in table:
+        recompute = row.pop("GB of activations")
+        for column, shown in row.items():
+            tensor = int(column.removeprefix("tensor "))
+            settings = (f"layout.shard={8 // tensor}", f"layout.tensor={tensor}", f"layout.recompute={recompute}")
+            assert f"{predicted(*settings)[1].activations / 1e9:.1f}" == shown, (recompute, column)
 
 
 def held_whole(model: torch.nn.Module) -> tuple[float, float]:

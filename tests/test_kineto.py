@@ -179,6 +179,20 @@ def test_the_optimizer_is_what_its_phase_launched() -> None:
     assert step.overlapped == {"shard": pytest.approx(2e-3)}
 
 
+def test_recompute_is_what_its_phase_launched_but_for_transfers() -> None:
+    trace = Trace()
+    trace.phase("backward", 10.2, 12)
+    trace.phase("recompute", 11, 11.5)
+    trace.kernel("forward", 12, 13, launch=10.1)
+    trace.kernel("forward", 13, 15, launch=11.2)
+    # In a tensor layout the second run gathers and reduces again.
+    trace.transfer(15, 16, launch=11.3)
+    trace.kernel("forward", 16, 17, launch=11.4)
+    trace.kernel("backward", 17, 20, launch=11.7)
+    # The kernels that ran before have no say in how fast these run beside a transfer.
+    assert ms(trace.measured().account) == {"inefficiency": 4, "recompute": 3, "comm.shard": 1}
+
+
 def test_contention_is_what_the_same_kernel_takes_longer() -> None:
     trace = Trace()
     for number in range(3):
@@ -255,7 +269,7 @@ def test_waiting_for_a_slow_peer_is_no_transfer() -> None:
 def random_trace(chance: random.Random) -> Trace:
     """Kernels and transfers at random on two streams, launched early or late, in random phases."""
     trace = Trace(busy_until=chance.uniform(9, 14))
-    for name in ("input", "optimizer", "control", "checkpoint"):
+    for name in ("input", "recompute", "optimizer", "control", "checkpoint"):
         start = chance.uniform(10, 29)
         trace.phase(name, start, chance.uniform(start, 30))
     now = [chance.uniform(10, 14), chance.uniform(10, 14)]

@@ -1,6 +1,7 @@
 """State bytes: what each rank measures in a running job is what the planner counts, exactly."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,17 @@ LAYOUTS: list[dict[str, int]] = [
     {"shard": 3},
     {"replica": 2, "shard": 2, "zero": 2},
     {"shard": 4, "zero": 1},
+    {"tensor": 2},
+    {"tensor": 2, "shard": 2},
+    {"tensor": 2, "replica": 2},
+    # More ranks than key heads, which they share.
+    {"tensor": 4},
 ]
+# What another family changes: biases, a table of positions, a tied head; norms of heads.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"family": "gpt2", "kv_heads": 4, "max_positions": 24, "tied_embeddings": True},
+    "qwen3": {"family": "qwen3"},
+}
 
 
 def measured(job: Job) -> dict[int, MemoryAccount]:
@@ -34,15 +45,16 @@ def measured(job: Job) -> dict[int, MemoryAccount]:
     return {rank: lines[0].account for rank, lines in found.items()}
 
 
-def a_job(folder: Path, layout: dict[str, int], name: str) -> Job:
-    ranks = layout.get("replica", 1) * layout.get("shard", 1)
-    # 257 rows and 90 columns: neither 2, 3 nor 4 divides them all.
+def a_job(folder: Path, layout: dict[str, int], name: str, **model: Any) -> Job:
+    data, tensor = layout.get("replica", 1) * layout.get("shard", 1), layout.get("tensor", 1)
+    # 257 rows and 90 columns: neither 2, 3 nor 4 divides them all. The tensor axis must divide columns.
     return tiny_job(
         folder,
-        processes=ranks,
+        processes=data * tensor,
+        model={"feed_forward": 92 if tensor > 1 else 90} | model,
         layout=layout | {"microbatch": 2},
         run={"steps": 3},
-        data={"global_batch": 4 * ranks},
+        data={"global_batch": 4 * data},
         optimizer={"name": name, "learning_rate": 0.01},
     )
 
@@ -56,8 +68,19 @@ def test_measured_states_are_the_predicted_ones(tmp_path: Path, layout: dict[str
         # The plan is about the fullest rank; nobody holds more, and together they hold the model.
         assert max(getattr(account, state) for account in accounts.values()) == getattr(predicted, state), state
         assert getattr(accounts[0], state) == getattr(predicted, state), state
+    if job.layout.tensor > 1:
+        return  # norms are on every rank
     whole = sum(account.parameters for account in accounts.values()) / layout.get("replica", 1)
     assert whole == predict_memory(a_job(tmp_path, {}, "adamw")).parameters
+
+
+@pytest.mark.parametrize("layout", [{"shard": 2}, {"tensor": 2}], ids=["shard", "tensor"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_states_too(tmp_path: Path, family: str, layout: dict[str, int]) -> None:
+    job = a_job(tmp_path, layout, "adamw", **FAMILIES[family])
+    accounts, predicted = measured(job), predict_memory(job)
+    for state in STATES:
+        assert getattr(accounts[0], state) == getattr(predicted, state), state
 
 
 def test_sgd_holds_no_states(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from meshwright.plan import Plan, build_plan, predict
 from meshwright.plan.machine import cpu_cluster
-from meshwright.plan.search import rank_predictions
+from meshwright.plan.search import SPARE, rank_predictions
 from meshwright.record import Prediction
 from meshwright.report.plan import plan_json, plan_text
-from meshwright.spec import DataSettings, Job, Layout, ModelSpec, RunSettings
+from meshwright.spec import ZOO, DataSettings, Job, Layout, ModelSpec, RunSettings, count_parameters
 from meshwright.spec.decode import planning_job
 from meshwright.spec.hardware import unknown_gpu
 
@@ -54,7 +54,7 @@ def test_8b_on_8_h100_fits_sharded(eight_h100: Plan) -> None:
 
 
 def test_8b_replicated_is_rejected_for_its_states(eight_h100: Plan) -> None:
-    rejected = {r.layout.label(): r for r in eight_h100.rejected}["replica 8, microbatch 1"]
+    rejected = {r.layout.label(): r for r in eight_h100.rejected}["replica 8, microbatch 1, recompute full"]
     memory = rejected.memory
     assert memory is not None
     # 8.03e9 parameters: 4 bytes each for masters and gradients, 8 for moments; bf16 copies and whole gradients beside.
@@ -122,6 +122,81 @@ def test_ties_go_to_the_simpler_layout() -> None:
     assert ranked == [two, four, both, slower]
 
 
+def test_tensor_and_recompute_make_a_layout_less_simple() -> None:
+    split = prediction_of(1.000, Layout(shard=2, tensor=2))
+    again = prediction_of(1.004, Layout(shard=4, recompute="selective"))
+    plain = prediction_of(1.008, Layout(shard=4))
+    assert rank_predictions([split, again, plain])[0] == plain
+
+
+def test_70b_needs_tensor_or_recompute_and_says_how_much() -> None:
+    plan = build_plan(job_on("8x8xh100", "llama3-70b", 8192, 64))
+    assert not plan.job_fits
+    assert plan.ranked
+    for prediction in plan.ranked:
+        assert prediction.layout.tensor > 1 or prediction.layout.recompute != "none"
+        assert prediction.memory.total() <= 80e9
+        layers = prediction.layout.recompute
+        if isinstance(layers, int):
+            # As few as leave room: one fewer does not.
+            fewer = msgspec.structs.replace(prediction.layout, recompute=layers - 1)
+            job = job_on("8x8xh100", "llama3-70b", 8192, 64)
+            memory = predict(msgspec.structs.replace(job, layout=fewer)).memory
+            assert memory.total() > (1 - SPARE) * 80e9 >= prediction.memory.total()
+    # And where all is recomputed and it is not enough, it says so.
+    assert any(r.layout.recompute == "full" and r.memory is not None for r in plan.rejected)
+
+
+def test_what_fits_without_recompute_is_not_offered_with_it(eight_h100: Plan) -> None:
+    ranked = [p.layout for p in eight_h100.ranked]
+    plain = [layout for layout in ranked if layout.recompute == "none"]
+    assert plain
+    assert not [o for p in plain for o in ranked if o != p and msgspec.structs.replace(o, recompute="none") == p]
+
+
+def test_tensor_stays_inside_a_node_and_divides_the_model() -> None:
+    plan = build_plan(job_on("2x8xh100", "gpt2-1.5b", 1024, 64))
+    # 25 heads: no power of two divides them.
+    assert {p.layout.tensor for p in plan.ranked} == {1}
+    reasons = {r.layout.tensor: r.reason for r in plan.rejected if r.layout.tensor > 1}
+    assert set(reasons) == {2, 4, 8}
+    assert all(reason == "does not divide model.heads = 25" for reason in reasons.values())
+    sizes = {p.layout.tensor for p in build_plan(job_on("2x4xh100", "llama3-8b", 8192, 32)).ranked}
+    assert sizes <= {1, 2, 4} and 2 in sizes
+
+
+def test_ranks_of_the_tensor_axis_share_sequences() -> None:
+    plan = build_plan(job_on("8xh200", "llama3-8b", 8192, 2, "layout.shard=2", "layout.tensor=4"))
+    assert plan.job_fits
+    assert any(p.layout.world_size == 8 for p in plan.ranked)
+    refused = {r.layout.placement(): r.reason for r in plan.rejected if r.memory is None}
+    assert "does not divide data.global_batch = 2" in refused["shard 8"]
+    assert "shard 2 x tensor 4" not in refused
+
+
+def test_async_tensor_is_kept_where_there_is_a_tensor_axis() -> None:
+    job = job_on("8xh200", "llama3-8b", 8192, 16, "layout.shard=4", "layout.tensor=2", "layout.async_tensor=true")
+    for prediction in build_plan(job).ranked:
+        assert prediction.layout.async_tensor == (prediction.layout.tensor > 1)
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3"])
+def test_mixtures_of_experts_are_planned_with_a_word_of_caution(model: str) -> None:
+    plan = build_plan(job_on("64x8xh100", model, 8192 if model != "qwen3-30b-a3b" else 4096, 4096))
+    assert plan.ranked
+    assert any("expert parallelism is not planned yet" in note for note in plan.job.notes)
+    # All experts are held, few are computed with.
+    best = plan.ranked[0]
+    assert best.memory.parameters * best.layout.shard * best.layout.tensor >= 4 * count_parameters(ZOO[model].spec)
+    assert max(len(line) for line in printed(plan).splitlines()) <= 100
+
+
+def test_one_device_may_fit_with_recompute() -> None:
+    plan = build_plan(job_on("1xh100", "llama-1b-untied", 8192, 16, "layout.microbatch=16"))
+    assert not plan.job_fits
+    assert plan.verdict.startswith("One device is enough: it fits")
+
+
 def test_nothing_fits() -> None:
     plan = build_plan(job_on("1xrtx4090", "llama3-70b", 8192, 1))
     assert (plan.ranked, plan.job_fits) == ((), False)
@@ -162,13 +237,19 @@ def test_json_gives_the_plan_back(eight_h100: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpus", "model", "global_batch"), [("8xh100", "llama3-8b", 128), ("128x8xh100", "llama3-8b", 4096)]
+    ("gpus", "model", "global_batch"),
+    [
+        ("8xh100", "llama3-8b", 128),
+        ("128x8xh100", "llama3-8b", 4096),
+        ("64x8xh100", "llama3-70b", 2048),
+        ("64x8xh100", "llama3.1-405b", 512),
+    ],
 )
 def test_planning_is_quick(gpus: str, model: str, global_batch: int) -> None:
-    job = job_on(gpus, model, 8192, global_batch, "layout.shard=8")
+    job = job_on(gpus, model, 8192, global_batch)
     start = time.process_time()
     build_plan(job)
-    assert time.process_time() - start < 0.3
+    assert time.process_time() - start < 2.0
 
 
 def test_the_command_is_quick_and_loads_no_torch() -> None:

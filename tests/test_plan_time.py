@@ -1,5 +1,6 @@
 """Predicted seconds: transfers by formula, overlap by walking, whole steps against the measured ones."""
 
+import random
 from typing import Literal
 
 import msgspec
@@ -11,7 +12,8 @@ from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.rates import CPU, GPU
 from meshwright.plan.walk import walk_backward, walk_forward
 from meshwright.plan.work import Piece
-from meshwright.spec import DataSettings, Job, Layout, ModelSpec, RunSettings
+from meshwright.record import Prediction
+from meshwright.spec import DataSettings, Job, Layout, ModelSpec, Recompute, RunSettings
 from meshwright.spec.decode import planning_job
 from meshwright.spec.hardware import cluster_of
 
@@ -65,6 +67,93 @@ def test_the_account_closes(kind: str, replica: int, shard: int, zero: Literal[1
     assert bool(prediction.step.comm_shard) == (shard > 1)
     assert bool(prediction.step.comm_replica) == (replica > 1)
     assert (kind == "cpu") <= (not any(prediction.overlapped.values()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", 1, "full"])
+@pytest.mark.parametrize(("replica", "shard", "tensor"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_and_with_tensor_and_recompute(
+    kind: str, replica: int, shard: int, tensor: int, recompute: Recompute | int
+) -> None:
+    cluster = cpu_cluster(4) if kind == "cpu" else cluster_of("2x2xh100")
+    job = Job(
+        run=RunSettings(name="test", steps=1),
+        model=ModelSpec(layers=3, d_model=64, heads=4, kv_heads=2, head_dim=16, feed_forward=96, vocabulary=257),
+        data=DataSettings(sequence=64, global_batch=16),
+        layout=Layout(replica=replica, shard=shard, tensor=tensor, recompute=recompute),
+        cluster=cluster,
+    )
+    prediction = predict(job)
+    assert prediction.step.closes(prediction.step_s)
+    assert bool(prediction.step.comm_tensor) == (tensor > 1)
+    # Compiled, selective recompute is part of the backward pass's kernels.
+    again = recompute != "none" and not (recompute == "selective" and kind == "cuda")
+    assert bool(prediction.step.recompute) == again
+
+
+def with_settings(*settings: str) -> Prediction:
+    """Four microbatches a step of 8B on 8 GPUs."""
+    return predict(job_on("8xh200", "llama3-8b", 8192, 32, *settings))
+
+
+def test_a_step_divided_along_tensor_is_as_useful() -> None:
+    sharded, split = with_settings("layout.shard=8"), with_settings("layout.shard=4", "layout.tensor=2")
+    assert split.step.useful == sharded.step.useful
+    # As many FLOPs a rank in smaller products.
+    assert 1 < split.step.compute / sharded.step.compute < 1.1
+
+
+def test_transfers_along_tensor_by_hand() -> None:
+    split = with_settings("layout.shard=1", "layout.tensor=8", "layout.microbatch=4")
+    # Eight microbatches; in each, 32 blocks gather and reduce [4, 8192, 4096] in bf16 four times a pass, embedding and
+    # head twice. A ring of 8 moves 7/8 of it, at 72% or 71% of NVLink's 450 GB/s.
+    moved_bytes = 8 * (32 * 8 + 4) * 7 / 8 * 4 * 8192 * 4096 * 2
+    # On top come small sums: of the loss, of the gradients of norms.
+    assert 1 < split.step.comm_tensor / (moved_bytes / (0.715 * 450e9)) < 1.1
+
+
+def test_async_tensor_hides_transfers_under_the_products_beside_them() -> None:
+    plain = with_settings("layout.shard=4", "layout.tensor=2")
+    hiding = with_settings("layout.shard=4", "layout.tensor=2", "layout.async_tensor=true")
+    assert hiding.step.comm_tensor < 0.3 * plain.step.comm_tensor
+    whole = hiding.step.comm_tensor + hiding.overlapped["tensor"]
+    assert whole == pytest.approx(plain.step.comm_tensor)
+    assert "tensor" not in plain.overlapped
+
+
+def test_recompute_costs_a_forward_pass_of_its_blocks() -> None:
+    steps = {n: with_settings("layout.shard=8", f"layout.recompute={n}").step for n in (0, 8, 16)}
+    full = with_settings("layout.shard=8", 'layout.recompute="full"').step
+    assert steps[0].recompute == 0
+    assert steps[16].recompute == pytest.approx(2 * steps[8].recompute)
+    assert full.recompute == pytest.approx(4 * steps[8].recompute)
+    # A forward pass is a third of compute, less the head's part and the copies'.
+    assert 0.25 < full.recompute / full.compute < 0.33
+    split = with_settings("layout.shard=4", "layout.tensor=2").step
+    again = with_settings("layout.shard=4", "layout.tensor=2", 'layout.recompute="full"').step
+    assert again.comm_tensor / split.comm_tensor == pytest.approx(1.5, rel=0.02)
+
+
+def test_selective_recompute_is_cheap() -> None:
+    plain, selective = (with_settings("layout.shard=8", f'layout.recompute="{n}"') for n in ("none", "selective"))
+    assert 1 < selective.step_s / plain.step_s < 1.05
+    assert selective.memory.activations < 0.8 * plain.memory.activations
+
+
+@pytest.mark.parametrize(
+    ("settings", "global_batch", "tokens_per_s"),
+    [
+        # notes on GPU baselines, tokens a second and GPU: our model of blocks, with half of them recomputed, and 4 GPUs
+        # of which 2 share each sequence (there every second product is recomputed as well, which we do not offer).
+        (("layout.shard=4", "layout.microbatch=2", "layout.recompute=16"), 8, 9251),
+        (("layout.shard=2", "layout.tensor=2", "layout.microbatch=4", "layout.recompute=selective"), 8, 8631),
+        (("layout.shard=2", "layout.microbatch=2", "layout.recompute=selective"), 4, 9982),
+    ],
+)
+def test_steps_measured_with_recompute(settings: tuple[str, ...], global_batch: int, tokens_per_s: float) -> None:
+    ranks = 2 if global_batch == 4 else 4
+    prediction = predict(job_on(f"{ranks}xh200", "llama3-8b", 8192, global_batch, *settings))
+    assert prediction.tokens_per_s / ranks == pytest.approx(tokens_per_s, rel=0.15)
 
 
 def test_useful_is_model_flops_at_the_peak() -> None:
@@ -161,6 +250,43 @@ def test_kept_gradients_cost_a_pass() -> None:
         pieces(0, 1), gathers=False, scatters=False, all_reduces=False, accumulates=True, overlaps=True
     )
     assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (68 + 5 * 0.5, 0, 0)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_alike_pieces_are_walked_as_one(overlaps: bool) -> None:
+    """Whatever is longer: compute, gathers or reductions."""
+    chance = random.Random(20261122)
+    for _ in range(200):
+        root, block, other, head = (
+            Piece(
+                forward_s=chance.uniform(0, 10),
+                backward_s=chance.uniform(0, 20),
+                again_s=chance.choice((0.0, 5.0)),
+                tensor_forward_s=chance.choice((0.0, 2.0)),
+                tensor_backward_s=chance.choice((0.0, 2.0)),
+                copy_out_s=chance.uniform(0, 1),
+                copy_in_s=chance.uniform(0, 1),
+                accumulate_s=0.5,
+                gather_s=chance.choice((0.0, 1.0, 15.0)) * chance.uniform(0.5, 1),
+                scatter_s=chance.choice((0.0, 1.0, 30.0)) * chance.uniform(0.5, 1),
+                all_reduce_s=chance.uniform(0, 2),
+            )
+            for _ in range(4)
+        )
+        one_by_one = [root, *[block] * 7, *[other] * 30, head]
+        counted = [
+            root,
+            msgspec.structs.replace(block, count=7),
+            msgspec.structs.replace(other, count=30),
+            head,
+        ]
+        forward = [walk_forward(order, gathers=True, overlaps=overlaps) for order in (one_by_one, counted)]
+        backward = [
+            walk_backward(order, gathers=True, scatters=True, all_reduces=True, accumulates=True, overlaps=overlaps)
+            for order in (one_by_one, counted)
+        ]
+        for alone, together in (forward, backward):
+            assert msgspec.structs.astuple(together) == pytest.approx(msgspec.structs.astuple(alone))
 
 
 def test_blocking_transfers_all_show() -> None:

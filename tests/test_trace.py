@@ -57,15 +57,16 @@ def late_batches(rank: int, seconds: float) -> Callable[..., Any]:
     return build
 
 
-def traced(folder: Path, layout: dict[str, int], patches: dict[str, Any] | None = None, **sections: Any) -> RunFolder:
+def traced(folder: Path, layout: dict[str, Any], patches: dict[str, Any] | None = None, **sections: Any) -> RunFolder:
     """A run of 6 steps, two of them profiled, one microbatch a step."""
-    ranks = layout.get("replica", 1) * layout.get("shard", 1)
+    data = layout.get("replica", 1) * layout.get("shard", 1)
+    ranks = data * layout.get("tensor", 1)
     job = tiny_job(
         folder,
         processes=ranks,
         layout=layout | {"microbatch": 2},
         run={"steps": 6},
-        **({"trace": {"every_steps": 2}, "data": {"global_batch": 2 * ranks, "sequence": 64}} | sections),
+        **({"trace": {"every_steps": 2}, "data": {"global_batch": 2 * data, "sequence": 64}} | sections),
     )
     run, attempt = new_run(job)
     run_ranks(ranks, train_rank, job, run, attempt, patches)
@@ -85,13 +86,24 @@ def about(seconds: float) -> Any:
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"replica": 2}, {"shard": 2, "zero": 2}, {"replica": 2, "shard": 2}],
+    [
+        {},
+        {"replica": 2},
+        {"shard": 2, "zero": 2},
+        {"replica": 2, "shard": 2},
+        {"recompute": "full"},
+        {"recompute": "selective"},
+        {"tensor": 2},
+        {"shard": 2, "tensor": 2, "recompute": 1},
+    ],
     ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) or "one",
 )
-def test_the_account_closes(tmp_path: Path, layout: dict[str, int]) -> None:
+def test_the_account_closes(tmp_path: Path, layout: dict[str, Any]) -> None:
     # Larger than elsewhere: opening an annotation takes some 40 us, which is 2% of a step of 10 ms.
-    ranks = layout.get("replica", 1) * layout.get("shard", 1)
-    run = traced(tmp_path, layout, data={"global_batch": 2 * ranks, "sequence": 256}, model={"d_model": 64})
+    data = layout.get("replica", 1) * layout.get("shard", 1)
+    ranks = data * layout.get("tensor", 1)
+    model = {"d_model": 64, "feed_forward": 92}
+    run = traced(tmp_path, layout, data={"global_batch": 2 * data, "sequence": 256}, model=model)
     step = measured(run)
     assert step.closes and step.poor_share < CLOSING_TOLERANCE
     assert set(step.ranks) == set(range(ranks))
@@ -105,14 +117,17 @@ def test_the_account_closes(tmp_path: Path, layout: dict[str, int]) -> None:
         # What the layout does not have takes no time; what it has takes some, but for its part of the waiting.
         assert (rows["comm.replica"] > 0) == ("replica" in layout)
         assert (rows["comm.shard"] > 0) == ("shard" in layout)
-        assert not any(rows[f"comm.{axis}"] for axis in ("tensor", "context", "expert", "pipeline"))
-        assert rows["recompute"] == rows["imbalance"] == rows["bubble"] == 0
+        assert (rows["comm.tensor"] > 0) == ("tensor" in layout)
+        assert (rows["recompute"] > 0) == ("recompute" in layout)
+        assert not any(rows[f"comm.{axis}"] for axis in ("context", "expert", "pipeline"))
+        assert rows["imbalance"] == rows["bubble"] == 0
 
 
-@pytest.mark.parametrize("layout", [{"replica": 2}, {"shard": 2}], ids=["replica", "shard"])
+@pytest.mark.parametrize("layout", [{"replica": 2}, {"shard": 2}, {"tensor": 2}], ids=["replica", "shard", "tensor"])
 def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
     patches = {"begin_microbatch": late(SLOW, DELAY_S, loop.begin_microbatch)}
-    run = traced(tmp_path, layout, patches)
+    # 4 heads, and columns that 2 ranks can divide.
+    run = traced(tmp_path, layout, patches, model={"feed_forward": 92})
     step = measured(run)
     other, slow = step.ranks[1 - SLOW], step.ranks[SLOW]
     assert other.straggler == about(DELAY_S)

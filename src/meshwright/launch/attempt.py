@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meshwright.plan import predict
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
-from meshwright.spec import Cluster, Job, SettingError
+from meshwright.spec import Cluster, Job, SettingError, check_built
 from meshwright.spec.decode import encode_job, read_job
 
 # What a resumed run may change; anything else would make it another run.
@@ -17,8 +17,10 @@ CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "tra
 def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
     """The next attempt at `job`, in its run folder or in a new one.
 
-    Raises SettingError if a new one exists already, and where the folder cannot be written.
+    Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that can only
+    be planned.
     """
+    check_built(job.model)
     if folder is None:
         folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
     try:

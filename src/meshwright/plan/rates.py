@@ -18,6 +18,8 @@ Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Shares of a device's peak FLOP rate, memory bandwidth and link bandwidth; and seconds that the host takes.
 
+    matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
+        1 + matmul_edge (1/M + 1/K + 1/N) times as long.
     attention_forward, attention_backward: of the peak, on the causal half of the products alone.
     elementwise: norms, rotations, activation functions and residuals; loss: cross entropy over the vocabulary.
     copy_in, copy_out: FSDP's copies before a reduction and after a gather.
@@ -25,11 +27,12 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     links: of the link's bandwidth, what a large collective moves along a ring.
     overlaps: whether transfers run beside compute.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
-        group, forward and backward of one microbatch.
+        group, forward and backward of one microbatch. tensor_host_s: what the tensor axis adds for one block.
     step_s: idle device per step outside the model (logging, syncs).
     """
 
     matmul: float
+    matmul_edge: float
     attention_forward: float
     attention_backward: float
     elementwise: float
@@ -42,12 +45,16 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     overlaps: bool
     block_host_s: float
     group_host_s: float
+    tensor_host_s: float
     step_s: float
 
 
 GPU = Rates(
-    # 6 x 7.50e9 parameters x 8,192 tokens in 557 ms: 662 TFLOP/s of 989.4.
-    matmul=0.67,
+    # 6 x 7.50e9 parameters x 8,192 tokens in 557 ms: 662 TFLOP/s of 989.4, or 0.67; without these products' edges
+    # (4.3% by the next line) 0.70.
+    matmul=0.70,
+    # Cubes of 4096 and 8192 there: 775 and 799 TFLOP/s.
+    matmul_edge=87.0,
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     attention_forward=0.51,
     attention_backward=0.37,
@@ -71,6 +78,8 @@ GPU = Rates(
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
     group_host_s=0.8e-3,
+    # Compiled, a block's placements are settled before it runs. Assumed: none.
+    tensor_host_s=0.0,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
     step_s=0.0,
 )
@@ -78,6 +87,8 @@ GPU = Rates(
 CPU = Rates(
     # 192 to 200 GFLOP/s of a nominal 332, in 1 and in 2 processes; inside a block 179.
     matmul=0.56,
+    # Not measured: the rates of the cube and of a small model's block are close.
+    matmul_edge=0.0,
     # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
     attention_forward=0.17,
     attention_backward=0.17,
@@ -99,6 +110,9 @@ CPU = Rates(
     # examples/first-run.toml (8 blocks and 16 groups run), 21 ms in one of examples/quickstart.toml (4 and 6).
     block_host_s=1.1e-3,
     group_host_s=1.1e-3,
+    # `host` of a step of a model of 2 blocks, the two ends of which count as a third: 33 ms in 2 processes along
+    # tensor, 8 ms in one (measured accounts, 2026-11-22; DTensor works out in Python where everything goes).
+    tensor_host_s=8e-3,
     # The optimizer's and the loop's own Python, assumed.
     step_s=4e-3,
 )

@@ -4,47 +4,64 @@ import msgspec
 
 from meshwright.account import StepAccount
 from meshwright.plan.collective import Ring, predict_collective
+from meshwright.plan.compute import has_known_peak, predict_optimizer
+from meshwright.plan.part import Part, build_part
 from meshwright.plan.rates import rates_of
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
-from meshwright.plan.work import build_pieces, has_known_peak, predict_optimizer
+from meshwright.plan.work import Piece, build_pieces
 from meshwright.spec import Job, count_flops
 
 # Loss, gradient norm and a stop request, summed over all ranks once a step.
 CONTROL_BYTES = 12
 
 
-def predict_step(job: Job) -> tuple[StepAccount, dict[str, float]]:
+def predict_step(job: Job, part: Part | None = None) -> tuple[StepAccount, dict[str, float]]:
     """Seconds of one step by bucket, and transfers hidden under compute by purpose.
 
-    All zero where the device's peak is not known: a step time would be a guess.
+    All zero where the device's peak is not known: a step time would be a guess. part: what build_part gives for the
+    job, where the caller has it already.
     """
     device = job.cluster.device
     if not has_known_peak(device, job):
         return StepAccount(), {}
-    rates = rates_of(device)
-    walk = walk_step(job)
-    sequences = job.data.global_batch // job.layout.data_size
-    useful_s = (
-        sequences * count_flops(job.model, job.data.sequence).training() / device.peak_flops_per_s(job.layout.precision)
-    )
-    optimizer_s = predict_optimizer(job)
-    layers = job.model.layers
-    # FSDP wraps each block, the head and the root.
-    launches_s = (rates.block_host_s * layers + rates.group_host_s * (layers + 2)) * accumulation_of(job)
-    device_s = walk.compute_s + walk.exposed_shard_s + walk.exposed_replica_s
+    part = part or build_part(job)
+    rates, microbatches = rates_of(device), accumulation_of(job)
+    pieces = build_pieces(job, part)
+    walk = walk_step(job, pieces)
+    useful_s = useful_seconds(job)
+    exposed_s = walk.exposed_shard_s + walk.exposed_replica_s + walk.tensor_s
+    # FSDP wraps each block, the head and the root. A block that runs again is launched again.
+    layers, again = job.model.layers, job.layout.recomputed_layers(job.model.layers)
+    launches_s = rates.block_host_s * (layers + again / 2) + rates.group_host_s * (layers + 2)
+    launches_s += rates.tensor_host_s * (layers + 1 + again / 2) if job.layout.tensor > 1 else 0.0
+    launches_s *= microbatches
+    device_s = walk.compute_s + walk.recompute_s + exposed_s
     # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
     late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - device_s)
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,
-        optimizer=optimizer_s,
+        recompute=walk.recompute_s,
+        optimizer=predict_optimizer(job, part),
         comm_shard=walk.exposed_shard_s,
         comm_replica=walk.exposed_replica_s,
+        comm_tensor=walk.tensor_s,
         comm_control=predict_control(job),
         host=late_s + rates.step_s,
     )
-    hidden = {"shard": walk.shard_s - walk.exposed_shard_s, "replica": walk.replica_s - walk.exposed_replica_s}
+    hidden = {
+        "shard": walk.shard_s - walk.exposed_shard_s,
+        "replica": walk.replica_s - walk.exposed_replica_s,
+        "tensor": sum(p.count * p.tensor_hidden_s for p in pieces) * microbatches,
+    }
     return account, {purpose: seconds for purpose, seconds in hidden.items() if seconds > 0}
+
+
+def useful_seconds(job: Job) -> float:
+    """One rank's part of a step's model FLOPs at its device's peak; ranks of the tensor axis share their sequences'."""
+    sequences = job.data.global_batch // job.layout.data_size
+    flops = sequences * count_flops(job.model, job.data.sequence).training() / job.layout.tensor
+    return flops / job.cluster.device.peak_flops_per_s(job.layout.precision)
 
 
 def accumulation_of(job: Job) -> int:
@@ -52,9 +69,9 @@ def accumulation_of(job: Job) -> int:
     return job.layout.accumulation(job.data.global_batch)
 
 
-def walk_step(job: Job) -> Walk:
+def walk_step(job: Job, pieces: list[Piece]) -> Walk:
     """All microbatches of a step. What is gathered and reduced in which of them is `zero`'s meaning (spec.Layout)."""
-    pieces, layout = build_pieces(job), job.layout
+    layout = job.layout
     overlaps = rates_of(job.cluster.device).overlaps
     microbatches = accumulation_of(job)
     # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.

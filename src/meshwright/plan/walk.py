@@ -8,9 +8,13 @@ from meshwright.plan.work import Piece
 
 
 class Walk(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds of passes over the model: compute, copies included; transfers in all; and their exposed part."""
+    """Seconds of passes over the model: compute, copies included; forward work done again; transfers in all; and
+    their exposed part. tensor_s: exposed transfers along the tensor axis, which no overlap is reckoned for here.
+    """
 
     compute_s: float = 0.0
+    recompute_s: float = 0.0
+    tensor_s: float = 0.0
     shard_s: float = 0.0
     replica_s: float = 0.0
     exposed_shard_s: float = 0.0
@@ -31,18 +35,22 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
     While a piece computes, the next one is gathered (FSDP's prefetch goes one ahead), so only the first gather and
     what a piece's compute is too short to cover are exposed.
     """
-    compute_s = sum(p.forward_s + (p.copy_out_s if gathers else 0.0) for p in pieces)
-    shard_s = sum(p.gather_s for p in pieces) if gathers else 0.0
-    if not overlaps or not shard_s:
-        return Walk(compute_s=compute_s, shard_s=shard_s, exposed_shard_s=shard_s)
-    now_s, ready_s, waited_s = 0.0, pieces[0].gather_s, 0.0
+    whole = Walk(
+        compute_s=sum(p.count * (p.forward_s + (p.copy_out_s if gathers else 0.0)) for p in pieces),
+        tensor_s=sum(p.count * p.tensor_forward_s for p in pieces),
+        shard_s=sum(p.count * p.gather_s for p in pieces) if gathers else 0.0,
+    )
+    if not overlaps or not whole.shard_s:
+        return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s)
+    # Seconds from now until the coming piece is whole.
+    ahead_s, waited_s = pieces[0].gather_s, 0.0
     for index, piece in enumerate(pieces):
-        waited_s += max(0.0, ready_s - now_s)
-        now_s = max(now_s, ready_s)
+        busy_s = piece.copy_out_s + piece.forward_s + piece.tensor_forward_s
+        # The first waits for what was gathered under the piece before it, the others of its kind under one of them.
+        waited_s += max(0.0, ahead_s) + (piece.count - 1) * max(0.0, piece.gather_s - busy_s)
         if index + 1 < len(pieces):
-            ready_s = now_s + pieces[index + 1].gather_s
-        now_s += piece.copy_out_s + piece.forward_s
-    return Walk(compute_s=compute_s, shard_s=shard_s, exposed_shard_s=waited_s)
+            ahead_s = pieces[index + 1].gather_s - busy_s
+    return msgspec.structs.replace(whole, exposed_shard_s=waited_s)
 
 
 def walk_backward(
@@ -56,23 +64,36 @@ def walk_backward(
     """
     order = list(reversed(pieces))
     # The head stays whole between the passes; the root is gathered first of all, when the backward pass begins.
-    gathered_s = [0.0] + [p.gather_s for p in order[1:]] if gathers else [0.0] * len(order)
-    reduced_s = [(p.scatter_s if scatters else 0.0) + (p.all_reduce_s if all_reduces else 0.0) for p in order]
     reduces = scatters or all_reduces
-    computed_s = [
-        p.backward_s
-        + (p.copy_out_s if gathers and index else 0.0)
-        + (p.copy_in_s if reduces else 0.0)
-        + (p.accumulate_s if accumulates else 0.0)
+    stretches = [
+        Stretch(
+            count=p.count,
+            gather_s=p.gather_s if gathers and index else 0.0,
+            busy_s=p.again_s
+            + p.tensor_again_s
+            + p.tensor_backward_s
+            + computed_of(p, gathers and index > 0, reduces)
+            + (p.accumulate_s if accumulates else 0.0),
+            reduce_s=(p.scatter_s if scatters else 0.0) + (p.all_reduce_s if all_reduces else 0.0),
+        )
         for index, p in enumerate(order)
     ]
-    shard_s = sum(gathered_s) + (sum(p.scatter_s for p in order) if scatters else 0.0)
-    replica_s = sum(p.all_reduce_s for p in order) if all_reduces else 0.0
-    whole = Walk(compute_s=sum(computed_s), shard_s=shard_s, replica_s=replica_s)
+    recompute_s = sum(p.count * p.again_s for p in order)
+    tensor_s = sum(p.count * (p.tensor_again_s + p.tensor_backward_s) for p in order)
+    gathered_s = sum(s.count * s.gather_s for s in stretches)
+    reduced_s = sum(s.count * s.reduce_s for s in stretches)
+    replica_s = sum(p.count * p.all_reduce_s for p in order) if all_reduces else 0.0
+    whole = Walk(
+        compute_s=sum(s.count * s.busy_s for s in stretches) - recompute_s - tensor_s,
+        recompute_s=recompute_s,
+        tensor_s=tensor_s,
+        shard_s=gathered_s + reduced_s - replica_s,
+        replica_s=replica_s,
+    )
     if not overlaps:
-        return msgspec.structs.replace(whole, exposed_shard_s=shard_s, exposed_replica_s=replica_s)
-    gather_wait_s, reduce_wait_s = overlap_backward(computed_s, gathered_s, reduced_s)
-    replica_share = replica_s / sum(reduced_s) if replica_s else 0.0
+        return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s, exposed_replica_s=replica_s)
+    gather_wait_s, reduce_wait_s = overlap_backward(stretches)
+    replica_share = replica_s / reduced_s if replica_s else 0.0
     return msgspec.structs.replace(
         whole,
         exposed_shard_s=gather_wait_s + reduce_wait_s * (1 - replica_share),
@@ -80,24 +101,77 @@ def walk_backward(
     )
 
 
-def overlap_backward(
-    computed_s: Sequence[float], gathered_s: Sequence[float], reduced_s: Sequence[float]
-) -> tuple[float, float]:
+def computed_of(piece: Piece, gathered: bool, reduces: bool) -> float:
+    """Seconds of a piece's backward kernels with FSDP's copies out of a gather and into a reduction."""
+    return piece.backward_s + (piece.copy_out_s if gathered else 0.0) + (piece.copy_in_s if reduces else 0.0)
+
+
+class Stretch(msgspec.Struct, frozen=True, kw_only=True):
+    """Pieces in a row that are alike, in a backward pass: their gather, all that keeps the device busy, reduction."""
+
+    count: int
+    gather_s: float
+    busy_s: float
+    reduce_s: float
+
+
+class Clock(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a backward pass stands: seconds from now until the links are free, the coming piece is whole and the
+    reduction in flight ends (negative: since), and what compute has waited for so far.
+    """
+
+    links_s: float
+    ready_s: float = 0.0
+    in_flight_s: float = 0.0
+    gather_wait_s: float = 0.0
+    reduce_wait_s: float = 0.0
+
+    def waits_like(self, other: "Clock") -> bool:
+        """Whether what comes next will wait as after `other`."""
+        pairs = ((self.links_s, other.links_s), (self.ready_s, other.ready_s), (self.in_flight_s, other.in_flight_s))
+        # What lies in the past delays nothing, however far.
+        return all(abs(max(0.0, one) - max(0.0, two)) <= 1e-12 for one, two in pairs)
+
+
+def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float]:
     """Seconds that compute waits for gathers and for reductions, the tail included."""
-    now_s, gather_wait_s, reduce_wait_s = 0.0, 0.0, 0.0
-    # When the links are free, when the coming piece is whole, when the reduction in flight ends.
-    links_s = gathered_s[-1]
-    ready_s, in_flight_s = 0.0, 0.0
-    last = len(computed_s) - 1
-    for index, compute_s in enumerate(computed_s):
-        gather_wait_s += max(0.0, ready_s - now_s)
-        now_s = max(now_s, ready_s)
-        if index + 1 < last:
-            links_s = max(links_s, now_s) + gathered_s[index + 1]
-            ready_s = links_s if gathered_s[index + 1] else 0.0
-        now_s += compute_s
-        if reduced_s[index]:
-            reduce_wait_s += max(0.0, in_flight_s - now_s)
-            now_s = max(now_s, in_flight_s)
-            links_s = in_flight_s = max(links_s, now_s) + reduced_s[index]
-    return gather_wait_s, reduce_wait_s + max(0.0, in_flight_s - now_s)
+    clock = Clock(links_s=stretches[-1].gather_s)
+    for index, stretch in enumerate(stretches):
+        # The root, last, is whole since the pass began.
+        following_s = stretches[index + 1].gather_s if index + 2 < len(stretches) else 0.0
+        left = stretch.count
+        while left > 1:
+            before, clock = clock, pass_piece(clock, stretch, stretch.gather_s)
+            left -= 1
+            if clock.waits_like(before):
+                # Settled: each piece up to the last of its kind waits as this one did.
+                clock = msgspec.structs.replace(
+                    clock,
+                    gather_wait_s=clock.gather_wait_s + (left - 1) * (clock.gather_wait_s - before.gather_wait_s),
+                    reduce_wait_s=clock.reduce_wait_s + (left - 1) * (clock.reduce_wait_s - before.reduce_wait_s),
+                )
+                left = 1
+        clock = pass_piece(clock, stretch, following_s)
+    return clock.gather_wait_s, clock.reduce_wait_s + max(0.0, clock.in_flight_s)
+
+
+def pass_piece(clock: Clock, piece: Stretch, following_s: float) -> Clock:
+    """The clock after one piece's backward pass; following_s: the gather of the piece after it."""
+    gather_wait_s = max(0.0, clock.ready_s)
+    links_s, in_flight_s = clock.links_s - gather_wait_s, clock.in_flight_s - gather_wait_s
+    ready_s = 0.0
+    if following_s:
+        links_s = ready_s = max(links_s, 0.0) + following_s
+    links_s, ready_s, in_flight_s = links_s - piece.busy_s, ready_s - piece.busy_s, in_flight_s - piece.busy_s
+    reduce_wait_s = 0.0
+    if piece.reduce_s:
+        reduce_wait_s = max(0.0, in_flight_s)
+        links_s, ready_s = links_s - reduce_wait_s, ready_s - reduce_wait_s
+        links_s = in_flight_s = max(links_s, 0.0) + piece.reduce_s
+    return Clock(
+        links_s=links_s,
+        ready_s=ready_s,
+        in_flight_s=in_flight_s,
+        gather_wait_s=clock.gather_wait_s + gather_wait_s,
+        reduce_wait_s=clock.reduce_wait_s + reduce_wait_s,
+    )

@@ -113,27 +113,28 @@ def ranking(plan: Plan) -> "Table | None":
     known = bool(shown[0].step_s)
     order = f"{'Fastest' if known else 'First'} {len(shown)}"
     title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first)"
-    table = new_table(["", "layout"], ["ranks", "step", "tokens/s", "MFU", "memory"])
+    table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
     for position, prediction in enumerate(shown, 1):
-        cells = layout_cells(prediction)
         own = prediction.layout == plan.job.layout
-        table.add_row(
-            f"{position}", cells[0] + ("  <- this job" if own else ""), *cells[1:], style="bold" if own else ""
-        )
+        table.add_row(f"{position}", *layout_cells(prediction, own=own), style="bold" if own else "")
     if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
-        cells = layout_cells(plan.job)
-        table.add_row("...", cells[0] + "  <- this job", *cells[1:], style="bold")
+        table.add_row("...", *layout_cells(plan.job, own=True), style="bold")
     return titled(title, table)
 
 
-def layout_cells(prediction: Prediction) -> list[str]:
-    """A row of the ranking."""
+def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
+    """A row of the ranking; the job's own layout is marked."""
     layout, size = prediction.layout, gb(prediction.memory.total())
+    where = layout.placement() + (" <- this job" if own else "")
+    zero = str(layout.zero) if layout.shard > 1 or layout.zero < 3 else "-"
+    recompute = {"none": "-", 0: "-"}.get(layout.recompute, f"{layout.recompute}")
+    first = " layers" if isinstance(layout.recompute, int) and layout.recompute else ""
+    cells = [where, zero, str(layout.microbatch), recompute + first, str(layout.world_size)]
     if not prediction.step_s:
-        return [layout.label(), str(layout.world_size), "-", "-", "-", size]
+        return [*cells, "-", "-", "-", size]
     useful_share = prediction.step.useful / prediction.step_s
     step, tokens = seconds_text(prediction.step_s), f"{prediction.tokens_per_s:,.0f}"
-    return [layout.label(), str(layout.world_size), step, tokens, f"{useful_share:.1%}", size]
+    return [*cells, step, tokens, f"{useful_share:.1%}", size]
 
 
 def rejections(rejected: Sequence[Rejected]) -> "Table | None":

@@ -1,7 +1,7 @@
 """Model, layout, cluster, job: frozen types, decoded and checked once at the edge. Loads no torch."""
 
 from meshwright.spec.cluster import Cluster, Device, Link
-from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, parameter_shapes
+from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, end_shapes, parameter_shapes
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -23,7 +23,16 @@ from meshwright.spec.job import (
     TraceSettings,
     check_job,
 )
-from meshwright.spec.layout import AXES, OFFERED_AXES, Axis, Layout, Precision, check_layout
+from meshwright.spec.layout import (
+    AXES,
+    OFFERED_AXES,
+    Axis,
+    Layout,
+    Precision,
+    Recompute,
+    check_layout,
+    check_split,
+)
 from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
 from meshwright.spec.zoo import ZOO, NamedModel
 
@@ -52,6 +61,7 @@ __all__ = [
     "NamedModel",
     "OptimizerSettings",
     "Precision",
+    "Recompute",
     "RopeScaling",
     "RunSettings",
     "SettingError",
@@ -63,9 +73,11 @@ __all__ = [
     "check_job",
     "check_layout",
     "check_model",
+    "check_split",
     "closest",
     "count_flops",
     "count_parameters",
+    "end_shapes",
     "parameter_shapes",
     "split_of",
 ]

@@ -77,11 +77,33 @@ PLAIN: SplitTable = {name: word for name, word in GATED.items() if not name.ends
 ENDS: SplitTable = {"embedding": "vocabulary", "norm": "sequence", "head": "logits"}
 LEARNED: SplitTable = {"positions": "positions"}
 
+# What only planning knows so far. An expert is split as a dense feed-forward part is; its matrices have no module.
+EXPERTS: SplitTable = {
+    "blocks.*.feed_forward_norm": "sequence",
+    "blocks.*.feed_forward": "gather",
+    "blocks.*.feed_forward.router": "sequence",
+    "blocks.*.feed_forward.experts.gate": "column",
+    "blocks.*.feed_forward.experts.up": "column",
+    "blocks.*.feed_forward.experts.down": "row",
+    "blocks.*.feed_forward.shared.gate": "column",
+    "blocks.*.feed_forward.shared.up": "column",
+    "blocks.*.feed_forward.shared.down": "row",
+}
+LATENT: SplitTable = {
+    "blocks.*.attention.query_down": "sequence",
+    "blocks.*.attention.query_norm": "sequence",
+    "blocks.*.attention.kv_down": "sequence",
+    "blocks.*.attention.kv_norm": "sequence",
+}
+
 SPLIT_TABLES: dict[FamilyName, SplitTable] = {
     "llama": ENDS | ATTENTION | GATED,
     "mistral": ENDS | ATTENTION | GATED,
     "qwen3": ENDS | ATTENTION | HEAD_NORMS | GATED,
     "gpt2": ENDS | LEARNED | ATTENTION | PLAIN,
+    "mixtral": ENDS | ATTENTION | EXPERTS,
+    "qwen3-moe": ENDS | ATTENTION | HEAD_NORMS | EXPERTS,
+    "deepseek-v3": ENDS | ATTENTION | LATENT | GATED | EXPERTS,
 }
 
 

@@ -64,14 +64,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Microbatches that each rank runs in a step of `global_batch` sequences."""
         return global_batch // (self.data_size * self.microbatch)
 
+    def placement(self) -> str:
+        """The axes in use: "replica 2 x shard 4"."""
+        sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
+        return " x ".join(sizes) if sizes else "one process"
+
     def label(self) -> str:
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
-        sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
-        where = " x ".join(sizes) if sizes else "one process"
         zero = f", zero {self.zero}" if self.shard > 1 or self.zero < 3 else ""
         first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
-        return f"{where}{zero}, microbatch {self.microbatch}{recompute}"
+        return f"{self.placement()}{zero}, microbatch {self.microbatch}{recompute}"
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""

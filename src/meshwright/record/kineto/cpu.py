@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import TraceEvent, phases, span
+from meshwright.record.kineto.events import TraceEvent, phases, span, within
 from meshwright.record.timeline import Timeline, numbered
 
 # Operator namespaces that are not work on data: the autograd engine's brackets and the collectives themselves.
@@ -30,12 +30,12 @@ def cpu_timeline(
     operators = subtract(union(span(e) for e in inside if is_compute(e)), moving)
     waiting = {name: during[name] for name in ("input", "checkpoint")}
     working = subtract(operators, union([*waiting["input"], *waiting["checkpoint"]]))
-    updating = intersect(working, during["optimizer"])
+    updating, again = intersect(working, during["optimizer"]), intersect(working, during["recompute"])
     python = union([i for name in ("forward", "backward", "optimizer", "control") for i in during[name]])
     return Timeline(
         start_s=start,
         end_s=end,
-        busy={"optimizer": updating, "compute": subtract(working, updating)},
+        busy={"optimizer": updating, "recompute": again, "compute": subtract(working, union([*updating, *again]))},
         waits={**waiting, "host": subtract(subtract(python, working), moving)},
         transfers=transfers,
         contention_s=0.0,
@@ -56,13 +56,15 @@ def collectives(
 ) -> list[Transfer]:
     """The step's collectives in order of launch, each from its launch to the end of gloo's work.
 
-    gloo's own spans name no process group; what launched them does, so the purpose is read there.
+    gloo's own spans name no process group; what launched them does, so the purpose is read there. Whatever the thread
+    does until a launched collective ends, the wait for it among that, counts as the transfer.
     """
     launches = sorted((e for e in inside if str(e["name"]).startswith("c10d::")), key=lambda e: e["ts"])
     works = sorted((span(e) for e in gloo), key=lambda s: s[0])
-    brackets = sorted(
-        ((*span(e), str(e["name"])) for e in inside if str(e["name"]).startswith("FSDP::")), key=lambda b: b[0]
-    )
+    brackets = {
+        kind: union(span(e) for e in inside if str(e["name"]).startswith(kind))
+        for kind in ("FSDP::", "_c10d_functional::")
+    }
     by_axis = {description.removeprefix("mesh_"): ranks for description, ranks in groups.values()}
     found: list[Transfer] = []
     position = 0
@@ -81,11 +83,17 @@ def collectives(
 
 
 def purpose_at(
-    start: float, name: str, during: Mapping[str, list[Interval]], brackets: Sequence[tuple[float, float, str]]
+    start: float, name: str, during: Mapping[str, list[Interval]], brackets: Mapping[str, list[Interval]]
 ) -> Purpose:
-    """What a collective launched at `start` is for: FSDP gathers and reduces shards, and all-reduces replicas."""
-    if any(a <= start <= b for a, b in during["control"]):
+    """What a collective launched at `start` is for.
+
+    FSDP gathers and reduces shards, and all-reduces replicas. Within the passes over the model all others are the
+    tensor axis's: DTensor's, which are functional collectives, inside of FSDP's hooks too, and those of the loss.
+    """
+    if within(start, during["control"]):
         return "control"
-    if any(a <= start <= b for a, b, _ in brackets):
+    if within(start, brackets["_c10d_functional::"]):
+        return "tensor"
+    if within(start, brackets["FSDP::"]):
         return "replica" if name.startswith("c10d::allreduce") else "shard"
-    return "control"
+    return "tensor" if within(start, during["forward"]) or within(start, during["backward"]) else "control"

@@ -1,14 +1,16 @@
 """What both readers need of a profiler trace in Kineto's Chrome format. Times there are microseconds; here seconds."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from meshwright.account.intervals import Interval, union
 
-# Annotations that the training loop puts around its phases; STEP around the whole step.
+# Annotations that the training loop puts around its phases, and recompute around what a backward pass runs again; STEP
+# around the whole step.
 PREFIX = "meshwright."
 STEP = f"{PREFIX}step"
-PHASES = ("input", "forward", "backward", "optimizer", "control", "checkpoint")
+PHASES = ("input", "forward", "backward", "recompute", "optimizer", "control", "checkpoint")
 
 TraceEvent = dict[str, Any]
 
@@ -37,3 +39,9 @@ def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Int
         if event.get("cat") == "user_annotation" and name in found and event["name"].startswith(PREFIX):
             found[name].append(span(event))
     return step, {name: union(intervals) for name, intervals in found.items()}
+
+
+def within(moment: float, intervals: Sequence[Interval]) -> bool:
+    """Whether a moment lies in one of some sorted, disjoint intervals."""
+    position = bisect_right(intervals, (moment, float("inf"))) - 1
+    return position >= 0 and moment <= intervals[position][1]

@@ -1,16 +1,18 @@
 """A GPU rank's step, on the device's clock: from the end of the previous step's last kernel to the end of its own."""
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import STEP, TraceEvent, phases, span
+from meshwright.record.kineto.events import STEP, TraceEvent, phases, span, within
 from meshwright.record.timeline import Timeline, contention, numbered
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCH = ("cuda_runtime", "cuda_driver")
+
+# Phases whose kernels are not compute but have a bucket of their own.
+APART = ("optimizer", "recompute")
 
 # A launch reaches an idle device in about this time; longer means that the kernel waited for another stream.
 # Measured on idle H200s: from the end of a launch to the start of its kernel 1.1 us in the median, 1.9 us at most in
@@ -37,14 +39,16 @@ def gpu_timeline(
             if is_nccl(e)
         ]
     )
-    updating = union(span(e) for e in kernels if within(launch_of(e, launched)[0], during["optimizer"]))
-    working = subtract(union(span(e) for e in kernels), updating)
+    updating, again = (
+        union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
+    )
+    working = subtract(union(span(e) for e in kernels), union([*updating, *again]))
     late = late_launches(start, kernels, launched)
     stalled = {name: intersect(late, during[name]) for name in ("input", "checkpoint")}
     return Timeline(
         start_s=start,
         end_s=end,
-        busy={"optimizer": updating, "compute": working},
+        busy={"optimizer": updating, "recompute": again, "compute": working},
         waits={**stalled, "host": late},
         transfers=transfers,
         contention_s=slowed(kernels, transfers, during, launched),
@@ -59,12 +63,6 @@ def is_nccl(event: TraceEvent) -> bool:
 def launch_of(event: TraceEvent, launched: Mapping[int, Interval]) -> Interval:
     """When the host launched a device event; the event's own time where the trace does not say."""
     return launched.get(event.get("args", {}).get("correlation", -1), span(event))
-
-
-def within(moment: float, intervals: Sequence[Interval]) -> bool:
-    """Whether a moment lies in one of some sorted, disjoint intervals."""
-    position = bisect_right(intervals, (moment, float("inf"))) - 1
-    return position >= 0 and moment <= intervals[position][1]
 
 
 def device_window(
@@ -129,7 +127,7 @@ def slowed(
     moving = union([(t.start_s, t.end_s) for t in transfers])
     samples: dict[str, list[tuple[float, bool]]] = defaultdict(list)
     for event in kernels:
-        if within(launch_of(event, launched)[0], during["optimizer"]):
+        if any(within(launch_of(event, launched)[0], during[phase]) for phase in APART):
             continue
         start, end = span(event)
         args = event.get("args", {})

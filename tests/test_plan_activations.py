@@ -1,0 +1,131 @@
+"""Predicted activations against what the built model keeps: by family, by recompute policy, along the tensor axis."""
+
+import gc
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshwright.models import build_model
+from meshwright.parallel import build_mesh, start_distributed
+from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.tensor import apply_tensor
+from meshwright.plan.activations import activation_bytes
+from meshwright.plan.machine import cpu_cluster
+from meshwright.plan.part import build_part
+from meshwright.spec import SPLIT_TABLES, DataSettings, FamilyName, Job, Layout, ModelSpec, Recompute, RunSettings
+
+MICROBATCH, SEQUENCE = 2, 64
+
+
+class Made(TorchDispatchMode):
+    """Remembers the memory of every tensor that operators make, and which of it is still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does to this rank's part comes by again
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def held_bytes(self, *, but: list[Tensor]) -> int:
+        gc.collect()
+        left_out = {storage_of(tensor)._cdata for tensor in but}
+        return sum(size for at, (ref, size) in self._made.items() if at not in left_out and not ref.expired())
+
+
+def storage_of(tensor: Tensor) -> Any:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
+    more: dict[str, Any] = {"kv_heads": 2} | numbers
+    if family == "gpt2":
+        more |= {"kv_heads": 4, "max_positions": SEQUENCE, "tied_embeddings": True}
+    model = ModelSpec(
+        family=family,
+        layers=3,
+        d_model=64,
+        heads=4,
+        head_dim=16,
+        feed_forward=96,
+        # So large that a block's tensors, while it runs again, are fewer than the loss's.
+        vocabulary=1500,
+        **more,
+    )
+    return Job(
+        run=RunSettings(name="test", steps=1),
+        model=model,
+        data=DataSettings(sequence=SEQUENCE, global_batch=MICROBATCH),
+        layout=layout,
+        cluster=cpu_cluster(layout.world_size),
+    )
+
+
+def kept_bytes(model: nn.Module, job: Job) -> int:
+    """What a forward pass leaves behind on this rank, logits and parameters left out."""
+    for index, block in enumerate(model.blocks):  # pyright: ignore[reportArgumentType]
+        block.forward = block_forward(block.forward, job.layout, index, compiled=False)
+    model.to_empty(device="cpu")
+    tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
+    with Made() as made:
+        logits = model(tokens)
+    return made.held_bytes(but=[logits, *model.parameters()]) + tokens.nbytes
+
+
+def kept_on_a_rank(job: Job) -> int:
+    device = start_distributed(job.cluster)
+    model = build_model(job.model)
+    apply_tensor(model, job.model, SPLIT_TABLES[job.model.family], build_mesh(job.layout, device)["tensor"])
+    return kept_bytes(model, job)
+
+
+each_policy = pytest.mark.parametrize("recompute", ["none", "selective", 2, "full"])
+
+
+@each_policy
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gpt2"])
+def test_activations_are_what_the_built_model_keeps(family: FamilyName, recompute: Recompute | int) -> None:
+    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute))
+    assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
+
+
+def test_without_shared_key_heads() -> None:
+    job = a_job("llama", Layout(microbatch=MICROBATCH, precision="fp32"), kv_heads=4)
+    assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
+
+
+@each_policy
+@pytest.mark.parametrize(("family", "tensor"), [("llama", 2), ("llama", 4), ("qwen3", 2), ("gpt2", 2)])
+def test_and_what_it_keeps_along_tensor(family: FamilyName, tensor: int, recompute: Recompute | int) -> None:
+    """Four ranks share the two key heads."""
+    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor))
+    assert set(run_ranks(tensor, kept_on_a_rank, job)) == {activation_bytes(job, build_part(job))}
+
+
+def test_a_block_that_runs_again_can_be_the_peak() -> None:
+    """Its tensors take the place of the loss's, which are gone by then."""
+
+    def predicted(recompute: Recompute, vocabulary: int) -> float:
+        job = a_job("llama", Layout(precision="fp32", recompute=recompute))
+        job = msgspec.structs.replace(job, model=msgspec.structs.replace(job.model, vocabulary=vocabulary))
+        return activation_bytes(job, build_part(job))
+
+    assert predicted("none", 8) == predicted("none", 4000)
+    block = (predicted("none", 4000) - predicted("full", 4000)) / 3 + 4 * 64 * SEQUENCE
+    logits = 3 * 4 * 8 * SEQUENCE
+    assert predicted("full", 8) - predicted("full", 4000) == pytest.approx(block - logits)
