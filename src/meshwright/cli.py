@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright import __version__
-from meshwright.spec.errors import SettingError
+from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -136,6 +136,26 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
     click.echo(sample_text(run, prompt, tokens, temperature, seed))
 
 
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, metavar="FORMAT", help="hf: a folder that transformers loads.")
+@click.option("--out", type=click.Path(path_type=Path), help="The new folder.  [default: RUN/hf-step-N]")
+@click.option("--dtype", help="fp32 or bf16.  [default: as in the model.path that it began from, or fp32]")
+def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
+    """Write the newest checkpoint of a RUN for other programs. Needs no GPU."""
+    from meshwright import launch
+    from meshwright.record import open_run
+
+    for option, value, known in (("--to", form, ("hf",)), ("--dtype", dtype, ("fp32", "bf16"))):
+        if value is not None and value not in known:
+            raise SettingError(f"{option} {value}", "is none that is written here", f"{option} {closest(value, known)}")
+    launch.needs_torch("convert")
+    folder = open_run(run)
+    from meshwright.checkpoint import convert_run
+
+    click.echo(f"written: {convert_run(folder, read(folder.job, ()), out, dtype)}")
+
+
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -166,7 +186,7 @@ def read(job: Path, settings: Sequence[str]) -> "Job":
     """The job file, resolved for this machine."""
     from meshwright.spec.decode import read_job
 
-    return read_job(job, settings, local=local)
+    return read_job(job, settings, local=local, find=find)
 
 
 def described(
@@ -194,6 +214,13 @@ def local(processes: int) -> "Cluster":
     from meshwright.plan import local_cluster
 
     return local_cluster(processes, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def find(name: str) -> Path:
+    """Where the files of a hub's model are. torchrun's ranks do not fetch: all of them would."""
+    from meshwright.launch import find_model
+
+    return find_model(name, download=not under_torchrun())
 
 
 def under_torchrun() -> bool:
