@@ -39,8 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", SMALL | {"rope_parameters": PLAIN}),
     "qwen3, windowed and tied": (
         "Qwen3ForCausalLM",
-        SMALL
-        | {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        SMALL | {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     ),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2, narrow and untied": ("GPT2LMHeadModel", GPT2 | {"n_inner": 66, "tie_word_embeddings": False}),
@@ -71,8 +70,9 @@ def open_saved(folder: Path) -> Any:
     """The model of a folder, as transformers loads it; fails where it would make up or leave out a tensor."""
     import transformers
 
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", output_loading_info=True
     )
+    model, told = loaded
     assert not any(told.values()), told
     return model.eval()

@@ -9,9 +9,10 @@ import torch
 from hubs import MODELS, open_saved, random_model, save_random
 from jobs import tiny_job
 from ranks import run_ranks
-from training import new_run
+from training import new_run, train_layout
 
 from meshwright.checkpoint import convert_run, huggingface, load_pretrained, read_model_weights, save_checkpoint
+from meshwright.data import open_stream
 from meshwright.models import Decoder, build_model, initialize_
 from meshwright.parallel import build_mesh, build_parallel_model, start_distributed, stop_distributed
 from meshwright.record import RunFolder
@@ -204,3 +205,15 @@ def test_the_zoos_counts_are_the_published(name: str) -> None:
 def test_every_family_has_a_model_here() -> None:
     families: set[FamilyName] = {model_of_config(random_model(name).config.to_dict()).family for name in MODELS}
     assert families == {"llama", "mistral", "qwen3", "gpt2"}
+
+
+def test_training_begins_where_the_folder_ended(tmp_path: Path) -> None:
+    """The first step's loss, over two ranks, is that of transformers on the same samples."""
+    theirs = save_random("qwen3", tmp_path / "hf")
+    job = job_from(tmp_path / "hf", tmp_path, shard=2)
+    tokens, targets, _ = open_stream(job).batch(0, 0, job.data.global_batch)
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens)).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten())
+    metrics, _, _ = train_layout(job)
+    assert metrics[0].loss == pytest.approx(expected.item(), rel=1e-5)

@@ -49,14 +49,15 @@ def convert_run(run: RunFolder, job: Job, out: Path | None, dtype: str | None, f
         raise SettingError(f"run folder {run.path}", "has no checkpoint yet", "a run with checkpoint.every_steps set")
     out = out or run.path / f"hf-step-{saved[-1]}"
     if out.exists():
-        raise SettingError(f"--out {out}", "exists already, and is not overwritten", "another --out FOLDER")
+        raise SettingError(f"--out {out}", "exists already, and is not overwritten", "--out with another folder")
     config = config_of_model(job.model)
     if job.model.max_positions == 0:
         # transformers has no word for "not stated", and the model has seen no longer sequence.
         config["max_position_embeddings"] = job.data.sequence
     began_from = read_config(Path(job.model.path)) if job.model.path and Path(job.model.path, CONFIG).is_file() else {}
     dtype = dtype or default_dtype(job, began_from)
-    config |= {key: began_from[key] for key in TOKEN_KEYS if key in began_from}
+    # Without a word on them transformers would take its own, which are other tokens.
+    config |= {key: began_from.get(key) for key in TOKEN_KEYS}
     # Both names of it: transformers 4 reads the first, 5 the second.
     config |= {"torch_dtype": DTYPE_NAMES[dtype], "dtype": DTYPE_NAMES[dtype]}
     partial = out.with_name(f".{out.name}.partial")

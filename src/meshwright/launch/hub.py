@@ -20,7 +20,7 @@ def find_model(name: str, *, download: bool) -> Path:
     setting, local = f'model.path = "{name}"', "the path of a folder with config.json and model.safetensors"
     if find_spec("huggingface_hub") is None:
         raise SettingError(setting, "is no folder, and huggingface_hub, which would fetch it, is not installed", local)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise SettingError(setting, "is no folder, and no name of the hub's", local)
     # By name, because it is not among this package's own requirements.
     hub: Any = import_module("huggingface_hub")

@@ -155,11 +155,12 @@ def model_of_config(config: Config, where: str = "config.json") -> ModelSpec:
     if numbers.get("kv_heads") is None:
         numbers["kv_heads"] = heads
     if numbers.get("head_dim") is None:
+        # Where these are no numbers the conversion below says so.
         whole = isinstance(heads, int) and isinstance(d_model, int) and heads > 0
-        if not whole or d_model % heads:
+        if whole and d_model % heads:
             raise refusal(where, form.numbers["heads"], heads, "does not divide the model's width", "head_dim = ...")
-        numbers["head_dim"] = d_model // heads
-    if numbers["feed_forward"] is None:
+        numbers["head_dim"] = d_model // heads if whole else 0
+    if numbers["feed_forward"] is None and isinstance(d_model, int):
         numbers["feed_forward"] = 4 * d_model
     if family != "gpt2":
         numbers |= rope_of(config, family, where)
@@ -170,7 +171,10 @@ def model_of_config(config: Config, where: str = "config.json") -> ModelSpec:
     try:
         return msgspec.convert({"family": family} | numbers, ModelSpec)
     except msgspec.ValidationError as error:
-        raise SettingError(where, str(error).lower().replace("`", ""), "a number of that kind") from None
+        reason, _, ours = str(error).lower().replace("`", "").partition(" - at $.")
+        name = ours.rpartition(".")[2]
+        theirs = (form.numbers | form.experts | form.latent).get(name, name)
+        raise SettingError(f"{where}: {theirs}", reason, "a value of that kind") from None
 
 
 def family_of(config: Config, where: str) -> FamilyName:

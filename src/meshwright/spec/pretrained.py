@@ -98,6 +98,8 @@ def read_stored(model: ModelSpec) -> dict[str, Stored]:
 
 def weight_files(folder: Path) -> list[Path]:
     """A folder's safetensors files: those that its index names, or the single one."""
+    if not folder.is_dir():
+        no_hub(str(folder))
     if (folder / INDEX_FILE).is_file():
         listed = as_section(read_json(folder / INDEX_FILE, "model.path").get("weight_map"), str(folder / INDEX_FILE))
         return [folder / name for name in sorted(set(map(str, listed.values())))]
