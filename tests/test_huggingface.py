@@ -22,7 +22,7 @@ from meshwright.spec.pretrained import CONFIG, INDEX_FILE, read_config, read_sto
 from meshwright.train.optimizer import build_optimizer
 
 each_model = pytest.mark.parametrize("name", MODELS)
-LAYOUTS: list[dict[str, int]] = [{}, {"shard": 3}, {"replica": 2, "shard": 2}]
+LAYOUTS: list[dict[str, int]] = [{}, {"shard": 3}, {"replica": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
 TOKENS = torch.randint(0, 271, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -135,12 +135,11 @@ def test_a_round_trip_is_byte_equal(name: str, layout: dict[str, int], dtype: to
     assert [name for name in before if before[name] != after[name]] == []
     assert model_of_config(read_config(out)) == msgspec.structs.replace(job.model, path="")
     assert (out / "tokenizer.json").read_text() == "{}"
-    # No rank read more than it holds, and no more than its part of a tensor at a time.
-    shard = layout.get("shard", 1)
-    embedding = job.model.vocabulary * job.model.d_model
+    # No rank read more than it holds, which is its share and a few whole norms, nor more than a part at a time.
+    parts = layout.get("shard", 1) * layout.get("tensor", 1)
     for largest, read, held in seen:
-        assert read == held <= count_parameters(job.model) / shard + 2000
-        assert largest <= -(-job.model.vocabulary // shard) * job.model.d_model <= embedding
+        assert read == held <= count_parameters(job.model) / parts + 1500
+        assert largest <= -(-job.model.vocabulary // parts) * job.model.d_model
 
 
 def test_transformers_opens_what_it_saved_again(tmp_path: Path) -> None:
@@ -184,7 +183,6 @@ def test_the_zoos_numbers_are_the_same_there_and_back(name: str, tmp_path: Path)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoos_counts_are_transformers(name: str) -> None:
     spec = ZOO[name].spec
-    # Two layers of each kind are enough to tell, and the whole of it the sum that is published.
     model = transformers_model(spec)
     assert sum(parameter.numel() for parameter in model.parameters()) == count_parameters(spec)
 
