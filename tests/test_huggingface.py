@@ -17,10 +17,20 @@ from meshwright.models import Decoder, build_model, initialize_
 from meshwright.parallel import build_mesh, build_parallel_model, start_distributed, stop_distributed
 from meshwright.record import RunFolder
 from meshwright.spec import ZOO, FamilyName, Job, ModelSpec, count_parameters
-from meshwright.spec.huggingface import config_of_model, model_of_config
+from meshwright.spec.huggingface import DERIVED, FORMATS, config_of_model, model_of_config
 from meshwright.spec.pretrained import CONFIG, INDEX_FILE, read_config, read_stored
 from meshwright.train.optimizer import build_optimizer
 
+# Where transformers takes a null for a number that follows from others.
+NULLABLE: dict[FamilyName, tuple[str, ...]] = {
+    "llama": ("num_key_value_heads", "head_dim"),
+    "mistral": ("head_dim",),
+    "qwen3": ("num_key_value_heads",),
+    "gpt2": ("n_inner",),
+    "mixtral": ("head_dim",),
+    "qwen3-moe": (),
+    "deepseek-v3": ("num_key_value_heads",),
+}
 each_model = pytest.mark.parametrize("name", MODELS)
 LAYOUTS: list[dict[str, int]] = [{}, {"shard": 3}, {"replica": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
 TOKENS = torch.randint(0, 271, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -178,6 +188,20 @@ def test_the_zoos_numbers_are_the_same_there_and_back(name: str, tmp_path: Path)
     # As transformers writes it after it has read ours.
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
     assert model_of_config(read_config(tmp_path / "again")) == msgspec.structs.replace(spec, name="custom")
+
+
+@pytest.mark.parametrize("null", [False, True], ids=["left out", "null"])
+@pytest.mark.parametrize("family", FORMATS)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family: FamilyName, null: bool) -> None:
+    import transformers
+
+    form = FORMATS[family]
+    needed = {*form.numbers.values(), *form.experts.values(), *form.latent.values()} - form.omitted.keys()
+    given = {key: 8 for key in needed if key not in DERIVED} | {"model_type": form.model_type, "vocab_size": 60000}
+    given |= {key: None for key in DERIVED if null and key in form.numbers.values() and key in NULLABLE[family]}
+    theirs = getattr(transformers, form.architecture).config_class.from_dict(given).to_dict()
+    ours = model_of_config(given)
+    assert ours == msgspec.structs.replace(model_of_config(theirs), max_positions=ours.max_positions)
 
 
 @pytest.mark.parametrize("name", ZOO)

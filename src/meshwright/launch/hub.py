@@ -9,7 +9,9 @@ from typing import Any
 from meshwright.spec import SettingError
 
 # Numbers, weights and what belongs to the tokenizer; no pickles, and no code.
-PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+# The same weights in another tool's files, which some models have besides.
+UNWANTED = ["*/*", "consolidated*"]
 
 
 def find_model(name: str, *, download: bool) -> Path:
@@ -25,7 +27,9 @@ def find_model(name: str, *, download: bool) -> Path:
     # By name, because it is not among this package's own requirements.
     hub: Any = import_module("huggingface_hub")
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=PATTERNS, local_files_only=not download))
+        return Path(
+            hub.snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=not download)
+        )
     except Exception as error:  # the network libraries below it raise errors of their own, with no common kind
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         tried = "could not be fetched from the hub" if download else "is not in the hub's local cache"

@@ -86,9 +86,9 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[
     """A checked Job from a table that may leave sizes, precision and cluster to be resolved."""
     check_keys(table, Job, "")
     table = {name: dict(cast(Table, section)) for name, section in table.items()}
-    unread = False
+    unchecked = False
     if "model" in table:
-        numbers, unread = expand_pretrained(table["model"], find)
+        numbers, unchecked = expand_pretrained(table["model"], find)
         table["model"] = expand_model(numbers)
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
@@ -96,7 +96,7 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[
     table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
     job = convert(table, Job)
     check_job(job)
-    if unread:
+    if unchecked:
         check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.

@@ -83,7 +83,7 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
         model_type="qwen3",
         architecture="Qwen3ForCausalLM",
         numbers=NUMBERS,
-        omitted=OMITTED | {"head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        omitted=OMITTED | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
         only=QWEN3_ONLY,
     ),
     "gpt2": ConfigFormat(
@@ -113,7 +113,7 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
         architecture="Qwen3MoeForCausalLM",
         numbers=NUMBERS,
         experts={"count": "num_experts", "per_token": "num_experts_per_tok", "feed_forward": "moe_intermediate_size"},
-        omitted=OMITTED | {"sliding_window": 4096, "max_window_layers": 0},
+        omitted=OMITTED | {"num_key_value_heads": 4, "sliding_window": 4096, "max_window_layers": 0},
         only=QWEN3_ONLY | {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
     ),
     "deepseek-v3": ConfigFormat(
@@ -133,12 +133,14 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
             "rope_head_dim": "qk_rope_head_dim",
             "value_head_dim": "v_head_dim",
         },
-        omitted=OMITTED,
+        omitted=OMITTED | {"num_key_value_heads": 128},
         only=ONLY | {"attention_bias": (False,), "moe_layer_freq": (1,)},
     ),
 }
 # What one version of transformers calls otherwise than the others.
 ALSO = {"num_experts": "num_local_experts"}
+# What follows from other numbers where it is null.
+DERIVED = ("num_key_value_heads", "head_dim", "n_inner")
 
 
 def model_of_config(config: Config, where: str = "config.json") -> ModelSpec:
@@ -191,9 +193,10 @@ def number(config: Config, key: str, form: ConfigFormat, where: str) -> Any:
     """What a config says for a key, or what transformers takes where it says nothing; None where that follows from
     other numbers."""
     value = config.get(key)
-    if value is None:
+    # A null among these is a word of its own.
+    if value is None and not (key in DERIVED and key in config):
         value = config.get(ALSO.get(key, ""), form.omitted.get(key))
-    if value is None and key not in ("num_key_value_heads", "head_dim", "n_inner"):
+    if value is None and key not in DERIVED:
         raise SettingError(f"{where}: {key}", "is missing", f"a config.json of {form.architecture}")
     return value
 
