@@ -65,7 +65,7 @@ def write_folder(folder: Path, model: ModelSpec = LLAMA, changed: Shapes | None 
 
 def job_at(folder: Path, model: dict[str, Any]) -> Path:
     """A job file whose [model] says no more than given."""
-    path = write_job(folder)
+    path = write_job(folder, ranks=1)
     kept = path.read_text().split("[model]")
     rest = kept[1].partition("\n[")[2]
     lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in model.items())

@@ -27,6 +27,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # safetensors' own limit; a longer header is no header.
 LONGEST_HEADER_BYTES = 100_000_000
 COMPARED_BYTES = 1 << 24
+A_FOLDER = f"a folder with {CONFIG} and {SINGLE_FILE}"
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +43,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
 
 def no_hub(name: str) -> Path:
     """Where nothing may be fetched, a name that is no folder is a mistake."""
-    raise SettingError(f'model.path = "{name}"', "is no folder", "a folder with config.json and model.safetensors")
+    raise SettingError(f'model.path = "{name}"', "is no folder", A_FOLDER)
 
 
 def expand_pretrained(section: dict[str, Any], find: Callable[[str], Path]) -> tuple[dict[str, Any], bool]:
@@ -61,7 +62,9 @@ def expand_pretrained(section: dict[str, Any], find: Callable[[str], Path]) -> t
     if len(given) > 1:
         raise SettingError(" and ".join(given), "are two ways to give a model's numbers", f"{given[0]} alone")
     if config:
-        return msgspec.to_builtins(model_of_config(read_json(Path(config), "model.config"), config)) | filled, False
+        return msgspec.to_builtins(
+            model_of_config(read_json(Path(config), "the config.json of a Hugging Face model"), config)
+        ) | filled, False
     if not path or "name" in section:
         return filled, False
     folder = Path(path) if Path(path).is_dir() else find(path)
@@ -71,12 +74,11 @@ def expand_pretrained(section: dict[str, Any], find: Callable[[str], Path]) -> t
 
 def read_config(folder: Path) -> Config:
     """A folder's config.json."""
-    return read_json(folder / CONFIG, "model.path")
+    return read_json(folder / CONFIG, A_FOLDER)
 
 
-def read_json(path: Path, setting: str) -> Config:
+def read_json(path: Path, nearest: str) -> Config:
     """A file with one JSON object. Raises SettingError where it is none."""
-    nearest = f"{setting} = a file such as config.json of a Hugging Face model"
     try:
         return as_section(json.loads(path.read_text(encoding="utf-8")), str(path))
     except OSError as error:
@@ -101,7 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         no_hub(str(folder))
     if (folder / INDEX_FILE).is_file():
-        listed = as_section(read_json(folder / INDEX_FILE, "model.path").get("weight_map"), str(folder / INDEX_FILE))
+        listed = as_section(read_json(folder / INDEX_FILE, A_FOLDER).get("weight_map"), str(folder / INDEX_FILE))
         return [folder / name for name in sorted(set(map(str, listed.values())))]
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
