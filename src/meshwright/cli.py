@@ -151,9 +151,12 @@ def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
             raise SettingError(f"{option} {value}", "is none that is written here", f"{option} {closest(value, known)}")
     launch.needs_torch("convert")
     folder = open_run(run)
+    job = read(folder.job, ())
     from meshwright.checkpoint import convert_run
 
-    click.echo(f"written: {convert_run(folder, read(folder.job, ()), out, dtype)}")
+    click.echo(f"written: {convert_run(folder, job, out, dtype)}")
+    if job.model.path and not Path(job.model.path).is_dir():
+        click.echo(f"warning: {job.model.path} is gone, and with it the tokenizer's files, if it had any", err=True)
 
 
 @cli.command(hidden=True)
