@@ -22,8 +22,9 @@ from meshwright.parallel import begin_microbatch, build_mesh, build_parallel_mod
 from meshwright.plan import predict_memory
 from meshwright.plan.activations import BYTES
 from meshwright.plan.part import build_part
-from meshwright.spec import ZOO, Job, SettingError, count_flops, count_parameters
+from meshwright.spec import FAMILIES, ZOO, Job, SettingError, count_flops, count_parameters
 from meshwright.spec.decode import decode_job, planning_job, read_job
+from meshwright.spec.huggingface import FORMATS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,7 +80,7 @@ RESOLVED = {
     "model.head_dim": "`model.d_model` / `model.heads`",
     "layout.precision": '`"auto"`',
 }
-SHORTHANDS = {"cluster.gpus", "cluster.processes"}
+SHORTHANDS = {"cluster.gpus", "cluster.processes", "model.config"}
 
 
 def test_the_job_page_has_every_key_and_no_other() -> None:
@@ -251,6 +252,37 @@ def test_what_is_held_whole_and_when(column: str, tmp_path: Path) -> None:
         "after the last backward pass",
     ]
     assert [seen[0], seen[1], seen[3]] == told
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_models_page_has_the_zoo() -> None:
+    page = (ROOT / "docs" / "models.md").read_text()
+    shown = [tuple(cell.strip("`") for cell in row.values()) for row in rows(page, "name")]
+    assert shown == [
+        (name, row.spec.family, f"{count_parameters(row.spec):,}", f"{row.spec.max_positions:,}")
+        for name, row in ZOO.items()
+    ]
+
+
+def test_the_models_page_has_the_families() -> None:
+    page = (ROOT / "docs" / "models.md").read_text()
+    shown = [
+        (row["family"].strip("`"), row["`model_type`"].strip("`"), row["trained here"]) for row in rows(page, "family")
+    ]
+    assert shown == [
+        (name, FORMATS[name].model_type, "yes" if family.built else "planned only") for name, family in FAMILIES.items()
+    ]
+
+
+def test_what_the_models_page_calls_refused_is() -> None:
+    """Each key named there is one that the reader looks at."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    refused = page.split("with the key that says so:")[1].split("Of a family that is planned only")[0]
+    keys = {word for word in re.findall(r"`(\w+)", refused) if "_" in word}
+    looked_at = {key for form in FORMATS.values() for key in form.only}
+    assert keys - {"model_type", "layer_types", "max_window_layers", "gelu_new", "gelu_pytorch_tanh"} == looked_at
 
 
 # --- Counting --------------------------------------------------------------------------------------------------------

@@ -260,8 +260,9 @@ def console_commands(page: str) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-def test_commands_of_the_getting_started_page_run_in_order(tmp_path: Path):
-    commands = console_commands((ROOT / "docs" / "getting-started.md").read_text())
+@pytest.mark.parametrize("page", ["getting-started.md", "finetuning.md"])
+def test_commands_of_a_page_run_in_order(page: str, tmp_path: Path):
+    commands = console_commands((ROOT / "docs" / page).read_text())
     assert commands
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

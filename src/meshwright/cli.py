@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright import __version__
-from meshwright.spec.errors import SettingError
+from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,6 +178,29 @@ def verify_agent(run: str, attempt: int, parent: int) -> None:
     sys.exit(verify_run(run, attempt))
 
 
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--to", "form", required=True, metavar="FORMAT", help="hf: a folder that transformers loads.")
+@click.option("--out", type=click.Path(path_type=Path), help="The new folder.  [default: RUN/hf-step-N]")
+@click.option("--dtype", help="fp32 or bf16.  [default: as in the model.path that it began from, or fp32]")
+def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
+    """Write the newest checkpoint of a RUN for other programs. Needs no GPU."""
+    from meshwright import launch
+    from meshwright.record import open_run
+
+    for option, value, known in (("--to", form, ("hf",)), ("--dtype", dtype, ("fp32", "bf16"))):
+        if value is not None and value not in known:
+            raise SettingError(f"{option} {value}", "is none that is written here", f"{option} {closest(value, known)}")
+    launch.needs_torch("convert")
+    folder = open_run(run)
+    job = read(folder.job, ())
+    from meshwright.checkpoint import convert_run
+
+    click.echo(f"written: {convert_run(folder, job, out, dtype)}")
+    if job.model.path and not Path(job.model.path).is_dir():
+        click.echo(f"warning: {job.model.path} is gone, and with it the tokenizer's files, if it had any", err=True)
+
+
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -208,7 +231,7 @@ def read(job: Path, settings: Sequence[str]) -> "Job":
     """The job file, resolved for this machine."""
     from meshwright.spec.decode import read_job
 
-    return read_job(job, settings, local=local)
+    return read_job(job, settings, local=local, find=find)
 
 
 def described(
@@ -248,6 +271,13 @@ def here(ranks: int) -> "Cluster":
     return (
         msgspec.structs.replace(found, devices_per_node=ranks) if found.devices >= ranks else local_cluster(ranks, "")
     )
+
+
+def find(name: str) -> Path:
+    """Where the files of a hub's model are. torchrun's ranks do not fetch: all of them would."""
+    from meshwright.launch import find_model
+
+    return find_model(name, download=not under_torchrun())
 
 
 def under_torchrun() -> bool:

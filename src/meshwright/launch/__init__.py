@@ -1,6 +1,7 @@
 """Starting a job: the run folder, an attempt with its plan, and the process that trains. Loads no torch."""
 
 from meshwright.launch.attempt import begin_attempt, forget_untrained, reopen_run
+from meshwright.launch.hub import find_model
 from meshwright.launch.process import become_agent, needs_torch, run_attempt
 from meshwright.launch.verification import VerificationEnded, run_trials
 
@@ -8,6 +9,7 @@ __all__ = [
     "VerificationEnded",
     "become_agent",
     "begin_attempt",
+    "find_model",
     "forget_untrained",
     "needs_torch",
     "reopen_run",

@@ -9,6 +9,7 @@ from meshwright.plan import predict
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError, check_built
 from meshwright.spec.decode import encode_job, read_job
+from meshwright.spec.pretrained import check_weights
 
 # What a resumed run may change; anything else would make it another run.
 CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "trace")
@@ -17,10 +18,13 @@ CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "tra
 def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
     """The next attempt at `job`, in its run folder or in a new one.
 
-    Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that can only
-    be planned.
+    Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that cannot be
+    trained.
     """
     check_built(job.model)
+    if job.model.path and folder is not None and not folder.saved_steps():
+        # It was checked when the job was read from its file, which may be long ago.
+        check_weights(job.model)
     if folder is None:
         folder = create_run(Path(job.run.folder) / job.run.name, encode_job(job))
     try:

@@ -111,6 +111,7 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
         # Odd multiples: parameter parts of unequal size.
         feed_forward=tensor * 45,
         vocabulary=VOCABULARY,
+        path="",
         max_positions=sequence if model.max_positions else 0,
         rope_scaling=scaling,
         attention_window=sequence // 2 + 1 if model.attention_window else 0,

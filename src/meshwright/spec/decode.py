@@ -14,6 +14,8 @@ from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis
+from meshwright.spec.model import ModelSpec
+from meshwright.spec.pretrained import check_weights, expand_pretrained, no_hub
 from meshwright.spec.zoo import expand_model
 
 Table = dict[str, Any]
@@ -23,11 +25,17 @@ T = TypeVar("T")
 SHOWN = 60
 
 
-def read_job(path: Path, settings: Iterable[str] = (), *, local: Callable[[int], Cluster]) -> Job:
+def read_job(
+    path: Path,
+    settings: Iterable[str] = (),
+    *,
+    local: Callable[[int], Cluster],
+    find: Callable[[str], Path] = no_hub,
+) -> Job:
     """Decode a job file, apply `--set` settings, resolve what is left to the machine, check the whole.
 
-    `local` describes this machine, given how many processes stand in for devices where it has no GPU; it is
-    called only if the job asks for it.
+    `local` describes this machine, given how many processes stand in for devices where it has no GPU; `find` says
+    where the files of a hub's model are, given its name. Each is called only if the job asks for it.
     """
     try:
         # Some editors put a byte order mark in front, which TOML does not know.
@@ -40,7 +48,7 @@ def read_job(path: Path, settings: Iterable[str] = (), *, local: Callable[[int],
         raise SettingError(str(path), f"is not TOML ({error})", "see examples/quickstart.toml") from None
     for setting in settings:
         apply_setting(table, setting)
-    return decode_job(table, local=local)
+    return decode_job(table, local=local, find=find)
 
 
 def nearby_job(path: Path) -> str:
@@ -74,18 +82,22 @@ def apply_setting(table: Table, setting: str) -> None:
     inner[parts[-1]] = value
 
 
-def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
+def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[[str], Path] = no_hub) -> Job:
     """A checked Job from a table that may leave sizes, precision and cluster to be resolved."""
     check_keys(table, Job, "")
     table = {name: dict(cast(Table, section)) for name, section in table.items()}
+    unchecked = False
     if "model" in table:
-        table["model"] = expand_model(table["model"])
+        numbers, unchecked = expand_pretrained(table["model"], find)
+        table["model"] = expand_model(numbers)
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
     global_batch = table.get("data", {}).get("global_batch")
     table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
     job = convert(table, Job)
     check_job(job)
+    if unchecked:
+        check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.
         job = msgspec.structs.replace(job, cluster=local(job.layout.world_size))
@@ -193,9 +205,11 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
     msgspec refuses them too, but names neither the whole key nor the nearest one.
     """
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-    # What a job file may say instead of the numbers; expand_cluster reads these words.
+    # What a job file may say instead of the numbers; expand_cluster and expand_pretrained read these words.
     if kind is Cluster:
         fields |= {"gpus": str, "processes": int}
+    if kind is ModelSpec:
+        fields |= {"config": str}
     for key, value in table.items():
         name = f"{prefix}{key}"
         if key not in fields:

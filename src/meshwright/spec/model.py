@@ -56,6 +56,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     max_positions: the longest sequence the model is meant for, and the rows of a learned table; 0: not stated.
     attention_window: tokens back that a token attends to, itself among them; 0: all.
+    path: a Hugging Face folder whose weights the model starts from; "": from weights drawn by the run's seed.
     """
 
     name: str = "custom"
@@ -75,6 +76,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     attention_window: int = 0
     experts: Experts | None = None
     latent: LatentAttention | None = None
+    path: str = ""
 
     @property
     def parts(self) -> Family:

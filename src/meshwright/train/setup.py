@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from meshwright.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from meshwright.checkpoint import CheckpointError, load_checkpoint, load_pretrained, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
+from meshwright.models import Decoder
 from meshwright.parallel import data_rank, tell_all, wait_for_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
@@ -61,10 +62,17 @@ def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.devi
     )
 
 
-def restore(folder: RunFolder, model: nn.Module, optimizer: Optimizer, stream: Stream) -> int:
-    """Fill model and optimizer from the run's newest checkpoint and return its step; 0 if there is none."""
+def restore(folder: RunFolder, model: Decoder, optimizer: Optimizer, stream: Stream) -> int:
+    """Fill model and optimizer from the run's newest checkpoint and return its step.
+
+    If there is none: 0, and the model starts from the weights in model.path, or stays as it was built.
+    """
     saved = folder.saved_steps()
-    return load_checkpoint(folder.checkpoint(saved[-1]), model, optimizer, stream.checksum) if saved else 0
+    if saved:
+        return load_checkpoint(folder.checkpoint(saved[-1]), model, optimizer, stream.checksum)
+    if model.spec.path:
+        load_pretrained(model, model.spec)
+    return 0
 
 
 def save(
