@@ -20,6 +20,7 @@ from meshwright.spec.job import (
     Job,
     OptimizerSettings,
     RunSettings,
+    Source,
     TraceSettings,
     check_job,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "RopeScaling",
     "RunSettings",
     "SettingError",
+    "Source",
     "Split",
     "SplitTable",
     "TraceSettings",

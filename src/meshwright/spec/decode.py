@@ -80,6 +80,9 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster]) -> Job:
     table = {name: dict(cast(Table, section)) for name, section in table.items()}
     if "model" in table:
         table["model"] = expand_model(table["model"])
+    if table.get("data", {}).get("sources"):
+        # No default beside them; a path that was given is refused by its check.
+        table["data"] = {"path": ""} | table["data"]
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
     global_batch = table.get("data", {}).get("global_batch")
@@ -209,6 +212,12 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
                 check_keys(cast(Table, value), inner, f"{name}.")
             elif not (inner is Device and isinstance(value, str)):
                 raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
+        for item_kind in get_args(inner):
+            # A list of sections, like data.sources.
+            if isinstance(item_kind, type) and issubclass(item_kind, msgspec.Struct) and isinstance(value, list):
+                for number, item in enumerate(cast(list[Any], value)):
+                    if isinstance(item, dict):
+                        check_keys(cast(Table, item), item_kind, f"{name}[{number}].")
 
 
 def section_type(kind: Any) -> Any:
