@@ -1,7 +1,8 @@
 """The documents of a chunk: whole ones, and pieces of texts too long to be held whole."""
 
+import re
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ ROWS = 64
 WINDOW_BYTES = 2048
 SEARCH_BYTES = 1 << 16
 TRIES = 16
+SEAM = re.compile(rb"(?<=\S)[ \n]")
 
 
 class Document(NamedTuple):
@@ -172,14 +174,11 @@ def find_cut(content: Any, wanted: int, size: int, tokenizer: Tokenizer) -> int:
         begin = max(0, place - WINDOW_BYTES)
         content.seek(begin)
         text: bytes = content.read(SEARCH_BYTES + 2 * WINDOW_BYTES)
-        at = place - begin
-        for _ in range(TRIES):
-            at = text.find(b"\n", at) + 1
-            if at == 0 or at >= len(text):
-                break
-            # Tokenizers tie a line's end to white space behind it, so a word must follow.
-            if not text[at : at + 1].isspace() and parts_at(text, at, tokenizer):
-                return begin + at
+        # Tokenizers tie a space to the word behind it, and white space to more of it: only before its first is a seam.
+        seams = SEAM.finditer(text, place - begin, place - begin + SEARCH_BYTES)
+        for seam in islice(seams, TRIES):
+            if parts_at(text, seam.start(), tokenizer):
+                return begin + seam.start()
     return size
 
 

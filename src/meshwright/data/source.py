@@ -60,7 +60,7 @@ def list_files(setting: str, source: str) -> tuple[Path, list[Path]]:
     return root, sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def plan_chunks(files: list[Path], divides: Literal["anywhere", "lines", "never"]) -> Iterator[Chunk]:
+def plan_chunks(files: list[Path], divides: Literal["anywhere", "words", "never"]) -> Iterator[Chunk]:
     """The files as chunks of about CHUNK_BYTES, in order: the same for the same files, whoever asks."""
     chunk: Chunk = []
     size = 0
@@ -79,7 +79,7 @@ def plan_chunks(files: list[Path], divides: Literal["anywhere", "lines", "never"
         yield chunk
 
 
-def plan_parts(file: Path, divides: Literal["anywhere", "lines", "never"]) -> list[Part]:
+def plan_parts(file: Path, divides: Literal["anywhere", "words", "never"]) -> list[Part]:
     """One file as parts of at most CHUNK_BYTES, or whole where it cannot be divided."""
     size = file.stat().st_size
     if file.suffix == ".parquet":

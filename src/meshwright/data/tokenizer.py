@@ -20,10 +20,11 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 # What well-known tokenizers call the token that ends a document, for those that come without tokenizer_config.json.
 USUAL_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
-# A line's end between two words is where most tokenizers can be parted. Those that cannot are found out by this.
-PROBE = ("One line of text.\n", "Another line, which follows.\n")
+# Before the space between two words is where most tokenizers' texts can be parted. Which cannot is found out by this.
+PROBE = ("A few words of text", " and a few more of them.\n")
 
 Ids = NDArray[Any]
+Divides = Literal["anywhere", "words", "never"]
 
 
 class Placed(NamedTuple):
@@ -37,12 +38,12 @@ class Tokenizer(Protocol):
     """What preparing, showing and sampling need of a tokenizer.
 
     end: the token that ends a document. divides: where a long text may be divided without a change of its tokens;
-    at lines only where its two sides prove to give the same tokens together and apart.
+    between words only where its two sides prove to give the same tokens together and apart.
     """
 
     vocabulary: int
     end: int
-    divides: Literal["anywhere", "lines", "never"]
+    divides: Divides
     template: ChatTemplate | None
 
     def encode(self, texts: Sequence[str | bytes]) -> list[Ids]:
@@ -63,7 +64,7 @@ class ByteTokenizer:
 
     vocabulary = VOCABULARY
     end = END
-    divides: Literal["anywhere", "lines", "never"] = "anywhere"
+    divides: Divides = "anywhere"
     template: ChatTemplate | None = None
 
     def encode(self, texts: Sequence[str | bytes]) -> list[Ids]:
@@ -96,7 +97,7 @@ class HuggingFaceTokenizer:
         self.vocabulary = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         self.end = end
         self.template = template
-        self.divides: Literal["anywhere", "lines", "never"] = "lines" if same_apart(self, *PROBE) else "never"
+        self.divides: Divides = "words" if same_apart(self, *PROBE) else "never"
 
     def encode(self, texts: Sequence[str | bytes]) -> list[Ids]:
         """Tokens of each text, at the library's best speed."""
