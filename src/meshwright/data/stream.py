@@ -115,7 +115,8 @@ class Stream:
     def _gather(self, samples: list[tuple[Split, Place]]) -> Batch[Tokens]:
         rows = [self._read(split, place) for split, place in samples]
         tokens = np.stack(rows)
-        targets = np.ascontiguousarray(tokens[:, 1:])
+        # A copy even of one row, which would be contiguous as it is: targets are masked, tokens are not.
+        targets = tokens[:, 1:].copy()
         if self._masks:
             # Here, because it loads torch, and processes that only prepare do without.
             from meshwright.models import NOT_COUNTED
