@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -37,6 +38,10 @@ class Document(NamedTuple):
     begins: bool = True
     ends: bool = True
 
+    def whole(self) -> bool:
+        """Whether it is no piece."""
+        return self.begins and self.ends
+
     def size(self) -> int:
         """About how many bytes of text."""
         if self.messages is not None:
@@ -57,17 +62,23 @@ def read_chunk(chunk: Chunk, tokenizer: Tokenizer) -> Iterator[Document]:
     """The chunk's documents in order."""
     for part in chunk:
         try:
-            match Path(part.file).suffix:
-                case ".jsonl":
-                    yield from read_lines(part)
-                case ".parquet":
-                    yield from read_rows(part)
-                case ".py":
-                    yield from read_module(part)
-                case _:
-                    yield from read_text(part, tokenizer)
+            for document in read_part(part, tokenizer):
+                yield from divided(document, tokenizer)
         except OSError as error:
             raise unreadable(part.file, error) from None
+
+
+def read_part(part: Part, tokenizer: Tokenizer) -> Iterator[Document]:
+    """The documents of some of a file."""
+    match Path(part.file).suffix:
+        case ".jsonl":
+            return read_lines(part)
+        case ".parquet":
+            return read_rows(part)
+        case ".py":
+            return read_module(part)
+        case _:
+            return read_text(part, tokenizer)
 
 
 def read_lines(part: Part) -> Iterator[Document]:
@@ -151,19 +162,34 @@ def read_module(part: Part) -> Iterator[Document]:
 
 
 def read_text(part: Part, tokenizer: Tokenizer) -> Iterator[Document]:
-    """A part of a .txt file, in pieces that give the tokens of the whole."""
+    """A part of a .txt file, in pieces."""
     file = Path(part.file)
     with file.open("rb") as content:
-        size = file.stat().st_size
-        places = range(part.start, part.stop, PIECE_BYTES) if tokenizer.divides != "never" else [0]
-        cuts = [find_cut(content, place, size, tokenizer) for place in (*places, part.stop)]
-        for start, stop in pairwise(cuts):
-            if start < size:
-                content.seek(start)
-                yield Document(lambda: part.file, text=content.read(stop - start), begins=start == 0, ends=stop == size)
+        yield from read_pieces(content, part.start, part.stop, file.stat().st_size, lambda: part.file, tokenizer)
 
 
-def find_cut(content: Any, wanted: int, size: int, tokenizer: Tokenizer) -> int:
+def divided(document: Document, tokenizer: Tokenizer) -> Iterator[Document]:
+    """A document, in pieces if its text is long: a tokenizer takes a hundred times a text's size of memory."""
+    if document.text is None or len(document.text) <= PIECE_BYTES or not document.whole():
+        yield document
+        return
+    text = document.text.encode() if isinstance(document.text, str) else document.text
+    yield from read_pieces(BytesIO(text), 0, len(text), len(text), document.place, tokenizer)
+
+
+def read_pieces(
+    content: BinaryIO, start: int, stop: int, size: int, place: Callable[[], str], tokenizer: Tokenizer
+) -> Iterator[Document]:
+    """Bytes `start` to `stop` of a text of `size`, in pieces that give the tokens of the whole."""
+    places = range(start, stop, PIECE_BYTES) if tokenizer.divides != "never" else [0]
+    cuts = [find_cut(content, wanted, size, tokenizer) for wanted in (*places, stop)]
+    for begin, end in pairwise(cuts):
+        if begin < size:
+            content.seek(begin)
+            yield Document(place, text=content.read(end - begin), begins=begin == 0, ends=end == size)
+
+
+def find_cut(content: BinaryIO, wanted: int, size: int, tokenizer: Tokenizer) -> int:
     """The first place from `wanted` on where the text can be divided; the file's end where there is none.
 
     Depends on the text alone, so that whoever reads the part before and whoever reads the part behind agree.
@@ -173,7 +199,7 @@ def find_cut(content: Any, wanted: int, size: int, tokenizer: Tokenizer) -> int:
     for place in range(wanted, size, PIECE_BYTES):
         begin = max(0, place - WINDOW_BYTES)
         content.seek(begin)
-        text: bytes = content.read(SEARCH_BYTES + 2 * WINDOW_BYTES)
+        text = content.read(SEARCH_BYTES + 2 * WINDOW_BYTES)
         # Tokenizers tie a space to the word behind it, and white space to more of it: only before its first is a seam.
         seams = SEAM.finditer(text, place - begin, place - begin + SEARCH_BYTES)
         for seam in islice(seams, TRIES):

@@ -17,7 +17,7 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 # that handing it out costs nothing.
 CHUNK_BYTES = 1 << 22
 # Where a long text may be divided is looked for at every multiple of this.
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 19
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,15 @@ from meshwright.spec import DataSettings, SettingError
 
 # Chunks handed out for each worker: one at work, and one that waits for its turn to be written.
 AHEAD = 2
+WORKER_ENVIRONMENT = {
+    # Each of them is one thread's worth of work; the library's own threads would fight over the cores.
+    "TOKENIZERS_PARALLELISM": "false",
+    # The library makes and frees a hundred times a text's size in small pieces: glibc is to give large stretches back
+    # at once, where it would keep up to 480 MB in a worker (benchmarks/tokenizing.py --memory).
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+}
 BEGIN = "from meshwright.data.workers import work; work()"
 
 
@@ -42,8 +51,7 @@ class Workers:
     def __init__(self, settings: DataSettings, vocabulary: int, count: int) -> None:
         self._dtype = dtype_of(vocabulary)
         self._count = count
-        # Each of them is one thread's worth of work; the library's own threads would fight over the cores.
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        environment = {**os.environ, **WORKER_ENVIRONMENT}
         command = [sys.executable, "-c", BEGIN]
         self._processes = [
             subprocess.Popen(

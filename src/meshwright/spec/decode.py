@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -223,7 +223,8 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
 def section_type(kind: Any) -> Any:
     """The section in "a section or nothing"; any other type as it is."""
     inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)]
-    return inner[0] if inner else kind
+    # A list of sections is none itself.
+    return inner[0] if inner and get_origin(kind) is not tuple else kind
 
 
 def field_names(kind: Any) -> set[str]:
