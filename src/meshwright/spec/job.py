@@ -181,7 +181,9 @@ def check_data(data: DataSettings) -> None:
         raise SettingError(f'data.path = "{data.path}"', reason, 'data.path = "", or left out')
     for setting, source in data.named_sources():
         if not source.path or not source.path.isprintable():
-            raise SettingError(f'{setting} = "{source.path}"', "must be the name of a folder or file", '"a-folder"')
+            raise SettingError(
+                f'{setting} = "{source.path}"', "must be the name of a folder or file", f'{setting} = "a-folder"'
+            )
         if not 0 < source.weight < float("inf"):
             name = setting.replace(".path", ".weight")
             raise SettingError(f"{name} = {source.weight}", "must be a number above 0", f"{name} = 1.0")
