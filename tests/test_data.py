@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from meshwright.data import END, Batches, Stream, TokenFolder, open_folder, open_stream, prepare
+from meshwright.data.read import NO_DOCUMENT
 from meshwright.data.shuffle import mix, permute
-from meshwright.data.stream import held_out_documents
+from meshwright.data.split import held_out_documents
 from meshwright.spec import DataSettings, SettingError
 from meshwright.spec.cluster import Cluster
 from meshwright.spec.decode import read_job
 from meshwright.spec.hardware import cluster_of
 
-PREPARE = sys.modules[prepare.__module__]  # the module; meshwright.data.prepare is the function
+BUILD = sys.modules["meshwright.data.build"]
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
 
 
@@ -58,6 +59,11 @@ def stream_of(corpus: Path, seed: int = 0, **changes: object) -> Stream:
     return Stream(prepare(settings), settings, seed)
 
 
+def prepared(settings: DataSettings) -> TokenFolder:
+    (folder,) = prepare(settings)
+    return folder
+
+
 def documents_of(folder: TokenFolder) -> list[str]:
     pairs = list(pairwise(folder.offsets))
     assert all(folder.tokens[end - 1] == END for _, end in pairs)
@@ -75,31 +81,31 @@ def refusal(call: Callable[[], object]) -> str:
 
 
 def test_documents_in_order(corpus: Path) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     assert documents_of(folder) == [text_of(document) for document in range(60)]
     assert folder.manifest.documents == 60
     assert folder.manifest.tokens_bytes == (folder.path / "tokens.bin").stat().st_size == 2 * folder.manifest.tokens
 
 
 def test_prepared_once(corpus: Path) -> None:
-    first = prepare(settings_for(corpus))
+    first = prepared(settings_for(corpus))
     written = (first.path / "tokens.bin").stat().st_mtime_ns
-    assert prepare(settings_for(corpus)).path == first.path
+    assert prepared(settings_for(corpus)).path == first.path
     assert (first.path / "tokens.bin").stat().st_mtime_ns == written
     assert sorted(p.name for p in first.path.iterdir()) == ["documents.npy", "manifest.json", "tokens.bin"]
     assert [p.name for p in first.path.parent.iterdir()] == [first.path.name]
 
 
 def test_a_prepared_folder_is_taken_as_it_is(corpus: Path, tmp_path: Path) -> None:
-    folder = prepare(settings_for(corpus))
-    again = prepare(settings_for(corpus, path=str(folder.path), cache=str(tmp_path / "unused")))
+    folder = prepared(settings_for(corpus))
+    again = prepared(settings_for(corpus, path=str(folder.path), cache=str(tmp_path / "unused")))
     assert again.manifest == folder.manifest
     assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove", "rename"])
 def test_a_changed_corpus_is_prepared_anew(corpus: Path, change: str) -> None:
-    before = prepare(settings_for(corpus))
+    before = prepared(settings_for(corpus))
     file = corpus / "inner" / "00.txt"
     match change:
         case "edit":
@@ -111,7 +117,7 @@ def test_a_changed_corpus_is_prepared_anew(corpus: Path, change: str) -> None:
             file.unlink()
         case _:
             file.rename(corpus / "zz.txt")
-    after = prepare(settings_for(corpus))
+    after = prepared(settings_for(corpus))
     assert after.path != before.path
     assert after.manifest.checksum != before.manifest.checksum
 
@@ -119,14 +125,14 @@ def test_a_changed_corpus_is_prepared_anew(corpus: Path, change: str) -> None:
 def test_text_without_content_is_no_document(corpus: Path) -> None:
     (corpus / "inner" / "empty.txt").write_text("")
     (corpus / "y.jsonl").write_text('{"text": ""}\n')
-    assert prepare(settings_for(corpus)).manifest.documents == 60
+    assert prepared(settings_for(corpus)).manifest.documents == 60
 
 
 def test_any_bytes_are_text(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     content = bytes(range(256)) * 9000  # longer than one piece
     (tmp_path / "corpus" / "a.txt").write_bytes(content)
-    folder = prepare(settings_for(tmp_path / "corpus"))
+    folder = prepared(settings_for(tmp_path / "corpus"))
     assert bytes(folder.tokens[:-1].astype(np.uint8)) == content
 
 
@@ -137,13 +143,13 @@ def test_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (library / name).write_text(name)
     (library / "latin.py").write_bytes(b"# caf\xe9")
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(library)})
-    folder = prepare(settings_for(tmp_path, path="stdlib"))
+    folder = prepared(settings_for(tmp_path, path="stdlib"))
     assert documents_of(folder) == ["a/x.py", "b.py"]
 
 
 def test_bigram_entropy_is_the_counted_one(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PREPARE, "CHUNK_TOKENS", 37)  # borders fall inside
-    folder = prepare(settings_for(corpus))
+    monkeypatch.setattr(BUILD, "COUNT_TOKENS", 37)  # borders fall inside
+    folder = prepared(settings_for(corpus))
     tokens = folder.tokens.tolist()
     pairs = Counter(pairwise(tokens))
     firsts = Counter(tokens[:-1])
@@ -155,28 +161,14 @@ def test_processes_may_prepare_at_once(corpus: Path) -> None:
     code = (
         "import sys; from meshwright.data.prepare import prepare; from meshwright.spec import DataSettings;"
         f"settings = DataSettings(path={str(corpus)!r}, sequence=16, global_batch=1, cache={str(corpus / 'c')!r});"
-        "sys.stdin.read(1); print(prepare(settings).manifest.checksum)"
+        "sys.stdin.read(1); print(prepare(settings)[0].manifest.checksum)"
     )
     command = [sys.executable, "-c", code]
     started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     checksums = {process.communicate("x")[0] for process in started}
     assert all(process.returncode == 0 for process in started)
-    assert checksums == {prepare(settings_for(corpus)).manifest.checksum + "\n"}
+    assert checksums == {prepared(settings_for(corpus)).manifest.checksum + "\n"}
     assert len(list((corpus / "c").iterdir())) == 1
-
-
-def test_the_second_to_finish_takes_the_firsts(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = settings_for(corpus)
-    other = prepare(msgspec.structs.replace(settings, cache=str(corpus.parent / "other")))
-    write_folder = PREPARE.write_folder
-
-    def write_and_lose(path: Path, *args: object) -> None:
-        write_folder(path, *args)
-        other.path.rename(path.parent / other.path.name)
-
-    monkeypatch.setattr(PREPARE, "write_folder", write_and_lose)
-    assert prepare(settings).manifest == other.manifest
-    assert len(list(Path(settings.cache).iterdir())) == 1
 
 
 # The split
@@ -213,7 +205,7 @@ def test_held_out_share(documents: int) -> None:
 def test_nothing_held_out(corpus: Path) -> None:
     stream = stream_of(corpus, held_out=0.0)
     assert stream.held_out_samples == 0
-    assert stream.training_samples == (prepare(settings_for(corpus)).manifest.tokens - 1) // 16
+    assert stream.training_samples == (prepared(settings_for(corpus)).manifest.tokens - 1) // 16
 
 
 # The stream
@@ -226,7 +218,7 @@ def test_samples_are_consecutive_pieces_of_the_training_documents(corpus: Path) 
     flat = np.array([token for document in packed for token in document])
     for index in range(stream.training_samples):
         tokens, targets, _ = stream.batch(0, index, 1)
-        offset = stream.sample_offset(0, index)
+        offset = stream.place(0, index).offset
         assert offset % 16 == 0
         assert tokens[0].tolist() == flat[offset : offset + 16].tolist()
         assert targets[0].tolist() == flat[offset + 1 : offset + 17].tolist()
@@ -253,10 +245,10 @@ def test_every_rank_knows_how_many_targets_of_the_whole_step_count(corpus: Path)
 def test_an_epoch_visits_each_sample_once_in_an_order_of_its_own(corpus: Path) -> None:
     stream = stream_of(corpus)
     count = stream.training_samples
-    epochs = [[stream.sample_offset(0, e * count + i) // 16 for i in range(count)] for e in range(2)]
+    epochs = [[stream.place(0, e * count + i).offset // 16 for i in range(count)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(count))
     assert epochs[0] != epochs[1]
-    assert epochs[0] != [stream_of(corpus, seed=1).sample_offset(0, i) // 16 for i in range(count)]
+    assert epochs[0] != [stream_of(corpus, seed=1).place(0, i).offset // 16 for i in range(count)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
@@ -377,22 +369,22 @@ def test_held_out_samples_end(corpus: Path) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    line = refusal(lambda: prepare(settings_for(tmp_path / "none")))
-    assert line == f'data.path = "{tmp_path}/none": no such folder; nearest that works: data.path = "stdlib"'
+    line = refusal(lambda: prepared(settings_for(tmp_path / "none")))
+    assert line == f'data.path = "{tmp_path}/none": no such file or folder; nearest that works: data.path = "stdlib"'
 
 
-def test_a_file_is_no_folder(corpus: Path) -> None:
-    line = refusal(lambda: prepare(settings_for(corpus / "z.jsonl")))
-    assert line == (
-        f'data.path = "{corpus}/z.jsonl": is a file, not a folder; nearest that works: data.path = "{corpus}"'
+def test_a_file_of_another_kind(corpus: Path) -> None:
+    assert refusal(lambda: prepare(settings_for(corpus / "ignored.md"))) == (
+        f'data.path = "{corpus}/ignored.md": is not a file of text or tokens; nearest that works: '
+        "data.path = a folder, or a file that ends in .txt, .jsonl, .parquet, .npy or .bin"
     )
 
 
 def test_no_text_files(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    line = refusal(lambda: prepare(settings_for(tmp_path / "corpus")))
+    line = refusal(lambda: prepared(settings_for(tmp_path / "corpus")))
     assert line == (
-        f'data.path = "{tmp_path}/corpus": holds no .txt or .jsonl file; '
+        f'data.path = "{tmp_path}/corpus": holds no .txt, .jsonl or .parquet file; '
         "nearest that works: a folder of .txt or .jsonl files"
     )
 
@@ -400,7 +392,7 @@ def test_no_text_files(tmp_path: Path) -> None:
 def test_no_text(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "a.txt").touch()
-    line = refusal(lambda: prepare(settings_for(tmp_path / "corpus")))
+    line = refusal(lambda: prepared(settings_for(tmp_path / "corpus")))
     assert line == (
         f'data.path = "{tmp_path}/corpus": holds files but no text; '
         "nearest that works: a folder of .txt or .jsonl files"
@@ -413,21 +405,21 @@ def test_no_text(tmp_path: Path) -> None:
     [
         ('{"text": "cut', "is not JSON in UTF-8"),
         ("plain text", "is not JSON in UTF-8"),
-        ('{"content": "x"}', 'has no "text" that is a string'),
-        ('{"text": 3}', 'has no "text" that is a string'),
-        ('["text"]', 'has no "text" that is a string'),
+        ('{"content": "x"}', NO_DOCUMENT),
+        ('{"text": 3}', NO_DOCUMENT),
+        ('["text"]', NO_DOCUMENT),
     ],
 )
 def test_bad_line(corpus: Path, line: str, reason: str) -> None:
     (corpus / "bad.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
-    said = refusal(lambda: prepare(settings_for(corpus)))
+    said = refusal(lambda: prepared(settings_for(corpus)))
     assert said == f'{corpus}/bad.jsonl line 3: {reason}; nearest that works: {{"text": "..."}}'
     assert list((corpus.parent / "cache").iterdir()) == []
 
 
 def test_unreadable_file(corpus: Path) -> None:
     (corpus / "gone.txt").symlink_to(corpus / "nowhere")
-    said = refusal(lambda: prepare(settings_for(corpus)))
+    said = refusal(lambda: prepared(settings_for(corpus)))
     assert said == (
         f"{corpus}/gone.txt: cannot be read (No such file or directory); "
         "nearest that works: a readable file, or a folder without it"
@@ -435,11 +427,11 @@ def test_unreadable_file(corpus: Path) -> None:
 
 
 def test_truncated_tokens(corpus: Path) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     size = folder.manifest.tokens_bytes
     os.truncate(folder.path / "tokens.bin", size - 100)
     for path in (corpus, folder.path):  # from the cache, and given as data.path
-        assert refusal(lambda path=path: prepare(settings_for(path))) == (
+        assert refusal(lambda path=path: prepared(settings_for(path))) == (
             f"token folder {folder.path}: tokens.bin has {size - 100} bytes where manifest.json says {size}; "
             "nearest that works: remove the folder and prepare it again"
         )
@@ -457,30 +449,30 @@ def test_truncated_tokens(corpus: Path) -> None:
     ],
 )
 def test_damaged_folder(corpus: Path, file: str, content: bytes | None, reason: str) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     (folder.path / file).unlink()
     if content is not None:
         (folder.path / file).write_bytes(content)
-    said = refusal(lambda: prepare(settings_for(folder.path)))
+    said = refusal(lambda: prepared(settings_for(folder.path)))
     assert said.startswith(f"token folder {folder.path}: {reason}")
     assert said.endswith("; nearest that works: remove the folder and prepare it again")
 
 
 def test_documents_that_do_not_fit(corpus: Path) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     np.save(folder.path / "documents.npy", folder.offsets[:-1], allow_pickle=False)
     assert "documents.npy does not fit manifest.json" in refusal(lambda: open_folder(folder.path))
 
 
 def test_nothing_is_unpickled(corpus: Path) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     np.save(folder.path / "documents.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "documents.npy is missing or damaged" in refusal(lambda: open_folder(folder.path))
 
 
 def test_corpus_shorter_than_a_sample(corpus: Path) -> None:
     line = refusal(lambda: stream_of(corpus, sequence=100_000, held_out=0.0))
-    tokens = prepare(settings_for(corpus)).manifest.tokens
+    tokens = prepared(settings_for(corpus)).manifest.tokens
     assert line == (
         f"data.sequence = 100000: a sample needs 100001 tokens and the training documents have {tokens}; "
         f"nearest that works: data.sequence = {tokens - 1}"
@@ -520,7 +512,7 @@ def test_full_disk(corpus: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        line = refusal(lambda: prepare(settings))
+        line = refusal(lambda: prepared(settings))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert line == (
@@ -528,11 +520,11 @@ def test_full_disk(corpus: Path) -> None:
         "nearest that works: a writable folder with room for twice the text"
     )
     assert list(Path(settings.cache).iterdir()) == []
-    assert prepare(settings).manifest.documents == 61
+    assert prepared(settings).manifest.documents == 61
 
 
 def test_cache_that_cannot_be_made(corpus: Path) -> None:
-    line = refusal(lambda: prepare(settings_for(corpus, cache=str(corpus / "z.jsonl" / "cache"))))
+    line = refusal(lambda: prepared(settings_for(corpus, cache=str(corpus / "z.jsonl" / "cache"))))
     assert "tokens cannot be written there (Not a directory)" in line
 
 
@@ -549,7 +541,7 @@ def one_process(_: int) -> Cluster:
 
 
 def test_a_token_outside_the_vocabulary(corpus: Path) -> None:
-    folder = prepare(settings_for(corpus))
+    folder = prepared(settings_for(corpus))
     smaller = msgspec.structs.replace(folder.manifest, vocabulary=100)
     (folder.path / "manifest.json").write_bytes(msgspec.json.encode(smaller))
     line = refusal(lambda: stream_of(corpus).batch(0, 0, 12))

@@ -241,6 +241,8 @@ def test_every_dependency_is_pinned():
         *project["dependencies"],
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
+    # An extra may include another one.
+    wanted = [name for name in wanted if not name.startswith("meshwright[")]
     pins = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert {distribution(name) for name in wanted} - {distribution(name) for name in pins} == set()
 

@@ -236,9 +236,9 @@ def test_refused_data_is_one_line_and_the_mended_job_runs(tmp_path: Path) -> Non
         assert not (tmp_path / "runs" / "tiny").exists()
         return train.stderr
 
-    assert f'data.path = "{text}": no such folder' in refused(1)
+    assert f'data.path = "{text}": no such file or folder' in refused(1)
     text.mkdir()
-    assert f'data.path = "{text}": holds no .txt or .jsonl file' in refused(2)
+    assert f'data.path = "{text}": holds no .txt, .jsonl or .parquet file' in refused(2)
     text.rmdir()
     shutil.move(tmp_path / "aside", text)
     assert run("train", job, "--set", "layout.shard=1", MARK=str(tmp_path)).returncode == 0

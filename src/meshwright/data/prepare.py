@@ -1,55 +1,67 @@
-"""From text to a token folder, once: built beside its place and renamed into it last."""
+"""From text to token folders, once: each is built beside its place, in steps that can be taken up again, and renamed
+into it last."""
 
+import fcntl
 import hashlib
 import os
 import shutil
-import tempfile
-from array import array
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
-
-from meshwright.data.folder import (
-    DOCUMENTS_FILE,
-    END,
-    MANIFEST_FILE,
-    TOKENS_FILE,
-    VOCABULARY,
-    Manifest,
-    TokenFolder,
-    is_prepared,
-    open_folder,
-)
-from meshwright.data.source import STANDARD_LIBRARY, list_files, read_documents
+from meshwright.data.build import FolderBuilder
+from meshwright.data.encode import Encoded, dtype_of, encode_chunk
+from meshwright.data.folder import TokenFolder, is_prepared, open_folder
+from meshwright.data.in_place import write_index
+from meshwright.data.progress import TokenisingProgress
+from meshwright.data.source import CHUNK_BYTES, STANDARD_LIBRARY, Chunk, list_files, plan_chunks
+from meshwright.data.tokenizer import BYTES, Tokenizer, identity_of, open_tokenizer
+from meshwright.data.workers import Workers
 from meshwright.spec import DataSettings, SettingError
+from meshwright.spec.job import TOKEN_FILES
 
-# Bumped when the same text would give other tokens: it is part of the fingerprint.
-TOKENIZER = "bytes-1"
-CHUNK_TOKENS = 1 << 24
+# Seconds of work that an interruption may cost.
+SAVE_EVERY_S = 2.0
 
 
-def prepare(settings: DataSettings) -> TokenFolder:
-    """The token folder of `settings.path`: as it is if prepared already, from the cache, or made now.
+def prepare(settings: DataSettings, workers: int | None = None) -> list[TokenFolder]:
+    """The token folder of each source: as it is if prepared already, from the cache, or made now.
 
-    Any number of processes may do this at once; each makes its own and the first to finish is kept.
+    workers: processes that tokenise; as many as there are cores if not given, or one where that is faster. Their
+    number does not change the tokens. Any number of processes may call this at once: one makes a folder, the others
+    wait for it.
     """
-    given = Path(settings.path).expanduser()
-    if settings.path != STANDARD_LIBRARY and is_prepared(given):
+    return [prepare_source(settings, name, source.path, workers) for name, source in settings.named_sources()]
+
+
+def prepare_source(settings: DataSettings, setting: str, source: str, workers: int | None) -> TokenFolder:
+    """One source's token folder."""
+    given = Path(source).expanduser()
+    if source != STANDARD_LIBRARY and is_prepared(given):
         return open_folder(given)
-    root, files = list_files(settings.path)
-    fingerprint = fingerprint_of(root, files)
+    in_place = given.suffix in TOKEN_FILES and given.is_file()
+    root, files = (given.parent, [given]) if in_place else list_files(setting, source)
+    fingerprint = fingerprint_of(settings, root, files, in_place=in_place)
     place = Path(settings.cache).expanduser() / fingerprint[:16]
     if not place.is_dir():
-        build(settings, files, fingerprint, place)
+        with building(settings, place) as partial:
+            if partial is None:
+                pass
+            elif in_place:
+                write_index(partial, settings, setting, given, fingerprint)
+            else:
+                write_folder(partial, settings, setting, source, files, fingerprint, workers)
     return open_folder(place)
 
 
-def fingerprint_of(root: Path, files: list[Path]) -> str:
-    """Changes when a file is added, removed, renamed, resized or written to."""
-    listing = hashlib.sha256(f"{TOKENIZER}\n{root.resolve()}\n".encode(errors="surrogateescape"))
+def fingerprint_of(settings: DataSettings, root: Path, files: list[Path], *, in_place: bool) -> str:
+    """Changes when a file is added, removed, renamed, resized or written to, and with the tokenizer."""
+    identity = f"in-place-1\n{settings.dtype}\n{settings.end_token}\n" if in_place else ""
+    identity += identity_of(settings)
+    listing = hashlib.sha256(f"{identity}\n{root.resolve()}\n".encode(errors="surrogateescape"))
     for file in files:
         # A dangling link has no size; reading it says so in a clear line.
         stat = file.stat() if file.exists() else None
@@ -58,89 +70,111 @@ def fingerprint_of(root: Path, files: list[Path]) -> str:
     return listing.hexdigest()
 
 
-def build(settings: DataSettings, files: list[Path], fingerprint: str, place: Path) -> None:
-    """Make the token folder at `place`, whole or not at all."""
-    partial: Path | None = None
+@contextmanager
+def building(settings: DataSettings, place: Path) -> Iterator[Path | None]:
+    """The folder to build in, this process's alone; renamed to `place` at the end. None: another process was first.
+
+    A refusal removes it. Anything else that ends the process leaves it, to be gone on with.
+    """
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        write_folder(partial, settings.path, files, fingerprint)
-        partial.chmod(0o755)  # mkdtemp's folders are closed to the rest of a team
+        lock = lock_folder(partial, place)
         try:
-            partial.rename(place)
-        except OSError:
-            # Another process was first; what it made is the same. Any other reason is raised on.
-            if not is_prepared(place):
+            if lock is None:
+                yield None
+                return
+            try:
+                yield partial
+            except (SettingError, OSError):
+                shutil.rmtree(partial, ignore_errors=True)
                 raise
+            except KeyboardInterrupt:
+                print("stopped; the same command goes on from here", file=sys.stderr)
+                raise
+            partial.rename(place)
+        finally:
+            if lock is not None:
+                os.close(lock)
     except OSError as error:
         raise SettingError(
             f'data.cache = "{settings.cache}"',
             f"tokens cannot be written there ({error.strerror})",
             "a writable folder with room for twice the text",
         ) from None
-    finally:
-        if partial is not None:
+
+
+def lock_folder(partial: Path, place: Path) -> int | None:
+    """Make the folder and lock it, for as long as the process lives or until closed; None once `place` is there."""
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        folder = os.open(partial, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if place.is_dir():
+            os.close(folder)
+            # What this call made where the other's had been.
             shutil.rmtree(partial, ignore_errors=True)
+            return None
+        # While this waited, the folder may have been removed or renamed, and then the lock is on nothing.
+        if partial.exists() and os.path.samestat(os.fstat(folder), partial.stat()):
+            return folder
+        os.close(folder)
 
 
-def write_folder(path: Path, source: str, files: list[Path], fingerprint: str) -> None:
-    """Fill `path` with the three files, one pass over the text and one over the tokens."""
-    with (path / TOKENS_FILE).open("wb", buffering=1 << 20) as file:
-        offsets, checksum = write_tokens(file, source, files)
-        flush(file)
-    if len(offsets) == 1:
-        raise SettingError(f'data.path = "{source}"', "holds files but no text", "a folder of .txt or .jsonl files")
-    with (path / DOCUMENTS_FILE).open("wb") as file:
-        np.save(file, offsets, allow_pickle=False)
-        flush(file)
-    tokens = np.memmap(path / TOKENS_FILE, dtype="<u2", mode="r")
-    manifest = Manifest(
-        source=source,
-        fingerprint=fingerprint,
-        documents=len(offsets) - 1,
-        tokens=tokens.size,
-        tokens_bytes=tokens.nbytes,
-        vocabulary=VOCABULARY,
-        checksum=checksum,
-        bigram_entropy=bigram_entropy(tokens, VOCABULARY),
-    )
-    with (path / MANIFEST_FILE).open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-        flush(file)
+def write_folder(
+    path: Path,
+    settings: DataSettings,
+    setting: str,
+    source: str,
+    files: list[Path],
+    fingerprint: str,
+    workers: int | None,
+) -> None:
+    """Fill `path` with the files of a token folder."""
+    tokenizer = open_tokenizer(settings)
+    vocabulary = tokenizer.vocabulary
+    total = sum(part.weight_bytes for chunk in plan_chunks(files, tokenizer.divides) for part in chunk)
+    chunks = plan_chunks(files, tokenizer.divides)
+    if workers is None:
+        # Bytes cost less to make than to send; and a process costs more to start than a chunk.
+        workers = 1 if settings.tokenizer == BYTES else min(available_cores(), -(-total // CHUNK_BYTES))
+    with FolderBuilder(path, dtype_of(vocabulary)) as builder:
+        done = sum(size_of(chunk) for chunk in islice(chunks, builder.done.chunks))
+        with TokenisingProgress(total, done) as progress:
+            if workers > 1:
+                with Workers(settings, vocabulary, workers) as pool:
+                    add_all(builder, pool.encode(chunks), progress)
+            else:
+                add_all(builder, encode_here(chunks, tokenizer), progress)
+        if not builder.done.documents:
+            raise SettingError(f'{setting} = "{source}"', "holds files but no text", "a folder of .txt or .jsonl files")
+        builder.finish(source=source, fingerprint=fingerprint, vocabulary=vocabulary)
 
 
-def write_tokens(file: BinaryIO, source: str, files: list[Path]) -> tuple[NDArray[np.int64], str]:
-    """Write each document that has text, and its end token. Returns the offsets and the checksum."""
-    end = np.array([END], dtype="<u2").tobytes()
-    checksum = hashlib.sha256()
-    offsets = array("q", [0])  # 8 bytes a document, where a list takes 40
-    for document in read_documents(source, files):
-        length = 0
-        for piece in document:
-            tokens = np.frombuffer(piece, dtype=np.uint8).astype("<u2").tobytes()
-            length += len(piece)
-            file.write(tokens)
-            checksum.update(tokens)
-        if length:
-            file.write(end)
-            checksum.update(end)
-            offsets.append(offsets[-1] + length + 1)
-    return np.array(offsets, dtype=np.int64), checksum.hexdigest()
+def add_all(builder: FolderBuilder, encoded: Iterable[tuple[Chunk, Encoded]], progress: TokenisingProgress) -> None:
+    """Add chunks as they come; now and then make sure of them."""
+    saved = time.monotonic()
+    try:
+        for chunk, tokens in encoded:
+            builder.add(tokens)
+            progress.advance(size_of(chunk))
+            if time.monotonic() - saved >= SAVE_EVERY_S:
+                builder.save()
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        builder.save()
+        raise
 
 
-def flush(file: BinaryIO) -> None:
-    """To the disk itself, so that what is renamed into place is whole even after a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
+def encode_here(chunks: Iterable[Chunk], tokenizer: Tokenizer) -> Iterator[tuple[Chunk, Encoded]]:
+    """Each chunk's tokens, made in this process."""
+    return ((chunk, encode_chunk(chunk, tokenizer)) for chunk in chunks)
 
 
-def bigram_entropy(tokens: NDArray[Any], vocabulary: int) -> float:
-    """Mean uncertainty of a token given the one before it, in nats, over all adjacent pairs of `tokens`."""
-    counts = np.zeros(vocabulary * vocabulary, dtype=np.int64)
-    for start in range(0, tokens.size - 1, CHUNK_TOKENS):
-        chunk = tokens[start : start + CHUNK_TOKENS + 1].astype(np.int64)  # one more: the pair across the border
-        counts += np.bincount(chunk[:-1] * vocabulary + chunk[1:], minlength=counts.size)
-    pairs = counts.reshape(vocabulary, vocabulary)
-    firsts = np.broadcast_to(pairs.sum(axis=1, keepdims=True), pairs.shape)
-    seen = pairs > 0
-    return float((pairs[seen] * np.log(firsts[seen] / pairs[seen])).sum() / pairs.sum())
+def size_of(chunk: Chunk) -> int:
+    """Its bytes of text."""
+    return sum(part.weight_bytes for part in chunk)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

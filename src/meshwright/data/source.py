@@ -1,9 +1,10 @@
-"""Where text comes from: the files of a source in a fixed order, and their documents as pieces of bytes."""
+"""Where text comes from: the files of a source in a fixed order, and how they are cut into chunks of work."""
 
 import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -11,88 +12,104 @@ from meshwright.spec import SettingError
 
 STANDARD_LIBRARY = "stdlib"
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "__pycache__"}
-PIECE_BYTES = 1 << 20
-EXAMPLE_LINE = '{"text": "..."}'
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+# Text that is tokenised at a time: small enough for little memory and for little to be lost when stopped, large enough
+# that handing it out costs nothing.
+CHUNK_BYTES = 1 << 22
+# Where a long text may be divided is looked for at every multiple of this.
+PIECE_BYTES = 1 << 19
 
 
-class Line(msgspec.Struct):
-    """What is read of a line of .jsonl; its other fields are passed over."""
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """Some of a file: bytes of a .txt, the lines of a .jsonl that begin there, or row groups of a .parquet file.
 
-    text: str
+    weight_bytes: the file's bytes in it, to show how far things are.
+    """
+
+    file: str
+    start: int
+    stop: int
+    weight_bytes: int
 
 
-def list_files(source: str) -> tuple[Path, list[Path]]:
-    """The source's folder and its text files, sorted by path, so that document numbers do not change by themselves."""
+Chunk = list[Part]
+
+
+def list_files(setting: str, source: str) -> tuple[Path, list[Path]]:
+    """The source's folder and its files of text, sorted by path, so that document numbers do not change by themselves.
+
+    setting: what named the source, for an error.
+    """
     if source == STANDARD_LIBRARY:
         root, suffixes = Path(sysconfig.get_paths()["stdlib"]), (".py",)
     else:
-        root, suffixes = Path(source).expanduser(), (".txt", ".jsonl")
+        root, suffixes = Path(source).expanduser(), SUFFIXES
+    if root.is_file() and root.suffix in suffixes:
+        return root.parent, [root]
     if not root.is_dir():
-        reason = "is a file, not a folder" if root.exists() else "no such folder"
-        nearest = f'data.path = "{root.parent}"' if root.exists() else 'data.path = "stdlib"'
-        raise SettingError(f'data.path = "{source}"', reason, nearest)
+        reason = "is not a file of text or tokens" if root.exists() else "no such file or folder"
+        nearest = f"{setting} = a folder, or a file that ends in {', '.join(SUFFIXES)}, .npy or .bin"
+        raise SettingError(f'{setting} = "{source}"', reason, nearest if root.exists() else f'{setting} = "stdlib"')
     found: list[Path] = []
     for folder, inner, names in os.walk(root, onerror=_refuse):
         inner[:] = [name for name in inner if name not in NOT_THE_LIBRARY] if source == STANDARD_LIBRARY else inner
         found += [Path(folder, name) for name in names if name.endswith(suffixes)]
     if not found:
-        raise SettingError(
-            f'data.path = "{source}"', f"holds no {' or '.join(suffixes)} file", "a folder of .txt or .jsonl files"
-        )
+        kinds = " or ".join((", ".join(suffixes[:-1]), suffixes[-1]) if len(suffixes) > 1 else suffixes)
+        raise SettingError(f'{setting} = "{source}"', f"holds no {kinds} file", "a folder of .txt or .jsonl files")
     return root, sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def read_documents(source: str, files: list[Path]) -> Iterator[Iterator[bytes]]:
-    """Each document as an iterator of pieces, never whole in memory where it is a file of plain text."""
+def plan_chunks(files: list[Path], divides: Literal["anywhere", "words", "never"]) -> Iterator[Chunk]:
+    """The files as chunks of about CHUNK_BYTES, in order: the same for the same files, whoever asks."""
+    chunk: Chunk = []
+    size = 0
     for file in files:
         try:
-            if file.suffix == ".jsonl":
-                for text in read_lines(file):
-                    yield iter([text])
-            elif source == STANDARD_LIBRARY:
-                yield iter([read_module(file)])
-            else:
-                yield read_pieces(file)
+            parts = plan_parts(file, divides)
         except OSError as error:
             raise unreadable(file, error) from None
+        for part in parts:
+            if chunk and size + part.weight_bytes > CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(part)
+            size += part.weight_bytes
+    if chunk:
+        yield chunk
 
 
-def read_lines(file: Path) -> Iterator[bytes]:
-    """The text of each line of a .jsonl file; blank lines are passed over."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = msgspec.json.decode(line, type=Line).text
-            except msgspec.ValidationError:
-                raise SettingError(f"{file} line {number}", 'has no "text" that is a string', EXAMPLE_LINE) from None
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                raise SettingError(f"{file} line {number}", "is not JSON in UTF-8", EXAMPLE_LINE) from None
-            yield text.encode()
+def plan_parts(file: Path, divides: Literal["anywhere", "words", "never"]) -> list[Part]:
+    """One file as parts of at most CHUNK_BYTES, or whole where it cannot be divided."""
+    size = file.stat().st_size
+    if file.suffix == ".parquet":
+        groups = open_parquet(file).metadata.num_row_groups
+        share = size // max(1, groups)
+        return [Part(file=str(file), start=n, stop=n + 1, weight_bytes=share) for n in range(groups)]
+    if file.suffix == ".py" or (file.suffix == ".txt" and divides == "never"):
+        return [Part(file=str(file), start=0, stop=size, weight_bytes=size)]
+    stops = [*range(CHUNK_BYTES, size, CHUNK_BYTES), size]
+    return [
+        Part(file=str(file), start=start, stop=stop, weight_bytes=stop - start)
+        for start, stop in zip([0, *stops], stops, strict=False)
+    ]
 
 
-def read_module(file: Path) -> bytes:
-    """A Python source file; nothing where it is not UTF-8 (the library keeps a few such files to test itself)."""
-    content = file.read_bytes()
+def open_parquet(file: Path) -> Any:
+    """A .parquet file. Raises SettingError where pyarrow is missing or cannot read it."""
     try:
-        content.decode("utf-8")
-    except UnicodeDecodeError:
-        return b""
-    return content
-
-
-def read_pieces(file: Path) -> Iterator[bytes]:
-    """A file of plain text, a piece at a time."""
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        nearest = "pip install 'meshwright[parquet]', or .jsonl files"
+        raise SettingError(str(file), "pyarrow, which reads it, is not installed", nearest) from None
     try:
-        with file.open("rb") as content:
-            while piece := content.read(PIECE_BYTES):
-                yield piece
-    except OSError as error:
-        raise unreadable(file, error) from None
+        return parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise SettingError(str(file), f"is not a Parquet file ({error})", "a folder without it") from None
 
 
-def unreadable(file: Path, error: OSError) -> SettingError:
+def unreadable(file: Path | str, error: OSError) -> SettingError:
     """A source file that cannot be read."""
     return SettingError(str(file), f"cannot be read ({error.strerror})", "a readable file, or a folder without it")
 

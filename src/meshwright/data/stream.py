@@ -1,14 +1,17 @@
 """Samples as a pure function of (seed, step, index in the global batch). docs/data.md states it in full."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from meshwright.data.folder import TokenFolder
+from meshwright.data.mixture import most_without_repeating, turn_of, whole_shares
 from meshwright.data.prepare import prepare
-from meshwright.data.shuffle import mix, permute
+from meshwright.data.shuffle import permute
+from meshwright.data.split import Split, held_out_documents
 from meshwright.spec import DataSettings, Job, SettingError
 
 Tokens = NDArray[Any]
@@ -33,140 +36,135 @@ class Batch(NamedTuple, Generic[Array]):
         return Batch(change(self.tokens), change(self.targets), documents)
 
 
-class Split:
-    """Some of a corpus's documents, end to end, as if they were one array; held as runs of adjacent documents."""
+class Place(NamedTuple):
+    """Where a sample is: in which source, and from which token of that source's split on."""
 
-    def __init__(self, folder: TokenFolder, chosen: NDArray[np.bool_]) -> None:
-        # A run starts where `chosen` turns true and ends where it turns false.
-        edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-        runs = folder.offsets[edges].reshape(-1, 2)
-        self._corpus = folder.tokens
-        self._offsets = folder.offsets
-        self._starts = runs[:, 0]  # in the corpus
-        self._before = np.concatenate(([0], np.cumsum(runs[:, 1] - runs[:, 0])))  # tokens of the split before each run
-        self.tokens = int(self._before[-1])
+    source: int
+    offset: int
 
-    def read(self, start: int, count: int) -> NDArray[Any]:
-        """`count` tokens from the split's token `start` on."""
-        return np.concatenate([self._corpus[piece] for piece in self._pieces(start, count)])
 
-    def documents(self, start: int, count: int) -> NDArray[np.int32]:
-        """In which document each of these tokens is, counted from 0 where they begin."""
-        begins = np.zeros(count, dtype=np.int32)
-        done = 0
-        for piece in self._pieces(start, count):
-            first, last = np.searchsorted(self._offsets, (piece.start, piece.stop), side="left")
-            begins[self._offsets[first:last] - piece.start + done] = 1
-            done += piece.stop - piece.start
-        begins[0] = 0
-        return np.cumsum(begins, dtype=np.int32)
+class SourceSplits:
+    """One source's splits, cut into samples."""
 
-    def _pieces(self, start: int, count: int) -> Iterator[slice]:
-        """Where in the corpus these tokens are."""
-        run = int(np.searchsorted(self._before, start, side="right")) - 1
-        while count > 0:
-            take = min(count, int(self._before[run + 1]) - start)
-            place = int(self._starts[run] - self._before[run]) + start
-            yield slice(place, place + take)
-            start, count, run = start + take, count - take, run + 1
+    def __init__(self, folder: TokenFolder, settings: DataSettings, setting: str) -> None:
+        held_out = held_out_documents(folder.manifest.documents, settings.held_out)
+        self.folder = folder
+        self.training = Split(folder, ~held_out)
+        self.held_out = Split(folder, held_out)
+        self.training_samples = (self.training.tokens - 1) // settings.sequence
+        self.held_out_samples = max(0, (self.held_out.tokens - 1) // settings.sequence)
+        where = f" of {setting}" if settings.sources else ""
+        if self.training_samples < 1:
+            raise too_short(settings, f"training documents{where}", self.training.tokens, "")
+        if settings.held_out > 0 and self.held_out_samples < 1:
+            larger = ", or a larger data.held_out"
+            raise too_short(settings, f"held-out documents{where}", self.held_out.tokens, larger)
 
 
 class Stream:
     """The training samples in their order, and the held-out samples. Holds no position: every call says where."""
 
-    def __init__(self, folder: TokenFolder, settings: DataSettings, seed: int) -> None:
-        held_out = held_out_documents(folder.manifest.documents, settings.held_out)
-        self._training = Split(folder, ~held_out)
-        self._held_out = Split(folder, held_out)
-        self._path = folder.path
-        self._vocabulary = folder.manifest.vocabulary
-        self.bigram_entropy = folder.manifest.bigram_entropy
-        self.checksum = folder.manifest.checksum
-        self._by_document = settings.attention == "document"
+    def __init__(self, folders: Sequence[TokenFolder], settings: DataSettings, seed: int) -> None:
+        named = settings.named_sources()
+        pairs = zip(folders, named, strict=True)
+        self.sources = [SourceSplits(folder, settings, name) for folder, (name, _) in pairs]
+        self.shares = whole_shares([source.weight for _, source in named])
         self.sequence = settings.sequence
         self.global_batch = settings.global_batch
         self.seed = seed
-        self.training_samples = (self._training.tokens - 1) // self.sequence
-        self.held_out_samples = max(0, (self._held_out.tokens - 1) // self.sequence)
-        if self.training_samples < 1:
-            raise too_short(settings, "training", self._training.tokens)
-        if settings.held_out > 0 and self.held_out_samples < 1:
-            raise too_short(settings, "held-out", self._held_out.tokens)
+        self.training_samples = sum(source.training_samples for source in self.sources)
+        held_out = [source.held_out_samples for source in self.sources]
+        self.held_out_samples = most_without_repeating(held_out, self.shares)
+        # A mixture's would be neither one's: which token comes first says little of which source it is from.
+        self.bigram_entropy = folders[0].manifest.bigram_entropy if len(folders) == 1 else None
+        self.checksum = checksum_of(folders, self.shares)
+        self._by_document = settings.attention == "document"
+        self._masks = any(folder.masked is not None for folder in folders)
 
-    def sample_offset(self, step: int, index: int) -> int:
-        """Where in the training split sample `index` of `step`'s global batch starts."""
-        epoch, position = divmod(step * self.global_batch + index, self.training_samples)
-        return permute(position, self.training_samples, (self.seed, epoch)) * self.sequence
+    def place(self, step: int, index: int) -> Place:
+        """Where sample `index` of `step`'s global batch is, in its source's training split."""
+        source, number = turn_of(step * self.global_batch + index, self.shares)
+        samples = self.sources[source].training_samples
+        epoch, position = divmod(number, samples)
+        # The first source's key is a lone source's: one source in a list is the same as one path.
+        key = (self.seed, epoch, source) if source else (self.seed, epoch)
+        return Place(source, permute(position, samples, key) * self.sequence)
 
     def batch(self, step: int, first_index: int, count: int) -> Batch[Tokens]:
         """Samples `first_index` and on of a step's global batch."""
-        indices = range(first_index, first_index + count)
-        return self._gather(self._training, [self.sample_offset(step, index) for index in indices])
+        places = [self.place(step, index) for index in range(first_index, first_index + count)]
+        return self._gather([(self.sources[place.source].training, place) for place in places])
 
-    def counted(self, step: int) -> int:  # noqa: ARG002
-        """How many targets of a step's whole global batch are counted."""
-        return self.global_batch * self.sequence
+    def counted(self, step: int) -> int:
+        """How many targets of a step's whole global batch are counted. Only masks are read for it, if there are any."""
+        everything = self.global_batch * self.sequence
+        if not self._masks:
+            return everything
+        places = [self.place(step, index) for index in range(self.global_batch)]
+        masks = (self.sources[place.source].training.masked(place.offset + 1, self.sequence) for place in places)
+        return everything - sum(int(np.count_nonzero(mask)) for mask in masks)
 
     def held_out_batch(self, index: int, count: int) -> Batch[Tokens]:
-        """Held-out samples `index` and on, in the corpus's order."""
+        """Held-out samples `index` and on: each source's in its corpus's order."""
         if not 0 <= index <= index + count <= self.held_out_samples:
             raise IndexError(f"held-out samples {index} to {index + count - 1} of {self.held_out_samples}")
-        return self._gather(self._held_out, [number * self.sequence for number in range(index, index + count)])
+        turns = [turn_of(number, self.shares) for number in range(index, index + count)]
+        places = [Place(source, number * self.sequence) for source, number in turns]
+        return self._gather([(self.sources[place.source].held_out, place) for place in places])
 
-    def _gather(self, split: Split, offsets: list[int]) -> Batch[Tokens]:
-        samples = np.stack([split.read(offset, self.sequence + 1) for offset in offsets]).astype(np.int64)
+    def _gather(self, samples: list[tuple[Split, Place]]) -> Batch[Tokens]:
+        rows = [self._read(split, place) for split, place in samples]
+        tokens = np.stack(rows)
+        # A copy even of one row, which would be contiguous as it is: targets are masked, tokens are not.
+        targets = tokens[:, 1:].copy()
+        if self._masks:
+            # Here, because it loads torch, and processes that only prepare do without.
+            from meshwright.models import NOT_COUNTED
+
+            targets[np.stack([split.masked(place.offset + 1, self.sequence) for split, place in samples])] = NOT_COUNTED
+        documents = None
+        if self._by_document:
+            documents = np.stack([split.documents(place.offset, self.sequence) for split, place in samples])
+        return Batch(np.ascontiguousarray(tokens[:, :-1]), targets, documents)
+
+    def _read(self, split: Split, place: Place) -> NDArray[np.int64]:
+        tokens = split.read(place.offset, self.sequence + 1).astype(np.int64)
+        folder = self.sources[place.source].folder
         # Only a folder made elsewhere can break this; on a GPU it would end in an assertion without a place.
-        if samples.max() >= self._vocabulary:
-            reason = f"holds token {samples.max()} and manifest.json says its vocabulary is {self._vocabulary}"
-            raise SettingError(f"token folder {self._path}", reason)
-        documents = [split.documents(offset, self.sequence) for offset in offsets] if self._by_document else None
-        return Batch(
-            np.ascontiguousarray(samples[:, :-1]),
-            np.ascontiguousarray(samples[:, 1:]),
-            np.stack(documents) if documents else None,
-        )
+        if tokens.max() >= folder.manifest.vocabulary:
+            reason = f"holds token {tokens.max()} and manifest.json says its vocabulary is {folder.manifest.vocabulary}"
+            raise SettingError(f"token folder {folder.path}", reason)
+        return tokens
 
 
-def held_out_documents(documents: int, share: float) -> NDArray[np.bool_]:
-    """Which documents are held out: those whose number hashes below `share`, at least one where `share` > 0.
-
-    The seed has no part in it, so that runs with different seeds can be compared.
-    """
-    if share <= 0:
-        return np.zeros(documents, dtype=np.bool_)
-    if documents < 2:
-        raise SettingError(
-            f"data.held_out = {share}", "the corpus is one document, and documents are not divided", "data.held_out = 0"
-        )
-    hashes = mix(np.arange(documents, dtype=np.uint64))
-    held_out = hashes.astype(np.float64) < share * 2.0**64
-    held_out[np.argmin(hashes)] = True
-    if held_out.all():
-        raise SettingError(
-            f"data.held_out = {share}",
-            f"all {documents} documents would be held out and none left to train on",
-            f"data.held_out = {share / 2:.3g}, or more documents",
-        )
-    return held_out
+def checksum_of(folders: Sequence[TokenFolder], shares: Sequence[int]) -> str:
+    """What two machines that train together, or a resumed run, compare: of the tokens, masks and shares."""
+    if len(folders) == 1 and folders[0].masked is None:
+        return folders[0].manifest.checksum
+    whole = hashlib.sha256()
+    for folder, share in zip(folders, shares, strict=True):
+        whole.update(f"{folder.manifest.checksum} {folder.manifest.mask_checksum} {share}\n".encode())
+    return whole.hexdigest()
 
 
 def open_stream(job: Job) -> Stream:
     """Prepare the job's data where needed and open its stream."""
-    folder = prepare(job.data)
-    if job.model.vocabulary < folder.manifest.vocabulary:
+    folders = prepare(job.data)
+    needed = max(folder.manifest.vocabulary for folder in folders)
+    if job.model.vocabulary < needed:
         raise SettingError(
             f"model.vocabulary = {job.model.vocabulary}",
-            f"the data has {folder.manifest.vocabulary} different tokens",
-            f"model.vocabulary = {folder.manifest.vocabulary}",
+            f"the data has {needed} different tokens",
+            f"model.vocabulary = {needed}",
         )
-    return Stream(folder, job.data, job.run.seed)
+    return Stream(folders, job.data, job.run.seed)
 
 
-def too_short(settings: DataSettings, which: str, tokens: int) -> SettingError:
-    """One of the splits has not a single sample."""
+def too_short(settings: DataSettings, which: str, tokens: int, besides: str) -> SettingError:
+    """A source has not a single sample of a split."""
     longest = f"data.sequence = {tokens - 1}" if tokens > 1 else "more text"
     return SettingError(
         f"data.sequence = {settings.sequence}",
-        f"a sample needs {settings.sequence + 1} tokens and the {which} documents have {tokens}",
-        longest if which == "training" else f"{longest}, or a larger data.held_out",
+        f"a sample needs {settings.sequence + 1} tokens and the {which} have {tokens}",
+        longest + besides,
     )

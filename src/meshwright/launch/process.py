@@ -23,11 +23,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def needs_torch(verb: str) -> None:
-    """Raise SettingError where this Python has no torch."""
-    if find_spec("torch") is None or find_spec("numpy") is None or find_spec("safetensors") is None:
-        raise SettingError(
-            f"meshwright {verb}", "PyTorch is not installed here", "pip install 'meshwright[train]', or meshwright plan"
-        )
+    """Raise SettingError where this Python has no torch, or not what is installed with it."""
+    names = {"torch": "PyTorch"} | {name: name for name in ("numpy", "safetensors", "tokenizers", "jinja2")}
+    for module, name in names.items():
+        if find_spec(module) is None:
+            nearest = "pip install 'meshwright[train]', or meshwright plan"
+            raise SettingError(f"meshwright {verb}", f"{name} is not installed here", nearest)
 
 
 def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:

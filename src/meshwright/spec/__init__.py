@@ -20,6 +20,7 @@ from meshwright.spec.job import (
     Job,
     OptimizerSettings,
     RunSettings,
+    Source,
     TraceSettings,
     check_job,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "RopeScaling",
     "RunSettings",
     "SettingError",
+    "Source",
     "Split",
     "SplitTable",
     "TraceSettings",

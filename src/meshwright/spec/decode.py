@@ -4,7 +4,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import msgspec
 import tomli_w
@@ -90,6 +90,9 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[
     if "model" in table:
         numbers, unchecked = expand_pretrained(table["model"], find)
         table["model"] = expand_model(numbers)
+    if table.get("data", {}).get("sources"):
+        # No default beside them; a path that was given is refused by its check.
+        table["data"] = {"path": ""} | table["data"]
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
     global_batch = table.get("data", {}).get("global_batch")
@@ -223,12 +226,19 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
                 check_keys(cast(Table, value), inner, f"{name}.")
             elif not (inner is Device and isinstance(value, str)):
                 raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
+        for item_kind in get_args(inner):
+            # A list of sections, like data.sources.
+            if isinstance(item_kind, type) and issubclass(item_kind, msgspec.Struct) and isinstance(value, list):
+                for number, item in enumerate(cast(list[Any], value)):
+                    if isinstance(item, dict):
+                        check_keys(cast(Table, item), item_kind, f"{name}[{number}].")
 
 
 def section_type(kind: Any) -> Any:
     """The section in "a section or nothing"; any other type as it is."""
     inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)]
-    return inner[0] if inner else kind
+    # A list of sections is none itself.
+    return inner[0] if inner and get_origin(kind) is not tuple else kind
 
 
 def field_names(kind: Any) -> set[str]:

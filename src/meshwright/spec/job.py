@@ -1,5 +1,6 @@
 """A job: model, data, optimizer, layout, cluster and run settings, concrete and checked."""
 
+from pathlib import PurePath
 from typing import Literal
 
 import msgspec
@@ -12,6 +13,8 @@ from meshwright.spec.numbers import LARGEST, check_range
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
+# Files of numbers, which no tokenizer has to make.
+TOKEN_FILES = {".npy", ".bin"}
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,11 +26,25 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     seed: int = 0
 
 
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One of several places that tokens come from.
+
+    weight: its share of the samples, against the other sources' weights.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
 class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where tokens come from and how many make a step.
 
-    path: a folder of .txt or .jsonl (a "text" field a line), a prepared token folder, or "stdlib": the source of
-        the Python standard library found on the machine.
+    path: a folder of text or one such file, a prepared token folder, a file of tokens (.npy, .bin), or "stdlib":
+        the source of the Python standard library found on the machine. Empty where there are `sources`.
+    sources: several of these, each with its weight.
+    tokenizer: "bytes", or a Hugging Face tokenizer.json or the folder that holds one.
+    end_token: the text of the token that ends a document; of a file of tokens its number. "" asks the tokenizer.
+    dtype: of the numbers in a .bin file.
     sequence: tokens per sample. global_batch: samples per optimizer step, whatever the layout.
     attention: what a token attends to, of what comes before it: all of its sample, or its own document's part of it.
     held_out: share of documents kept for evaluation, never trained on.
@@ -35,11 +52,21 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     path: str = "stdlib"
+    sources: tuple[Source, ...] = ()
+    tokenizer: str = "bytes"
+    end_token: str = ""
+    dtype: Literal["uint16", "uint32"] = "uint16"
     sequence: int
     global_batch: int
     attention: Literal["sample", "document"] = "sample"
     held_out: float = 0.05
     cache: str = ".meshwright/tokens"
+
+    def named_sources(self) -> tuple[tuple[str, Source], ...]:
+        """Every source behind the name of its setting: one, unless `sources` gives several."""
+        if not self.sources:
+            return (("data.path", Source(path=self.path)),)
+        return tuple((f"data.sources[{number}].path", source) for number, source in enumerate(self.sources))
 
 
 class OptimizerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -129,7 +156,8 @@ def check_job(job: Job) -> None:
         ("trace.every_steps", job.trace.every_steps, 0, LARGEST),
     ):
         check_range(setting, value, low, high)
-    for setting, name in (("run.folder", job.run.folder), ("data.path", job.data.path), ("data.cache", job.data.cache)):
+    check_data(job.data)
+    for setting, name in (("run.folder", job.run.folder), ("data.cache", job.data.cache)):
         if not name or not name.isprintable():
             raise SettingError(f'{setting} = "{name}"', "must be the name of a folder", f'{setting} = "a-folder"')
     name = job.run.name
@@ -144,3 +172,27 @@ def check_job(job: Job) -> None:
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_cluster(job.cluster, job.layout.world_size)
+
+
+def check_data(data: DataSettings) -> None:
+    """Raise SettingError where the sources are not clear, or where a setting would do nothing."""
+    if data.sources and data.path:
+        reason = "data.sources is given too, and each names what to train on"
+        raise SettingError(f'data.path = "{data.path}"', reason, 'data.path = "", or left out')
+    for setting, source in data.named_sources():
+        if not source.path or not source.path.isprintable():
+            raise SettingError(
+                f'{setting} = "{source.path}"', "must be the name of a folder or file", f'{setting} = "a-folder"'
+            )
+        if not 0 < source.weight < float("inf"):
+            name = setting.replace(".path", ".weight")
+            raise SettingError(f"{name} = {source.weight}", "must be a number above 0", f"{name} = 1.0")
+    for setting, name in (("data.tokenizer", data.tokenizer), ("data.end_token", data.end_token or "-")):
+        if not name or not name.isprintable():
+            raise SettingError(f'{setting} = "{name}"', "cannot be printed, or is empty", 'data.tokenizer = "bytes"')
+    suffixes = {PurePath(source.path).suffix for _, source in data.named_sources()}
+    if data.dtype != "uint16" and ".bin" not in suffixes:
+        raise SettingError(f'data.dtype = "{data.dtype}"', "is for a .bin file, and none is given", "leave it out")
+    if data.end_token and data.tokenizer == "bytes" and not suffixes & TOKEN_FILES:
+        reason = "byte-level tokens end a document with 256, always"
+        raise SettingError(f'data.end_token = "{data.end_token}"', reason, "leave it out, or give data.tokenizer")

@@ -45,7 +45,8 @@ def open_data(job: Job) -> Stream:
         wait_for_all()
         stream = open_stream(job)
     if tell_all(lambda: stream.checksum) != stream.checksum:
-        raise SettingError(f'data.path = "{job.data.path}"', "holds other text here than on rank 0", "the same files")
+        setting, source = job.data.named_sources()[0]
+        raise SettingError(f'{setting} = "{source.path}"', "holds other text here than on rank 0", "the same files")
     return stream
 
 

@@ -3,24 +3,23 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from meshwright import __version__
+from meshwright.cli.machine import as_setting, check_devices, described, here, local, read, under_torchrun
 from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import ModuleType
+
     from rich.console import Console
 
-    from meshwright.spec import Cluster, Job
+    from meshwright.spec import Job
 
-# How many tokens make a step where a plan is asked for without a job: a round middle of what 7B to 70B runs used
-# (Llama 2: 4M, arXiv:2307.09288; GPT-3 13B: 1M, arXiv:2005.14165).
-PLANNING_TOKENS = 2**20
-PLANNING_SEQUENCE = 8192
 
 SET = click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change one key of the job.")
 
@@ -201,6 +200,41 @@ def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
         click.echo(f"warning: {job.model.path} is gone, and with it the tokenizer's files, if it had any", err=True)
 
 
+@cli.group()
+def data() -> None:
+    """Tokenise a JOB's text, and look at what came of it."""
+
+
+@data.command("prepare")
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(1), help="Processes that tokenise.  [default: one a core]")
+@SET
+def data_prepare(job: Path, workers: int | None, settings: tuple[str, ...]) -> None:
+    """Tokenise the text of a JOB. After an interruption the same command goes on."""
+    show = data_module("data prepare")
+    print_lines(show.prepared_lines(read(job, settings), workers))
+
+
+@data.command("show")
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option("--step", type=int, default=0, show_default=True, help="Step, from 0.")
+@click.option("--index", type=int, default=0, show_default=True, help="Sample of the step's global batch, from 0.")
+@SET
+def data_show(job: Path, step: int, index: int, settings: tuple[str, ...]) -> None:
+    """Print one sample of a JOB as text."""
+    show = data_module("data show")
+    print_lines(show.sample_lines(read(job, settings), step, index))
+
+
+@data.command("stats")
+@click.argument("job", type=click.Path(path_type=Path))
+@SET
+def data_stats(job: Path, settings: tuple[str, ...]) -> None:
+    """Print how much data a JOB has, and how often it sees it."""
+    show = data_module("data stats")
+    print_lines(show.stats_lines(read(job, settings)))
+
+
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -216,86 +250,20 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     sys.exit(watch_ranks(run, attempt, began_s))
 
 
-def as_setting(option: str) -> str:
-    """What to type instead of a planning option when there is a job file."""
-    keys = {
-        "--model": "--set model.name=llama3-8b",
-        "--gpus": "--set cluster.gpus=8xh100",
-        "--sequence": "--set data.sequence=8192",
-        "--global-batch": "--set data.global_batch=64",
-    }
-    return keys[option]
+def data_module(command: str) -> "ModuleType":
+    """What looks at data, once it is sure that it can be loaded."""
+    from meshwright import launch
+
+    launch.needs_torch(command)
+    from meshwright.data import show
+
+    return show
 
 
-def read(job: Path, settings: Sequence[str]) -> "Job":
-    """The job file, resolved for this machine."""
-    from meshwright.spec.decode import read_job
-
-    return read_job(job, settings, local=local, find=find)
-
-
-def described(
-    model: str | None, gpus: str | None, sequence: int | None, global_batch: int | None, settings: tuple[str, ...]
-) -> "Job":
-    """A job for planning from the options alone."""
-    from meshwright.spec.decode import planning_job
-    from meshwright.spec.hardware import cluster_of
-
-    if model is None or gpus is None:
-        raise SettingError(
-            "meshwright plan", "takes a job file, or --model with --gpus", "--model llama3-8b --gpus 8xh100"
-        )
-    sequence = PLANNING_SEQUENCE if sequence is None else sequence
-    if sequence < 1:
-        raise SettingError(f"--sequence {sequence}", "must be at least 1", "--sequence 8192")
-    if global_batch is None:
-        devices = cluster_of(gpus).devices
-        global_batch = devices * max(1, round(PLANNING_TOKENS / sequence / devices))
-    return planning_job(model=model, gpus=gpus, sequence=sequence, global_batch=global_batch, settings=settings)
-
-
-def local(processes: int) -> "Cluster":
-    """This machine, with the GPUs that the environment lets us see."""
-    from meshwright.plan import local_cluster
-
-    return local_cluster(processes, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def here(ranks: int) -> "Cluster":
-    """This machine as a cluster of `ranks` devices: GPUs where there are enough, or else processes."""
-    import msgspec
-
-    from meshwright.plan import local_cluster
-
-    found = local(ranks)
-    return (
-        msgspec.structs.replace(found, devices_per_node=ranks) if found.devices >= ranks else local_cluster(ranks, "")
-    )
-
-
-def find(name: str) -> Path:
-    """Where the files of a hub's model are. torchrun's ranks do not fetch: all of them would."""
-    from meshwright.launch import find_model
-
-    return find_model(name, download=not under_torchrun())
-
-
-def under_torchrun() -> bool:
-    """Whether an external torchrun started this process as one of its ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def check_devices(job: "Job") -> None:
-    """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
-    wanted, here = job.cluster, local(job.cluster.devices_per_node)
-    # Under torchrun every node starts its own ranks; without it all of them start here.
-    needed = wanted.devices_per_node if under_torchrun() else wanted.devices
-    if wanted.device.kind == "cuda" and (here.device.kind != "cuda" or here.devices < needed):
-        raise SettingError(
-            f"cluster of {wanted.label()}",
-            f"this machine has {here.label() if here.device.kind == 'cuda' else 'no GPU'}",
-            "a job without cluster.gpus, which takes what is here",
-        )
+def print_lines(lines: "Iterable[str]") -> None:
+    """Each as soon as it is known."""
+    for line in lines:
+        click.echo(line)
 
 
 def join(job: "Job", resume: Path | None, began_s: float) -> None:
