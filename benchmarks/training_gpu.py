@@ -1,6 +1,6 @@
 """Speed, memory and account of a real training run on this machine's GPUs, one run a layout.
 
-    python benchmarks/training_gpu.py [--job examples/llama-1b.toml] [--steps 25] [--output FOLDER]
+    python benchmarks/training_gpu.py [--job examples/llama-1b.toml] [--steps 25] [--same-batch] [--output FOLDER]
 
 Each layout is trained by the command itself, in processes of its own; the table is read from the run folders. A row
 is one run: compare rows of one table only, and expect a few per cent between machines. TFLOP/s counts model FLOPs
@@ -21,6 +21,9 @@ from meshwright.record import open_run, read_metrics
 from meshwright.spec import Job, count_flops
 from meshwright.spec.decode import read_job
 
+# Steps whose mean loss a row shows.
+LAST = 10
+
 
 def layouts(gpus: int) -> dict[str, list[str]]:
     """Settings by name: one GPU, and on several each way to share the data."""
@@ -35,6 +38,26 @@ def layouts(gpus: int) -> dict[str, list[str]]:
             for z in (3, 1)
         }
     return found
+
+
+def same_batch(gpus: int) -> dict[str, list[str]]:
+    """Settings by name: every layout on the same samples, so that their losses can be compared; what differs between
+    the first two, one process with other microbatches, is rounding."""
+    spread = ["layout.shard=1", f"layout.tensor={gpus}"]
+    found = {
+        "one GPU": ["layout.shard=1"],
+        "one GPU, microbatch 4": ["layout.shard=1", "layout.microbatch=4"],
+    }
+    if gpus > 1:
+        found |= {
+            f"shard {gpus}": [],
+            f"replica {gpus}": ["layout.shard=1", f"layout.replica={gpus}"],
+            f"tensor {gpus}": spread,
+            f"tensor {gpus}, async": [*spread, "layout.async_tensor=true"],
+            f"shard {gpus}, recompute selective": ["layout.recompute=selective"],
+            f"shard {gpus}, recompute full": ["layout.recompute=full"],
+        }
+    return {name: [*settings, f"data.global_batch={8 * gpus}"] for name, settings in found.items()}
 
 
 def train(job: Path, name: str, settings: list[str], folder: Path) -> Path:
@@ -63,7 +86,17 @@ def row(name: str, path: Path) -> str:
     other = f"{measured.account.other / measured.wall_s:.1%}" if measured else "-"
     plan = f"{predicted.step_s / step_s - 1:+.0%}" if predicted else "-"
     mfu = flops / job.cluster.device.peak_flops_per_s(job.layout.precision)
-    cells = [f"{step_s * 1e3:.1f}", f"{tokens:,.0f}", f"{flops / 1e12:.1f}", f"{mfu:.1%}", f"{memory:.1f}", other, plan]
+    loss = statistics.mean(line.loss for line in metrics[-LAST:] if line.loss is not None)
+    cells = [
+        f"{step_s * 1e3:.1f}",
+        f"{tokens:,.0f}",
+        f"{flops / 1e12:.1f}",
+        f"{mfu:.1%}",
+        f"{memory:.1f}",
+        other,
+        plan,
+        f"{loss:.4f}",
+    ]
     return columns(name, cells)
 
 
@@ -77,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train on GPUs, one run a layout.")
     parser.add_argument("--job", type=Path, default=Path("examples/llama-1b.toml"))
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--same-batch", action="store_true", help="every layout on the same samples, losses compared")
     parser.add_argument("--only", default="", help="run the layouts whose name contains this")
     parser.add_argument("--output", type=Path, help="keep each run's folder here")
     options = parser.parse_args()
@@ -86,16 +120,21 @@ def main() -> None:
         sys.exit("error: no GPU here; nearest that works: benchmarks/step_overhead.py")
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for name, settings in layouts(gpus).items():
+        chosen = same_batch(gpus) if options.same_batch else layouts(gpus)
+        for name, settings in chosen.items():
             if options.only not in name:
                 continue
-            path = train(options.job, name, [*settings, f"run.steps={options.steps}"], Path(temporary))
+            try:
+                path = train(options.job, name, [*settings, f"run.steps={options.steps}"], Path(temporary))
+            except subprocess.CalledProcessError as error:
+                lines.append(columns(name, [f"exit {error.returncode}"]))
+                continue
             lines.append(row(name, path))
             subprocess.run([sys.executable, "-m", "meshwright", "explain", str(path)], check=True)
             if options.output:
                 shutil.copytree(path, options.output / path.name)
     print(f"\n{job.model.name}, sequence {job.data.sequence}, {job.layout.precision}, on {job.cluster.device.name}")
-    print(columns("layout", ["ms/step", "tok/s/GPU", "TFLOP/s", "MFU", "GiB", "other", "plan"]))
+    print(columns("layout", ["ms/step", "tok/s/GPU", "TFLOP/s", "MFU", "GiB", "other", "plan", "loss"]))
     print("\n".join(lines))
 
 

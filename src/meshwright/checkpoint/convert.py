@@ -135,10 +135,16 @@ def joined(reader: Reader, pieces: list[Piece], dtype: torch.dtype) -> torch.Ten
 
 
 def companions(job: Job) -> list[Path]:
-    """Tokenizer and generation files of the folder that the run began from."""
-    return [
-        Path(job.model.path, name) for name in COMPANIONS if job.model.path and Path(job.model.path, name).is_file()
-    ]
+    """Tokenizer and generation files: of the folder that the run began from, or else of its tokenizer's."""
+    tokenizer = Path(job.data.tokenizer)
+    folders = [Path(job.model.path)] if job.model.path else []
+    folders += [tokenizer if tokenizer.is_dir() else tokenizer.parent] if job.data.tokenizer != "bytes" else []
+    found: dict[str, Path] = {}
+    for folder in folders:
+        for name in COMPANIONS:
+            if (folder / name).is_file():
+                found.setdefault(name, folder / name)
+    return list(found.values())
 
 
 def as_text(content: dict[str, Any]) -> str:

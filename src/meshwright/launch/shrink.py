@@ -128,6 +128,7 @@ def write_text(folder: Path) -> None:
     lines: list[bytes] = []
     for number in range(200):
         words = [f"word{(number * 7 + i * i) % 97}" for i in range(5 + number * 13 % 60)]
-        line = {"text": " ".join(words)}
+        third = len(words) // 3
+        line = {"prompt": " ".join(words[:third]) + " ", "completion": " ".join(words[third:])}
         lines.append(msgspec.json.encode(line))
     (text / "text.jsonl").write_bytes(b"\n".join(lines) + b"\n")

@@ -18,7 +18,7 @@ from meshwright.models import Decoder, build_model, initial_tensor, token_loss
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.shard import apply_shard
-from meshwright.parallel.tensor import Loss, apply_tensor, build_vocabulary_loss
+from meshwright.parallel.tensor import Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.spec import SPLIT_TABLES, Job
 
 
@@ -30,6 +30,8 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
     model = build_model(job.model, device="meta")
     if job.layout.tensor > 1:
         apply_tensor(model, job.model, SPLIT_TABLES[job.model.family], mesh["tensor"])
+    if job.layout.async_tensor:
+        overlap_transfers(mesh["tensor"])
     for index, block in enumerate(model.blocks):
         block.forward = block_forward(block.forward, job.layout, index, compiled=device.type == "cuda")
     apply_shard(model, mesh, job.layout)
