@@ -130,6 +130,7 @@ def main() -> None:
                 lines.append(columns(name, [f"exit {error.returncode}"]))
                 continue
             lines.append(row(name, path))
+            print(lines[-1], flush=True)
             subprocess.run([sys.executable, "-m", "meshwright", "explain", str(path)], check=True)
             if options.output:
                 shutil.copytree(path, options.output / path.name)

@@ -31,7 +31,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
     if job.layout.tensor > 1:
         apply_tensor(model, job.model, SPLIT_TABLES[job.model.family], mesh["tensor"])
     if job.layout.async_tensor:
-        overlap_transfers(mesh["tensor"])
+        overlap_transfers()
     for index, block in enumerate(model.blocks):
         block.forward = block_forward(block.forward, job.layout, index, compiled=device.type == "cuda")
     apply_shard(model, mesh, job.layout)

@@ -12,12 +12,11 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from meshwright.models import NOT_COUNTED
-from meshwright.spec import ModelSpec, SettingError, Split, SplitTable, split_of
+from meshwright.spec import ModelSpec, Split, SplitTable, split_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -110,17 +109,12 @@ def keep_head(
     return output.narrow(2, head * spec.head_dim, spec.head_dim)
 
 
-def overlap_transfers(mesh: DeviceMesh) -> None:
+def overlap_transfers() -> None:
     """Have torch.compile cut up the transfers around split matrix products and run the pieces beside one another.
 
-    Set before blocks are compiled. Raises SettingError where this torch or these GPUs do not offer it.
+    Set before blocks are compiled. Through symmetric memory, which GPUs of one host have by NVLink.
     """
-    try:
-        torch._inductor.config._micro_pipeline_tp = True
-        enable_symm_mem_for_group(mesh.get_group().group_name)
-    except (AttributeError, RuntimeError) as error:
-        reason = f"is not offered by torch {torch.__version__} on these GPUs ({error})"
-        raise SettingError("layout.async_tensor = true", reason, "layout.async_tensor = false") from None
+    torch._inductor.config._micro_pipeline_tp = True
 
 
 class Vocabulary(NamedTuple):
