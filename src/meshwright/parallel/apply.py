@@ -23,7 +23,7 @@ from meshwright.parallel.part import copy_whole
 from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.shard import apply_shard
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
-from meshwright.parallel.units import check_table, check_units, find_units
+from meshwright.parallel.units import check_table, check_units, find_tail, find_units
 from meshwright.spec import SPLIT_TABLES, Job, Layout, SettingError, SplitTable
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -80,15 +80,15 @@ def parallelize(
     check_units(model, layout, mesh, units)
     empty = needs_values(model, initialize)
     if layout.tensor > 1:
-        check_table(model, table, layout.tensor, kv_heads=kv_heads)
         heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
+        check_table(model, table, layout.tensor, heads)
         apply_tensor(model, table or {}, mesh["tensor"], heads)
     if layout.async_tensor:
         overlap_transfers(mesh["tensor"])
     compiled = mesh.device_type == "cuda"
     for index, unit in enumerate(units):
         unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
-    apply_shard(model, mesh, layout, units, [model.get_submodule(name) for name in tail])
+    apply_shard(model, mesh, layout, units, find_tail(model, tail))
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)
         fill(model, initialize)

@@ -21,7 +21,7 @@ COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def apply_shard(
     model: nn.Module, mesh: DeviceMesh, layout: Layout, units: Sequence[nn.Module], tail: Sequence[nn.Module] = ()
 ) -> None:
-    """Split `model`'s parameters in place, one group of transfers for each of `units`, one for `tail`, one for the rest.
+    """Split `model`'s parameters in place, one group of transfers a unit, one for `tail`, one for the rest.
 
     Parameters and optimizer states are fp32, gradients are summed in fp32; what is gathered and computed with is
     `layout.precision`. zero 3 frees a block's gathered parameters after its forward pass and gathers them again in

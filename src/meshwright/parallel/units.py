@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, SplitTable, check_axes, closest, nearest_divisor, split_of
 
 # The dim of a weight whose length a word divides over ranks; its activations are cut alike, so it must divide evenly.
@@ -28,6 +29,15 @@ def find_units(model: nn.Module, patterns: Sequence[str]) -> list[nn.Module]:
         if not inside and any(fnmatchcase(name, pattern) for pattern in patterns):
             units[name] = model.get_submodule(name)
     return list(units.values())
+
+
+def find_tail(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules of these names."""
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            raise SettingError(f'tail "{name}"', "is no module", closest(name, known))
+    return [known[name] for name in names]
 
 
 def nearest_pattern(pattern: str, names: Sequence[str]) -> str:
@@ -58,7 +68,7 @@ def check_units(model: nn.Module, layout: Layout, mesh: DeviceMesh, units: Seque
             raise SettingError(f"{name}", reason, "a model with values and no shared parameter in a block, tensor = 1")
 
 
-def check_table(model: nn.Module, table: SplitTable | None, size: int, *, kv_heads: int | None) -> None:
+def check_table(model: nn.Module, table: SplitTable | None, size: int, heads: Heads | None) -> None:
     """Raise SettingError where a split table does not fit the model, or the model not `size` ranks."""
     if table is None:
         raise SettingError(f"layout.tensor = {size}", "the model has no split table", "layout.tensor = 1, or a table")
@@ -73,8 +83,8 @@ def check_table(model: nn.Module, table: SplitTable | None, size: int, *, kv_hea
             reason = f"has parameters ({', '.join(own)}) and no word, so its gradients would not be summed"
             raise SettingError(f'table "{name}"', reason, f'"{name}" = "sequence", if it works on each position alone')
         if word == "kv_heads":
-            check_heads(name, kv_heads, size)
-        shared = word == "kv_heads" and kv_heads is not None and kv_heads < size
+            check_heads(name, heads, size)
+        shared = word == "kv_heads" and heads is not None and heads.kv_heads < size
         if word in DIVIDED and "weight" in own and not shared:
             length = own["weight"].shape[DIVIDED[word]]
             if length % size:
@@ -83,10 +93,11 @@ def check_table(model: nn.Module, table: SplitTable | None, size: int, *, kv_hea
                 raise SettingError(f"layout.tensor = {size}", reason, nearest)
 
 
-def check_heads(name: str, kv_heads: int | None, size: int) -> None:
+def check_heads(name: str, heads: Heads | None, size: int) -> None:
     """Raise SettingError where key heads cannot be given to `size` ranks."""
-    if kv_heads is None:
-        raise SettingError(f'table "{name}" = "kv_heads"', "needs to know how many", "kv_heads=..., head_dim=...")
+    if heads is None:
+        raise SettingError(f'table "{name}" = "kv_heads"', "needs to know the heads", "kv_heads=..., head_dim=...")
+    kv_heads = heads.kv_heads
     if kv_heads % size and size % kv_heads:
         reason = f"neither divides kv_heads = {kv_heads} nor is a multiple of it"
         raise SettingError(f"layout.tensor = {size}", reason, f"layout.tensor = {nearest_divisor(kv_heads, size)}")
