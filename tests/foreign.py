@@ -1,4 +1,4 @@
-"""A transformer that the package does not know: its own names, biases in places, learned positions, shared key heads."""
+"""A transformer that the package does not know: its own names, biases, learned positions, shared key heads."""
 
 import torch
 import torch.nn.functional as F

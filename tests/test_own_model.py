@@ -1,6 +1,8 @@
 """Models that the package does not know: every layout gives the loss and the gradients of one process."""
 
 import copy
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +187,84 @@ def test_a_model_built_without_memory_is_filled(case: Callable[[], Case]) -> Non
 
 def test_tied_embeddings_of_a_transformers_model() -> None:
     assert_equals_one_process(llama(tie_word_embeddings=True), Layout(shard=2, precision="fp32"))
+
+
+def dropped(layout: Layout) -> list[float]:
+    """The gradient norm with dropout, from the same draw, with and without recompute."""
+    mesh = build_mesh(layout, start_distributed())
+    norms: list[float] = []
+    for recompute in ("none", "full"):
+        torch.manual_seed(5)
+        changed = Layout(recompute=recompute, precision="fp32")
+        model = parallelize(Foreign(drop=0.5), changed, mesh, blocks=["stack.*"])
+        tokens, targets = a_batch()
+        begin_microbatch(model, changed, last=True)
+        token_loss(model(tokens), targets).backward()
+        norms.append(squared_norm(model).item())
+    return norms
+
+
+def test_dropout_draws_the_same_again_when_a_block_is_recomputed() -> None:
+    plain, again = run_ranks(1, dropped, Layout())[0]
+    assert again == pytest.approx(plain, rel=BOUND)
+
+
+TENSOR = Layout(tensor=2)
+REFUSALS: list[tuple[dict[str, Any], Layout, str]] = [
+    ({"blocks": ["stak.*"]}, Layout(), r'blocks "stak\.\*": matches no module; nearest that works: "stack\.\*"'),
+    ({"blocks": ["stack"]}, Layout(), r'blocks "stack": is a list .* nearest that works: "stack\.\*"'),
+    ({"tail": ["gues"]}, Layout(), r'tail "gues": is no module; nearest that works: guess'),
+    ({"table": None}, TENSOR, r"layout\.tensor = 2: the model has no split table; .* layout\.tensor = 1"),
+    ({"table": TABLE | {"lost": "sequence"}}, TENSOR, r'table "lost": matches no module; .* "last"'),
+    ({"table": {k: w for k, w in TABLE.items() if k != "last"}}, TENSOR, r'table "last": has parameters .* no word'),
+    ({"kv_heads": None}, TENSOR, r"needs to know the heads; .* kv_heads=\.\.\., head_dim=\.\.\."),
+    ({}, Layout(tensor=3), r"layout\.tensor = 3: does not divide stack\.0\.look\.ask\.weight, 16 long"),
+    ({}, Layout(context=2), r"layout\.context = 2: the context axis is not built yet"),
+    ({}, Layout(recompute=3), r"layout\.recompute = 3: there are 2 blocks; .* layout\.recompute = 2"),
+    ({"initialize": torch.zeros}, Layout(), r"initialize: the model has values already"),
+]
+
+
+def refusal(told: dict[str, Any], layout: Layout) -> str:
+    """What a rank is told, on a mesh of the layout's shape made of no real ranks."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
+    case = foreign()
+    try:
+        parallelize(case.model, layout, build_mesh(layout, torch.device("cpu")), **(case.told | told))
+    except SettingError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(("told", "layout", "line"), REFUSALS)
+def test_what_cannot_be_honoured_is_one_line(told: dict[str, Any], layout: Layout, line: str) -> None:
+    assert re.search(line, run_ranks(1, refusal, told, layout)[0])
+
+
+def refused_sequence() -> str:
+    case = foreign()
+    model = parallelize(case.model, TENSOR, build_mesh(TENSOR, start_distributed()), **case.told)
+    with pytest.raises(SettingError) as caught:
+        model(torch.zeros(1, 7, dtype=torch.int64))
+    return str(caught.value)
+
+
+def test_a_sequence_that_does_not_divide_is_refused() -> None:
+    assert "layout.tensor = 2: does not divide the sequence, 7 long" in run_ranks(2, refused_sequence)[0]
+
+
+@pytest.mark.parametrize("axis", ["shard", "tensor"])
+def test_the_example_of_the_page(axis: str) -> None:
+    example = ROOT / "examples" / "own_model.py"
+    assert example.read_text() in (ROOT / "docs" / "own-model.md").read_text()
+    command = [Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", example, axis]
+    finished = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "UserWarning" not in finished.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", finished.stdout)]
+    assert len(losses) == 4 and losses[-1] < losses[0] / 4
