@@ -79,7 +79,7 @@ def measure_host(layers: int = 6) -> tuple[float, float]:
         model = build_model(spec, device="meta")
         if sharded:
             mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
-            apply_shard(model, mesh, Layout(precision="fp32"))
+            apply_shard(model, mesh, Layout(precision="fp32"), [*model.blocks], [model.norm, model.head])
         model.to_empty(device="cpu")
         seconds.append(measure_s(lambda model=model: token_loss(model(tokens), tokens).backward()))
     plain_s, sharded_s = seconds

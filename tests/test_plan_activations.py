@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from meshwright.models import build_model
 from meshwright.parallel import build_mesh, start_distributed
 from meshwright.parallel.recompute import block_forward
-from meshwright.parallel.tensor import apply_tensor
+from meshwright.parallel.tensor import Heads, apply_tensor
 from meshwright.plan.activations import activation_bytes
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.part import build_part
@@ -90,7 +90,8 @@ def kept_bytes(model: nn.Module, job: Job) -> int:
 def kept_on_a_rank(job: Job) -> int:
     device = start_distributed(job.cluster)
     model = build_model(job.model)
-    apply_tensor(model, job.model, SPLIT_TABLES[job.model.family], build_mesh(job.layout, device)["tensor"])
+    heads = Heads(job.model.kv_heads, job.model.head_dim)
+    apply_tensor(model, SPLIT_TABLES[job.model.family], build_mesh(job.layout, device)["tensor"], heads)
     return kept_bytes(model, job)
 
 

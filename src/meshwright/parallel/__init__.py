@@ -1,6 +1,6 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
-from meshwright.parallel.apply import build_loss, build_parallel_model
+from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.reduce import (
@@ -12,7 +12,7 @@ from meshwright.parallel.reduce import (
     wait_for_all,
 )
 from meshwright.parallel.shard import begin_microbatch, free_gathered
-from meshwright.parallel.tensor import Loss
+from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
     "Loss",
@@ -21,11 +21,14 @@ __all__ = [
     "build_loss",
     "build_mesh",
     "build_parallel_model",
+    "build_token_loss",
+    "build_vocabulary_loss",
     "clip_gradients",
     "copy_whole",
     "data_rank",
     "free_gathered",
     "local_part",
+    "parallelize",
     "reduce_step",
     "squared_norm",
     "start_distributed",

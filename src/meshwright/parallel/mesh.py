@@ -16,12 +16,14 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 
 
-def start_distributed(cluster: Cluster) -> torch.device:
-    """Join the job's process group as the launcher's environment says; return this rank's device.
+def start_distributed(cluster: Cluster | None = None) -> torch.device:
+    """Join the process group as the launcher's environment says; return this rank's device.
 
+    On the cluster's kind of device; without a cluster on GPUs, if this process sees any.
     NCCL on GPUs, gloo on CPUs: everything after this line is the same for both.
     """
-    if cluster.device.kind == "cuda":
+    gpus = torch.cuda.is_available() if cluster is None else cluster.device.kind == "cuda"
+    if gpus:
         device = torch.device("cuda", dist.get_node_local_rank())
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=TIMEOUT)

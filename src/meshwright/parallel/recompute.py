@@ -36,24 +36,26 @@ KEPT = frozenset(
 )
 
 
-def block_forward(forward: Forward, layout: Layout, index: int, *, compiled: bool) -> Forward:
+def block_forward(forward: Forward, layout: Layout, index: int, *, compiled: bool, random: bool = False) -> Forward:
     """The forward function of block `index`, with what `layout.recompute` says, compiled or not.
+
+    random: the block draws random numbers, and must draw the same ones when it is computed again.
 
     Whole blocks are computed again from outside the compiled function, so that the second run can be told apart and
     measured. Selective recompute must be known to the compiler, which works it into the backward pass's kernels.
     """
     if layout.recompute == "selective":
         contexts = selective_contexts if compiled else announced_selective_contexts
-        forward = partial(again, forward, contexts)
+        forward = partial(again, forward, contexts, random)
     if compiled:
         forward = torch.compile(forward)
     recomputed = layout.recompute == "full" or (isinstance(layout.recompute, int) and index < layout.recompute)
-    return partial(again, forward, announced_contexts) if recomputed else forward
+    return partial(again, forward, announced_contexts, random) if recomputed else forward
 
 
-def again(forward: Forward, contexts: Callable[[], Contexts], *inputs: Any) -> Any:
-    """Run `forward`, and once more in the backward pass. Nothing in a block is random, so no state is kept for it."""
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+def again(forward: Forward, contexts: Callable[[], Contexts], random: bool, *inputs: Any, **named: Any) -> Any:
+    """Run `forward`, and once more in the backward pass; the generator's state is kept only where it is needed."""
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=random, context_fn=contexts, **named)
 
 
 def announced_contexts() -> Contexts:

@@ -6,19 +6,22 @@ With shard 1 nothing is split and only the gradient all-reduce of plain data par
 there is no communication at all. It is one code path for all of them.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from meshwright.models import Decoder
 from meshwright.spec import Layout
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
-    """Split `model`'s parameters in place, one group of transfers a block.
+def apply_shard(
+    model: nn.Module, mesh: DeviceMesh, layout: Layout, units: Sequence[nn.Module], tail: Sequence[nn.Module] = ()
+) -> None:
+    """Split `model`'s parameters in place, one group of transfers a unit, one for `tail`, one for the rest.
 
     Parameters and optimizer states are fp32, gradients are summed in fp32; what is gathered and computed with is
     `layout.precision`. zero 3 frees a block's gathered parameters after its forward pass and gathers them again in
@@ -31,11 +34,11 @@ def apply_shard(model: Decoder, mesh: DeviceMesh, layout: Layout) -> None:
     # Along an axis of size 1 nothing is sent, not even to oneself.
     plane = mesh["shard"] if layout.replica == 1 else mesh["replica", "shard"]
     keep = layout.zero < 3
-    for block in model.blocks:
-        fully_shard(block, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
-    if not model.spec.tied_embeddings:
+    for unit in units:
+        fully_shard(unit, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+    if tail:
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
-        fully_shard([model.norm, model.head], mesh=plane, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(list(tail), mesh=plane, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
     if layout.data_size > 1:
         for module in model.modules():

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from meshwright.models import NOT_COUNTED
-from meshwright.spec import ModelSpec, Split, SplitTable, split_of
+from meshwright.spec import SettingError, Split, SplitTable, split_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,15 +55,22 @@ RULES: dict[Split, Rule] = {
 SHARED_HEADS = Rule(weight=WHOLE, bias=WHOLE, given=WHOLE, wanted=WHOLE, made=WHOLE)
 
 
-def apply_tensor(model: nn.Module, spec: ModelSpec, table: SplitTable, mesh: DeviceMesh) -> None:
-    """Split `model`'s modules in place over a one-dimensional mesh, as `table` says."""
+class Heads(NamedTuple):
+    """A model's key heads: how many there are, and how wide one is."""
+
+    kv_heads: int
+    head_dim: int
+
+
+def apply_tensor(model: nn.Module, table: SplitTable, mesh: DeviceMesh, heads: Heads | None) -> None:
+    """Split `model`'s modules in place over a one-dimensional mesh, as `table` says; heads: for the word kv_heads."""
     for name, module in model.named_modules():
         word = split_of(table, name)
         if word is None:
             continue
-        if word == "kv_heads" and spec.kv_heads < mesh.size():
+        if word == "kv_heads" and heads is not None and heads.kv_heads < mesh.size():
             split_module(module, SHARED_HEADS, mesh)
-            module.register_forward_hook(partial(keep_head, spec, mesh))
+            module.register_forward_hook(partial(keep_head, heads, mesh))
         else:
             split_module(module, RULES[word], mesh)
 
@@ -75,38 +82,49 @@ def split_module(module: nn.Module, rule: Rule, mesh: DeviceMesh) -> None:
         # src_data_rank=None: nothing is sent, because the values come later, and every rank makes its own.
         split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
-    module.register_forward_pre_hook(partial(take, rule, mesh))
+    module.register_forward_pre_hook(partial(take, rule, mesh), with_kwargs=True)
     if rule.made is not None:
-        module.register_forward_hook(partial(give, rule))
+        module.register_forward_hook(partial(give, rule, mesh))
 
 
-def take(rule: Rule, mesh: DeviceMesh, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A module's inputs, the first of them as the rule wants it."""
-    first, *rest = inputs
+def take(
+    rule: Rule, mesh: DeviceMesh, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's inputs, the first of them, by position or by name, as the rule wants it."""
+    if inputs:
+        return (as_wanted(rule, mesh, inputs[0]), *inputs[1:]), named
+    name, first = next(iter(named.items()))
+    return (), {**named, name: as_wanted(rule, mesh, first)}
+
+
+def as_wanted(rule: Rule, mesh: DeviceMesh, first: Tensor) -> DTensor:
+    """An input as the rule wants it."""
     if not isinstance(first, DTensor):
         first = DTensor.from_local(first, mesh, [rule.given], run_check=False)
     if first.placements != (rule.wanted,):
         first = first.redistribute(placements=[rule.wanted])
-    return (first, *rest)
+    return first
 
 
-def give(rule: Rule, _module: nn.Module, _inputs: tuple[Any, ...], output: DTensor) -> Tensor:
+def give(rule: Rule, mesh: DeviceMesh, _module: nn.Module, _inputs: tuple[Any, ...], output: DTensor) -> Tensor:
     """A module's output as the rule makes it."""
     assert rule.made is not None
     if rule.made == WHOLE:
         # What each rank makes of a whole output differs, so its gradients are parts of a sum.
         return output.to_local(grad_placements=[Partial()])
+    if rule.made == SEQUENCE and output.shape[1] % mesh.size():
+        # From here on a rank's part is taken for as long as every other rank's.
+        reason = f"does not divide the sequence, {output.shape[1]} long"
+        raise SettingError(f"layout.tensor = {mesh.size()}", reason, "a padded sequence")
     if output.placements != (rule.made,):
         output = output.redistribute(placements=[rule.made])
     return output.to_local()
 
 
-def keep_head(
-    spec: ModelSpec, mesh: DeviceMesh, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor
-) -> Tensor:
+def keep_head(heads: Heads, mesh: DeviceMesh, _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
     """Of all key or value heads [B, S, K*E] the one that this rank's query heads look at, [B, S, E]."""
-    head = mesh.get_local_rank() * spec.kv_heads // mesh.size()
-    return output.narrow(2, head * spec.head_dim, spec.head_dim)
+    head = mesh.get_local_rank() * heads.kv_heads // mesh.size()
+    return output.narrow(2, head * heads.head_dim, heads.head_dim)
 
 
 def overlap_transfers() -> None:
@@ -125,13 +143,13 @@ class Vocabulary(NamedTuple):
     compiled: bool
 
 
-def build_vocabulary_loss(spec: ModelSpec, mesh: DeviceMesh, *, compiled: bool) -> Loss:
+def build_vocabulary_loss(vocabulary: int, mesh: DeviceMesh, *, compiled: bool) -> Loss:
     """token_loss for logits that are split over a one-dimensional mesh: [B, S, this rank's tokens].
 
     Every rank of the mesh returns the whole loss; no rank ever holds the whole logits.
     """
     # As torch.chunk cuts, which is how DTensor splits what does not divide.
-    rows = -(-spec.vocabulary // mesh.size())
+    rows = -(-vocabulary // mesh.size())
     return partial(_loss, Vocabulary(group=mesh.get_group(), first=mesh.get_local_rank() * rows, compiled=compiled))
 
 

@@ -31,10 +31,12 @@ from meshwright.spec.layout import (
     Layout,
     Precision,
     Recompute,
+    check_axes,
     check_layout,
     check_split,
 )
 from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
+from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "SplitTable",
     "TraceSettings",
     "block_shapes",
+    "check_axes",
     "check_built",
     "check_job",
     "check_layout",
@@ -80,6 +83,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "nearest_divisor",
     "parameter_shapes",
     "split_of",
 ]

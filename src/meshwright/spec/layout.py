@@ -83,8 +83,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return layers if self.recompute == "full" else 0
 
 
-def check_layout(layout: Layout, global_batch: int) -> None:
-    """Raise SettingError for sizes that no cluster could run."""
+def check_axes(layout: Layout) -> None:
+    """Raise SettingError for an axis size that is not offered."""
     for axis in (*AXES, "expert"):
         size: int = getattr(layout, axis)
         if size < 1:
@@ -95,6 +95,11 @@ def check_layout(layout: Layout, global_batch: int) -> None:
                 f"the {axis} axis is not built yet",
                 f"layout.{axis} = 1 with layout.shard = {layout.shard * size}",
             )
+
+
+def check_layout(layout: Layout, global_batch: int) -> None:
+    """Raise SettingError for sizes that no cluster could run."""
+    check_axes(layout)
     if layout.microbatch < 1:
         raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
     if sorted(layout.order) != sorted(AXES):
