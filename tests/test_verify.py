@@ -3,27 +3,27 @@
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import commands
 import pytest
-import torch.distributed as dist
 from jobs import cpu_cluster
 from test_equivalence import Case, build_job
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from verifying import Fault, References, verdict_of
 
+from meshwright.data import StepBatches
 from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import LARGEST_WORLD, shrink_job, write_text
 from meshwright.parallel import tensor
 from meshwright.spec import BUILT_FAMILIES, ZOO, Job, SettingError
-from meshwright.spec.decode import decode_job, planning_job
+from meshwright.spec.decode import planning_job
 from meshwright.train import loop, setup
 
 # --- Faults, each planted in the ranks of a layout that is right without it -----------------------------------------
@@ -81,25 +81,15 @@ def partial_results(_job: Job) -> AbstractContextManager[object]:
     return mock.patch.object(tensor, "give", cutting)
 
 
-@contextmanager
-def mean_of_each_microbatch(job: Job) -> Iterator[None]:
+def mean_of_each_microbatch(job: Job) -> AbstractContextManager[object]:
     """Each microbatch's loss is divided by what counts in one microbatch instead of in all of a step."""
-    build = setup.build_batches
+    forward_backward = loop.forward_backward
     accumulation = job.layout.accumulation(job.data.global_batch)
 
-    def building(*arguments: Any) -> Any:
-        batches = build(*arguments)
-        take = batches.next
+    def dividing(model: Any, share: StepBatches, *others: Any) -> Tensor:
+        return forward_backward(model, share._replace(counted=share.counted / accumulation), *others)
 
-        def taking(step: int) -> Any:
-            share = take(step)
-            return share._replace(counted=share.counted / accumulation)
-
-        batches.next = taking
-        return batches
-
-    with mock.patch("meshwright.verify.layout.build_batches", building):
-        yield
+    return mock.patch.object(loop, "forward_backward", dividing)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +159,12 @@ def test_an_unscaled_loss_under_accumulation_is_named(cause_of: Callable[..., Ca
 # --- What a job is made into ----------------------------------------------------------------------------------------
 
 
+def planned(name: str, gpus: str, layout: dict[str, Any]) -> Job:
+    """A job that nobody here could run."""
+    settings = [f"layout.{key}={value}" for key, value in layout.items()]
+    return planning_job(model=name, gpus=gpus, sequence=1024, global_batch=512, settings=settings)
+
+
 def same_kind(job: Job, small: Job) -> None:
     """Fail where the small job splits in another way than the job."""
     axes = ("replica", "shard", "tensor")
@@ -205,3 +201,51 @@ def test_each_model_of_the_zoo_is_made_small(tmp_path: Path, name: str, tensor: 
         return
     job = planned(name, "2x8xh100", {"shard": 16 // tensor, "tensor": tensor, "recompute": "selective"})
     same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_is_right_is_said_to_be(tmp_path: Path) -> None:
+    told = commands.run("verify", commands.write_job(tmp_path), TMPDIR=str(tmp_path))
+    assert told.returncode == 0, told.stderr
+    assert "shard 2" in told.stdout
+    for what in ("samples", "outputs of step 1", "loss", "gradients of step 1", "weights after step 5", "blocks.0"):
+        assert what in told.stdout
+    assert "The layout equals one process" in told.stdout
+    assert not list(tmp_path.glob("meshwright-verify-*"))
+
+
+def test_what_was_compared_is_json_too(tmp_path: Path) -> None:
+    told = commands.run("verify", "--json", commands.write_job(tmp_path), "--set", "layout.zero=2")
+    assert told.returncode == 0, told.stderr
+    found = json.loads(told.stdout)
+    assert found["trial"]["job"]["layout"]["zero"] == 2
+    assert len(found["trial"]["ranks"]) == 2
+    assert found["verdict"]["cause"] is None
+    assert all(row["difference"] <= row["bound"] for row in found["verdict"]["rows"])
+
+
+@pytest.mark.parametrize("setting", ["layout.shard=3", "layout.recompute=2", "run.stepz=1"])
+def test_a_bad_setting_is_one_line(tmp_path: Path, setting: str) -> None:
+    told = commands.run("verify", commands.write_job(tmp_path), "--set", setting)
+    assert told.returncode == 2
+    assert told.stdout == ""
+    assert setting.partition("=")[0] in told.stderr and "nearest that works" in told.stderr
+    assert told.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, training: bool) -> None:
+    """While the job's process starts, and while its ranks train."""
+    job = commands.write_job(tmp_path)
+    with commands.running("verify", job, TMPDIR=str(tmp_path)) as process:
+        pattern = "meshwright-verify-*/layout/" + ("attempts/*/events/rank-*" if training else "job.json")
+        commands.wait_until(lambda: any(tmp_path.glob("meshwright-verify-*/layout*")), process)
+        if training:
+            commands.wait_until(lambda: any(tmp_path.glob(pattern)), process)
+        os.kill(process.pid, signal.SIGINT)
+        process.communicate(timeout=commands.TIMEOUT_S)
+    assert process.returncode == 130
+    commands.nothing_left(tmp_path)
+    assert not list(tmp_path.glob("meshwright-verify-*"))
