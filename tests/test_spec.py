@@ -79,6 +79,9 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("layout.shard=3", "layout.shard = 3", "does not divide data.global_batch = 32", "2 ranks"),
         ("layout.microbatch=3", "layout.microbatch = 3", "does not divide a rank's 8 sequences", "layout.microbatch"),
         ("layout.context=2", "layout.context = 2", "not built yet", "layout.context = 1"),
+        ("layout.tensor=3", "layout.tensor = 3", "does not divide model.heads = 4", "layout.tensor = 2"),
+        ("layout.tensor=0", "layout.tensor = 0", "at least one rank", "layout.tensor = 1"),
+        ("layout.recompute=-1", "layout.recompute = -1", "model.layers = 4", "layout.recompute = 0"),
         ("layout.recompute=9", "layout.recompute = 9", "model.layers = 4", "layout.recompute = 4"),
         ("layout.recompute=some", 'layout.recompute = "some"', "invalid enum", 'layout.recompute = "none"'),
         ("layout.async_tensor=true", "layout.async_tensor = true", "nothing is split", "layout.tensor = 2"),
@@ -116,6 +119,49 @@ def test_each_bad_setting_is_one_line(setting: str, names: str, reason: str, nea
     line = str(error)
     assert "\n" not in line and len(line) < 400
     assert error.setting.split()[0] in line and "nearest that works" in line
+
+
+@pytest.mark.parametrize(
+    ("tensor", "changed", "reason", "nearest"),
+    [
+        (8, {}, "does not divide model.heads = 4", "layout.tensor = 4"),
+        (4, {"model.feed_forward": 90}, "does not divide model.feed_forward = 90", "layout.tensor = 2"),
+        (4, {"data.sequence": 250}, "does not divide data.sequence = 250", "layout.tensor = 2"),
+        (
+            4,
+            {"model.heads": 12, "model.kv_heads": 6, "model.head_dim": 8},
+            "neither divides model.kv_heads = 6 nor is a",
+            "layout.tensor = 3",
+        ),
+        (2, {"model.vocabulary": 1}, "is more than model.vocabulary = 1", "layout.tensor = 1"),
+        # Byte tokens over 32 ranks: nine a rank, and none left for the last three.
+        (32, {"model.heads": 32, "model.head_dim": 4}, "none of model.vocabulary = 257 tokens", "layout.tensor = 16"),
+    ],
+)
+def test_each_split_that_does_not_go_is_one_line(
+    tensor: int, changed: dict[str, int], reason: str, nearest: str
+) -> None:
+    settings = [f"{name}={value}" for name, value in changed.items()]
+    processes = ["layout.shard=1", f"layout.tensor={tensor}", f"cluster.processes={tensor}"]
+    error = refusal(QUICKSTART, *settings, *processes)
+    assert error.setting == f"layout.tensor = {tensor}"
+    assert reason in error.reason
+    assert error.nearest == nearest
+    assert "\n" not in str(error)
+    # What it says works, works.
+    near = error.nearest.rpartition(" ")[2]
+    if changed.get("model.vocabulary") != 1:
+        read_job(
+            QUICKSTART,
+            [*settings, "layout.shard=1", f"layout.tensor={near}", f"cluster.processes={near}"],
+            local=cpu_cluster,
+        )
+
+
+def test_transfers_beside_products_need_gpus() -> None:
+    error = refusal(QUICKSTART, "layout.shard=2", "layout.tensor=2", "layout.async_tensor=true")
+    assert (error.setting, error.reason) == ("layout.async_tensor = true", "needs GPUs")
+    assert error.nearest == "layout.async_tensor = false"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The real trainer on forked ranks, and a bare one-process loop to hold it against."""
+"""The real trainer on forked ranks."""
 
 import time
 from pathlib import Path
@@ -6,20 +6,17 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from meshwright.account import MemoryAccount, StepAccount
 from meshwright.checkpoint import read_model_weights
-from meshwright.data import open_stream
-from meshwright.models import build_model, initialize_
+from meshwright.models import build_model
 from meshwright.parallel import start_distributed, stop_distributed
 from meshwright.record import Metrics, Prediction, RunFolder, create_run, read_metrics, start_attempt
 from meshwright.spec import Job
 from meshwright.spec.decode import encode_job
 from meshwright.train import loop
-from meshwright.train.optimizer import learning_rate
 from meshwright.train.setup import StopRequest
 
 Tensors = dict[str, torch.Tensor]
@@ -79,34 +76,3 @@ def weights(job: Job, folder: RunFolder) -> Tensors:
     model = build_model(job.model, device="cpu")
     read_model_weights(folder.checkpoint(folder.saved_steps()[-1]), model)
     return dict(model.named_parameters())
-
-
-def train_alone(job: Job) -> tuple[list[float], list[float], Tensors, Tensors]:
-    """The same training as a bare loop over a plain model: losses, norms, first gradients, last weights.
-
-    It shares the model and the stream of samples with the trainer and nothing else: no mesh, no FSDP, no
-    microbatches, its own loss, clipping and update.
-    """
-    stream = open_stream(job)
-    model = build_model(job.model, device="cpu")
-    initialize_(model, job.model, job.run.seed)
-    losses: list[float] = []
-    norms: list[float] = []
-    first: Tensors = {}
-    for step in range(job.run.steps):
-        tokens, targets = (torch.from_numpy(a) for a in stream.batch(step, 0, job.data.global_batch)[:2])
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-        model.zero_grad()
-        loss.backward()
-        if not first:
-            first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), job.optimizer.clip_norm)
-        rate = learning_rate(step, job.run.steps, job.optimizer)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                assert parameter.grad is not None
-                decay = job.optimizer.weight_decay if parameter.dim() >= 2 else 0.0
-                parameter -= rate * (parameter.grad + decay * parameter)
-        losses.append(loss.item())
-        norms.append(norm.item())
-    return losses, norms, first, dict(model.named_parameters())

@@ -129,27 +129,11 @@ def check_layout(layout: Layout, global_batch: int) -> None:
 def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
     """Raise SettingError where the model or its samples cannot be split as the layout says."""
     tensor = layout.tensor
-    for setting, value in (
-        ("model.heads", model.heads),
-        ("model.feed_forward", model.feed_forward),
-        ("data.sequence", sequence),
-    ):
-        if value % tensor:
-            raise SettingError(
-                f"layout.tensor = {tensor}",
-                f"does not divide {setting} = {value}",
-                f"layout.tensor = {nearest_divisor(value, tensor)}",
-            )
-    if model.kv_heads % tensor and tensor % model.kv_heads:
-        raise SettingError(
-            f"layout.tensor = {tensor}",
-            f"neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it",
-            f"layout.tensor = {nearest_divisor(model.kv_heads, tensor)}",
-        )
-    if tensor > model.vocabulary:
-        raise SettingError(
-            f"layout.tensor = {tensor}", f"is more than model.vocabulary = {model.vocabulary}", "layout.tensor = 1"
-        )
+    reason = split_refusal(tensor, model, sequence)
+    if reason:
+        fewer = range(min(tensor, model.heads), 0, -1)
+        near = next(size for size in fewer if not split_refusal(size, model, sequence))
+        raise SettingError(f"layout.tensor = {tensor}", reason, f"layout.tensor = {near}")
     if isinstance(layout.recompute, int) and not 0 <= layout.recompute <= model.layers:
         raise SettingError(
             f"layout.recompute = {layout.recompute}",
@@ -158,3 +142,23 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
         )
     if layout.async_tensor and tensor == 1:
         raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")
+
+
+def split_refusal(tensor: int, model: ModelSpec, sequence: int) -> str:
+    """Why `tensor` ranks cannot share the model; "" where they can. One always can."""
+    for setting, value in (
+        ("model.heads", model.heads),
+        ("model.feed_forward", model.feed_forward),
+        ("data.sequence", sequence),
+    ):
+        if value % tensor:
+            return f"does not divide {setting} = {value}"
+    if model.kv_heads % tensor and tensor % model.kv_heads:
+        return f"neither divides model.kv_heads = {model.kv_heads} nor is a multiple of it"
+    if tensor > model.vocabulary:
+        return f"is more than model.vocabulary = {model.vocabulary}"
+    # Each takes as many as the first, rounded up, while they last.
+    rows = -(-model.vocabulary // tensor)
+    if rows * (tensor - 1) >= model.vocabulary:
+        return f"leaves the last ranks none of model.vocabulary = {model.vocabulary} tokens, at {rows} a rank"
+    return ""
