@@ -1,6 +1,7 @@
 """A model of your own, sharded or split: torchrun --nproc-per-node 2 examples/own_model.py shard (or: tensor)."""
 
 import sys
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -30,22 +31,16 @@ class Block(nn.Module):
         return x + self.think(self.norm(x))
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.words = nn.Embedding(TOKENS, WIDTH)
-        self.layers = nn.Sequential(Block(), Block())
-        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.layers(self.words(tokens)))
+def build_net() -> nn.Module:
+    parts = {"words": nn.Embedding(TOKENS, WIDTH), "layers": nn.Sequential(Block(), Block())}
+    return nn.Sequential(OrderedDict(**parts, head=nn.Linear(WIDTH, TOKENS, bias=False)))
 
 
 device = mp.start_distributed()
 layout = Layout(**{sys.argv[1]: dist.get_world_size()}, precision="fp32")
 mesh = mp.build_mesh(layout, device)
 torch.manual_seed(0)  # the same values on every rank
-model = mp.parallelize(Net(), layout, mesh, blocks=["layers.*"], tail=["head"], table=TABLE)
+model = mp.parallelize(build_net(), layout, mesh, blocks=["layers.*"], tail=["head"], table=TABLE)
 loss_of = mp.build_token_loss(TOKENS, layout, mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
 for step in range(20):

@@ -3,12 +3,15 @@
 import copy
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from foreign import HEAD_DIM, KV_HEADS, TABLE, TOKENS, Foreign
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -26,7 +29,7 @@ from meshwright.parallel import (
     squared_norm,
     start_distributed,
 )
-from meshwright.spec import Layout, SplitTable
+from meshwright.spec import Layout, SettingError, SplitTable
 
 ROOT = Path(__file__).parents[1]
 BOUND = 1e-5
@@ -227,7 +230,6 @@ REFUSALS: list[tuple[dict[str, Any], Layout, str]] = [
 
 def refusal(told: dict[str, Any], layout: Layout) -> str:
     """What a rank is told, on a mesh of the layout's shape made of no real ranks."""
-    import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=layout.world_size)
