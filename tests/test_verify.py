@@ -66,7 +66,7 @@ def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
 
 def same_samples(_job: Job) -> AbstractContextManager[object]:
     """Every rank takes the first share of the global batch."""
-    return mock.patch.object(setup, "data_rank", lambda _mesh: 0)
+    return mock.patch.object(setup, "data_rank", return_value=0)
 
 
 def partial_results(_job: Job) -> AbstractContextManager[object]:

@@ -206,18 +206,24 @@ def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
     known = [
         (
             accumulation,
-            f"the {accumulation} microbatches of a step: each one's loss must be divided by what counts "
-            "in the whole global batch, not in itself",
+            (
+                f"the {accumulation} microbatches of a step: each one's loss must be divided by what counts "
+                "in the whole global batch, not in itself"
+            ),
         ),
         (
             1 / data,
-            f"the {data} ranks of replica x shard: gradients are averaged over them, "
-            "though the loss is divided by the global batch already",
+            (
+                f"the {data} ranks of replica x shard: gradients are averaged over them, "
+                "though the loss is divided by the global batch already"
+            ),
         ),
         (
             data,
-            f"the {data} ranks of replica x shard: gradients are summed over them once "
-            "too often, or the loss is divided by one rank's share",
+            (
+                f"the {data} ranks of replica x shard: gradients are summed over them once "
+                "too often, or the loss is divided by one rank's share"
+            ),
         ),
         (tensor, f"the {tensor} ranks of tensor: what they all have is summed over them"),
         (1 / tensor, f"the {tensor} ranks of tensor: what each has a part of is averaged over them"),
