@@ -101,8 +101,15 @@ def cause_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cause]:
     references = References(folder)
 
     def find(fault: Fault, **settings: Any) -> Cause:
-        choices = {"replica": 1, "shard": 1, "tensor": 1, "zero": 3, "accumulation": 1, "recompute": "none"}
-        case = Case(**(choices | {"family": "llama"} | settings))
+        choices: dict[str, Any] = {
+            "replica": 1,
+            "shard": 1,
+            "tensor": 1,
+            "zero": 3,
+            "accumulation": 1,
+            "recompute": "none",
+        }
+        case = Case(**{**choices, "family": "llama", **settings})
         job = build_job(folder, case, run={"name": f"{fault.__name__}-{case}"})
         verdict = verdict_of(job, references, fault)
         assert not verdict.agrees
