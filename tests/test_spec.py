@@ -131,7 +131,7 @@ def test_each_bad_setting_is_one_line(setting: str, names: str, reason: str, nea
             4,
             {"model.heads": 12, "model.kv_heads": 6, "model.head_dim": 8},
             "neither divides model.kv_heads = 6 nor is a",
-            "layout.tensor = 3",
+            "layout.tensor = 2",
         ),
         (2, {"model.vocabulary": 1}, "is more than model.vocabulary = 1", "layout.tensor = 1"),
         # Byte tokens over 32 ranks: nine a rank, and none left for the last three.

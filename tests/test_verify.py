@@ -22,6 +22,7 @@ from meshwright.data import StepBatches
 from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import LARGEST_WORLD, shrink_job, write_text
 from meshwright.parallel import tensor
+from meshwright.parallel.reduce import local_gradients
 from meshwright.spec import BUILT_FAMILIES, ZOO, Job, SettingError
 from meshwright.spec.decode import planning_job
 from meshwright.train import loop, setup
@@ -40,15 +41,15 @@ def gradients_averaged(_job: Job) -> AbstractContextManager[object]:
 
 def gradients_summed_twice(job: Job) -> AbstractContextManager[object]:
     """Every gradient comes out as many times too large as there are ranks."""
-    set_factor = FSDPModule.set_gradient_divide_factor
+    forward_backward = loop.forward_backward
 
-    def multiply(module: Any, factor: float) -> None:
-        set_factor(module, factor / job.layout.data_size)
+    def multiplying(model: Any, *others: Any) -> Tensor:
+        loss = forward_backward(model, *others)
+        for gradient in local_gradients(model):
+            gradient *= job.layout.data_size
+        return loss
 
-    # A forced plain sum would leave the factor aside.
-    return mock.patch.multiple(
-        FSDPModule, set_gradient_divide_factor=multiply, set_force_sum_reduction_for_comms=lambda *_: None
-    )
+    return mock.patch.object(loop, "forward_backward", multiplying)
 
 
 def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
@@ -65,7 +66,7 @@ def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
 
 def same_samples(_job: Job) -> AbstractContextManager[object]:
     """Every rank takes the first share of the global batch."""
-    return mock.patch.object(setup, "data_rank", lambda _mesh: 0)
+    return mock.patch.object(setup, "data_rank", return_value=0)
 
 
 def partial_results(_job: Job) -> AbstractContextManager[object]:
@@ -100,8 +101,15 @@ def cause_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cause]:
     references = References(folder)
 
     def find(fault: Fault, **settings: Any) -> Cause:
-        choices = {"replica": 1, "shard": 1, "tensor": 1, "zero": 3, "accumulation": 1, "recompute": "none"}
-        case = Case(**(choices | {"family": "llama"} | settings))
+        choices: dict[str, Any] = {
+            "replica": 1,
+            "shard": 1,
+            "tensor": 1,
+            "zero": 3,
+            "accumulation": 1,
+            "recompute": "none",
+        }
+        case = Case(**{**choices, "family": "llama", **settings})
         job = build_job(folder, case, run={"name": f"{fault.__name__}-{case}"})
         verdict = verdict_of(job, references, fault)
         assert not verdict.agrees

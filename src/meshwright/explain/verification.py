@@ -200,25 +200,40 @@ def constant_factor(part: Comparison) -> float | None:
 
 
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
-    """What usually makes a loss or all gradients wrong by a constant factor."""
+    """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
     accumulation = layout.accumulation(trial.job.data.global_batch)
-    known = {
-        float(
-            accumulation
-        ): f"the {accumulation} microbatches of a step: each one's loss must be divided by what counts "
-        "in the whole global batch, not in itself",
-        1 / layout.data_size: f"the {layout.data_size} ranks of replica x shard: gradients are averaged over them, "
-        "though the loss is divided by the global batch already",
-        float(
-            layout.data_size
-        ): f"the {layout.data_size} ranks of replica x shard: gradients are summed over them once "
-        "too often, or the loss is divided by one rank's share",
-        float(layout.tensor): f"the {layout.tensor} ranks of tensor: what they all have is summed over them",
-        1 / layout.tensor: f"the {layout.tensor} ranks of tensor: what each has a part of is averaged over them",
-        float(layout.world_size): f"the {layout.world_size} ranks: what they all have is summed over them",
-        1 / layout.world_size: f"the {layout.world_size} ranks: what each has a part of is averaged over them",
-    }
-    for size, words in known.items():
-        if size != 1.0 and math.isclose(factor, size, rel_tol=0.05):
-            return words
-    return "a constant factor that is none of the layout's sizes: look at how the loss is divided"
+    data, tensor, world = layout.data_size, layout.tensor, layout.world_size
+    known = [
+        (
+            accumulation,
+            (
+                f"the {accumulation} microbatches of a step: each one's loss must be divided by what counts "
+                "in the whole global batch, not in itself"
+            ),
+        ),
+        (
+            1 / data,
+            (
+                f"the {data} ranks of replica x shard: gradients are averaged over them, "
+                "though the loss is divided by the global batch already"
+            ),
+        ),
+        (
+            data,
+            (
+                f"the {data} ranks of replica x shard: gradients are summed over them once "
+                "too often, or the loss is divided by one rank's share"
+            ),
+        ),
+        (tensor, f"the {tensor} ranks of tensor: what they all have is summed over them"),
+        (1 / tensor, f"the {tensor} ranks of tensor: what each has a part of is averaged over them"),
+    ]
+    if world not in (data, tensor):
+        known += [
+            (world, f"the {world} ranks: what they all have is summed over them"),
+            (1 / world, f"the {world} ranks: what each has a part of is averaged over them"),
+        ]
+    words = [words for size, words in known if size != 1 and math.isclose(factor, size, rel_tol=0.05)]
+    return (
+        "; or ".join(words) or "a constant factor that is none of the layout's sizes: look at how the loss is divided"
+    )
