@@ -12,9 +12,9 @@ import torch
 from commands import run
 from jobs import tiny_job
 from test_data import refusal
-from test_equivalence import BOUND, compare
 from test_tokenizing import documents_of, prepared, write_job
 from tokenized import CHATML, END_TEXT, plain_ids, settings_for, trained, words, write_tokenizer
+from verifying import References, assert_agrees, verdict_of
 
 from meshwright.data import Batches, Stream, TokenFolder, prepare
 from meshwright.models import NOT_COUNTED
@@ -163,7 +163,7 @@ def test_masked_targets_are_not_counted(tmp_path: Path) -> None:
 def test_a_masked_corpus_trains_as_one_process_does(tmp_path: Path, layout: dict[str, int]) -> None:
     settings = msgspec.to_builtins(chat_settings(tmp_path, sequence=24, global_batch=8))
     job = tiny_job(tmp_path, processes=layout.get("shard", 1), layout=layout, data=settings, model={"vocabulary": 300})
-    assert max(compare(job).values()) < BOUND
+    assert_agrees(verdict_of(job, References(tmp_path)))
 
 
 # Mixtures

@@ -14,6 +14,7 @@ import pytest
 from jobs import cpu_cluster
 from test_equivalence import Case, build_job
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from verifying import Fault, References, verdict_of
@@ -73,10 +74,9 @@ def partial_results(_job: Job) -> AbstractContextManager[object]:
     """A row-split module's partial results are cut along the sequence without being summed."""
     give = tensor.give
 
-    def cutting(rule: Any, module: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> Tensor:
+    def cutting(rule: Any, mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> Tensor:
         if rule != tensor.RULES["row"]:
-            return give(rule, module, inputs, output)
-        mesh = output.device_mesh
+            return give(rule, mesh, module, inputs, output)
         return output.to_local().chunk(mesh.size(), 1)[mesh.get_local_rank()]
 
     return mock.patch.object(tensor, "give", cutting)
