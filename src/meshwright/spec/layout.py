@@ -16,6 +16,8 @@ OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard", "tensor")
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev"]
+ContextForm = Literal["ring", "all-to-all"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +31,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
         1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
+    schedule: the order in which a rank of the `pipeline` axis runs its stages' passes (spec/schedule.py).
+    stages_per_rank: stages that each of them holds; 0: as few as the schedule works with.
+    stage_layers: blocks of each stage, first to last; (): balanced by what they and both ends cost.
+    context_form: how ranks of the `context` axis attend to each other's tokens: keys and values passed around a
+        ring, or heads exchanged for tokens, all to all.
     precision: of the model's matrix products and of parameter transfers; parameters, gradient
         reductions and optimizer states are fp32 in both.
     """
@@ -44,6 +51,10 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zero: Literal[1, 2, 3] = 3
     recompute: Recompute | int = "none"
     async_tensor: bool = False
+    schedule: Schedule = "1f1b"
+    stages_per_rank: int = 0
+    stage_layers: tuple[int, ...] = ()
+    context_form: ContextForm = "ring"
     precision: Precision = "bf16"
 
     @property
