@@ -195,7 +195,7 @@ def test_all_blocks_share_one_compiled_graph() -> None:
 
     model, tokens = built(GROUPED), some_tokens(GROUPED)
     expected = model(tokens)
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.compile(backend=record, fullgraph=True)
     torch.testing.assert_close(model(tokens), expected)
     assert len(graphs) == 1

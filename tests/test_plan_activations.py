@@ -78,7 +78,7 @@ def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
 
 def kept_bytes(model: nn.Module, job: Job) -> int:
     """What a forward pass leaves behind on this rank, logits and parameters left out."""
-    for index, block in enumerate(model.blocks):  # pyright: ignore[reportArgumentType]
+    for index, block in enumerate(model.blocks.values()):  # pyright: ignore[reportArgumentType]
         block.forward = block_forward(block.forward, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
     tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)

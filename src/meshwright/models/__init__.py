@@ -8,12 +8,15 @@ from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
 from meshwright.models.loss import NOT_COUNTED, token_loss
 from meshwright.models.positions import rotary_tables
+from meshwright.models.view import View, build_view
 
 __all__ = [
     "NOT_COUNTED",
     "Block",
     "Decoder",
+    "View",
     "build_model",
+    "build_view",
     "generate",
     "initial_tensor",
     "initialize_",

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meshwright.models.attention import Mask, attend, build_mask
-from meshwright.models.positions import place_in_document, rotary_tables, rotate
+from meshwright.models.attention import Attend, Mask, attend
+from meshwright.models.positions import rotary_tables, rotate
+from meshwright.models.view import View, build_view
 from meshwright.spec import ModelSpec
 
 Tables = tuple[Tensor, Tensor] | None
@@ -37,6 +38,8 @@ class Attention(nn.Module):
         self.query_norm = build_norm(spec, spec.head_dim) if head_norms else None
         self.key_norm = build_norm(spec, spec.head_dim) if head_norms else None
         self.output = nn.Linear(width, spec.d_model, bias=biases)
+        # Replaced where a sequence is spread over ranks.
+        self.attend: Attend = attend
 
     def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
         """x: [B, S, D]; tables: cos and sin [S, E/2] or [B, 1, S, E/2], None where positions are learned."""
@@ -49,7 +52,7 @@ class Attention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # heads before the sequence
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
-        mixed = attend(query, key, value, mask)  # [B, H, S, E]
+        mixed = self.attend(query, key, value, mask)  # [B, H, S, E]
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, H*E] to [B, S, D]
 
 
@@ -93,57 +96,69 @@ class Head(nn.Module):
     model keeps a tied embedding gathered until the head.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, given: bool) -> None:
         super().__init__()
         self.weight: nn.Parameter | None = None
-        if not spec.tied_embeddings:
+        if not given:
             self.weight = nn.Parameter(torch.empty(spec.vocabulary, spec.d_model))
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
-        """x: [B, S, D]; tied: [V, D] where the head is the embedding. Returns [B, S, V]."""
+        """x: [B, S, D]; tied: [V, D] where the head is given the embedding's weight. Returns [B, S, V]."""
         weight = self.weight if tied is None else tied
         assert weight is not None
         return F.linear(x, weight)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, head."""
+    """Embedding, blocks, norm, head; or what one stage of a pipeline runs: blocks `start` to `stop`, with adjoining ends.
 
-    def __init__(self, spec: ModelSpec) -> None:
+    Modules are named as in the whole model. A last stage that is not the first has a tied head's weight of its own,
+    a copy of the embedding's.
+    """
+
+    def __init__(self, spec: ModelSpec, start: int = 0, stop: int | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.embedding = nn.Embedding(spec.vocabulary, spec.d_model)
+        stop = spec.layers if stop is None else stop
+        first, last = start == 0, stop == spec.layers
         learned = spec.parts.positions == "learned"
-        self.positions = nn.Embedding(spec.max_positions, spec.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
-        self.norm = build_norm(spec, spec.d_model)
-        self.head = Head(spec)
+        self.embedding = nn.Embedding(spec.vocabulary, spec.d_model) if first else None
+        self.positions = nn.Embedding(spec.max_positions, spec.d_model) if first and learned else None
+        self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(start, stop)})
+        self.norm = build_norm(spec, spec.d_model) if last else None
+        self.head = Head(spec, given=first and spec.tied_embeddings) if last else None
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
-        """tokens: [B, S] int64. Returns logits [B, S, V].
+    def forward(self, x: Tensor, view: View | None = None) -> Tensor:
+        """x: tokens [B, S] int64, or [B, S, D] as the stage before gave it. Returns logits [B, S, V], or [B, S, D].
 
-        documents: [B, S] int32, each token's document in its sample, counted from 0. Given, a token attends to its
-        own document alone, and positions count from the document's start.
+        view: where each token stands and what it sees; without, it sees all that comes before it in its sample.
         """
-        places = torch.arange(tokens.shape[1], device=tokens.device)  # [S]
-        if documents is not None:
-            places = place_in_document(documents)  # [B, S]
-        mask = build_mask(tokens.shape[1], documents, self.spec.attention_window, tokens.device)
-        x = self.embedding(tokens)  # [B, S, D]
+        if view is None:
+            view = build_view(self.spec, x.shape[1], None, x.device)
+        if self.embedding is not None:
+            tokens, x = x, self.embedding(x)  # [B, S, D]
+            if self.positions is not None:
+                x = x + self.positions(view.places.expand_as(tokens))
         tables = None
-        if self.positions is not None:
-            x = x + self.positions(places.expand_as(tokens))
-        else:
+        if self.spec.parts.positions == "rotary":
             # Made anew in each forward: a few small kernels, and nothing to fill, move or cast.
-            tables = rotary_tables(places, self.spec)
-        for block in self.blocks:
-            x = block(x, tables, mask)
-        return self.head(self.norm(x), self.embedding.weight if self.spec.tied_embeddings else None)
+            tables = rotary_tables(view.places, self.spec)
+        for block in self.blocks.values():
+            x = block(x, tables, view.mask)
+        if self.norm is None or self.head is None:
+            return x
+        tied = self.embedding.weight if self.embedding is not None and self.spec.tied_embeddings else None
+        return self.head(self.norm(x), tied)
 
 
-def build_model(spec: ModelSpec, device: torch.device | str = "meta") -> Decoder:
-    """The decoder on `device`, its parameters fp32 and not filled yet: initialize_ or a checkpoint fills them."""
+def build_model(
+    spec: ModelSpec, device: torch.device | str = "meta", start: int = 0, stop: int | None = None
+) -> Decoder:
+    """The decoder, or its blocks `start` to `stop` with the end that adjoins them, on `device`.
+
+    Its parameters are fp32 and not filled yet: initialize_ or a checkpoint fills them.
+    """
     # Through the meta device, because the modules' own initial values would cost time and be thrown away.
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec, start, stop)
     return model if torch.device(device).type == "meta" else model.to_empty(device=device)

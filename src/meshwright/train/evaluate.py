@@ -2,18 +2,18 @@
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
-from meshwright.models import NOT_COUNTED
+from meshwright.models import NOT_COUNTED, Decoder, build_view
 from meshwright.parallel import Loss, data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
+    model: Decoder, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
 ) -> float | None:
     """Mean loss over the first evaluation.sequences held-out samples, nats per counted token; None if there is none.
 
@@ -36,9 +36,9 @@ def evaluate(
     return loss / counted if counted else None
 
 
-def logits_of(model: nn.Module, batch: Batch[Tensor]) -> Tensor:
-    """The model's logits for a batch; it is told of documents only where a token must not look past its own."""
-    return model(batch.tokens) if batch.documents is None else model(batch.tokens, batch.documents)
+def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
+    """The model's logits for a batch."""
+    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
 
 
 def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:

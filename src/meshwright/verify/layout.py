@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright.data import Batch
+from meshwright.models import Decoder
 from meshwright.parallel import (
     build_loss,
     build_mesh,
@@ -131,7 +132,7 @@ def first_foreign(file: ReferenceFile, microbatches: list[Batch[Tensor]], job: J
 
 @torch.no_grad()
 def compare_outputs(
-    file: ReferenceFile, model: nn.Module, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
+    file: ReferenceFile, model: Decoder, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
 ) -> dict[str, Comparison]:
     """Every module's output over this rank's samples of the first step, in a forward pass of its own.
 
