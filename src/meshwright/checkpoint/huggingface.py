@@ -5,7 +5,7 @@ from safetensors import safe_open
 from torch import nn
 
 from meshwright.parallel import local_part
-from meshwright.spec import ModelSpec
+from meshwright.spec import ModelSpec, home_of
 from meshwright.spec.pretrained import Stored, read_stored
 from meshwright.spec.tensors import Piece, pieces_of
 
@@ -20,7 +20,7 @@ def load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
     for name, parameter in model.named_parameters():
         local, offset, shape = local_part(parameter.detach())
         if local.numel():
-            piece = pieces[name]
+            piece = pieces[home_of(spec, name)]
             local.copy_(read_slice(stored[piece.theirs], piece, offset, shape))
 
 

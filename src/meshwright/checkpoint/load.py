@@ -8,11 +8,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, read_manifest, without
-from meshwright.parallel import local_part
-from meshwright.spec import SettingError
+from meshwright.parallel import Stages, local_part
+from meshwright.spec import SettingError, home_of
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus: str) -> int:
+def load_checkpoint(folder: Path, model: Stages, optimizer: Optimizer, corpus: str) -> int:
     """Fill model and optimizer from a checkpoint and return its step.
 
     Raises SettingError where a tensor is missing or mis-shaped, a file is missing or damaged, or `corpus`, the
@@ -22,7 +22,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus
     if manifest.corpus != corpus:
         raise SettingError("data.path", f"is not the text that {folder} was trained on", "the same files, or a new run")
     reader = Reader(folder, manifest)
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = home_of(model.spec, own_name)
         reader.fill(f"model.{name}", parameter.detach())
         state = optimizer.state[parameter]
         for key in state_keys(manifest, name):

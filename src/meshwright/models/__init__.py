@@ -3,7 +3,7 @@
 Imports spec and torch, never torch.distributed.
 """
 
-from meshwright.models.decoder import Block, Decoder, build_model
+from meshwright.models.decoder import Block, Decoder, Head, build_model
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
 from meshwright.models.loss import NOT_COUNTED, token_loss
@@ -14,6 +14,7 @@ __all__ = [
     "NOT_COUNTED",
     "Block",
     "Decoder",
+    "Head",
     "View",
     "build_model",
     "build_view",

@@ -5,6 +5,8 @@ Parameter names and shapes are those of spec.count.parameter_shapes; a test hold
 the parameters: no buffer that a move from the meta device could leave unfilled.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,16 +103,18 @@ class Head(nn.Module):
         self.weight: nn.Parameter | None = None
         if not given:
             self.weight = nn.Parameter(torch.empty(spec.vocabulary, spec.d_model))
+        # Replaced where its weight's gradient is not computed at once.
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
 
     def forward(self, x: Tensor, tied: Tensor | None) -> Tensor:
         """x: [B, S, D]; tied: [V, D] where the head is given the embedding's weight. Returns [B, S, V]."""
         weight = self.weight if tied is None else tied
         assert weight is not None
-        return F.linear(x, weight)
+        return self.product(x, weight)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, norm, head; or what one stage of a pipeline runs: blocks `start` to `stop`, with adjoining ends.
+    """Embedding, blocks, norm, head; or one stage of a pipeline: blocks `start` to `stop` and the ends beside them.
 
     Modules are named as in the whole model. A last stage that is not the first has a tied head's weight of its own,
     a copy of the embedding's.

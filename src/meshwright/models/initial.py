@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meshwright.models.decoder import Decoder
-from meshwright.spec import ModelSpec
+from meshwright.spec import ModelSpec, home_of
 
 # Matrices whose products are added to the residual stream, twice a layer.
 RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
@@ -23,7 +23,7 @@ def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, 
         return torch.ones(tuple(shape), device=device)
     if name.endswith(".bias"):
         return torch.zeros(tuple(shape), device=device)
-    generator = torch.Generator(device).manual_seed(seed_of(seed, name))
+    generator = torch.Generator(device).manual_seed(seed_of(seed, home_of(spec, name)))
     return torch.randn(tuple(shape), generator=generator, device=device).mul_(standard_deviation(name, spec))
 
 

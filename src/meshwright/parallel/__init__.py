@@ -3,6 +3,7 @@
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.part import copy_whole, local_part
+from meshwright.parallel.pipeline import Passes, Stages
 from meshwright.parallel.reduce import (
     StepTotals,
     clip_gradients,
@@ -16,6 +17,8 @@ from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
     "Loss",
+    "Passes",
+    "Stages",
     "StepTotals",
     "begin_microbatch",
     "build_loss",

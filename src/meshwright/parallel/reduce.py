@@ -45,11 +45,14 @@ def local_gradients(model: nn.Module) -> list[torch.Tensor]:
     return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
 
-def squared_norm(model: nn.Module) -> torch.Tensor:
-    """This rank's part of the squared gradient norm: adds up over ranks to the whole, each element counted once."""
+def squared_norm(model: nn.Module, but: nn.Parameter | None = None) -> torch.Tensor:
+    """This rank's part of the squared gradient norm: adds up over ranks to the whole, each element counted once.
+
+    but: a parameter that is counted elsewhere.
+    """
     by_copies: dict[int, list[torch.Tensor]] = {}
     for parameter in model.parameters():
-        if parameter.grad is not None:
+        if parameter.grad is not None and parameter is not but:
             grad = parameter.grad
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             by_copies.setdefault(copies(grad), []).append(local)
@@ -63,19 +66,20 @@ def squared_norm(model: nn.Module) -> torch.Tensor:
 def copies(tensor: torch.Tensor) -> int:
     """How many ranks of the world hold the same part of `tensor`.
 
-    Asks each placement whether it replicates: strided shards are no instance of Shard, so asking that way
-    would miscount them.
+    A DTensor's mesh has all ranks of its pipeline stage. Asks each placement whether it replicates: strided shards are
+    no instance of Shard, so asking that way would miscount them.
     """
     if not isinstance(tensor, DTensor):
         return dist.get_world_size()
-    splits = [size for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if not p.is_replicate()]
-    return dist.get_world_size() // math.prod(splits)
+    return math.prod(
+        size for size, p in zip(tensor.device_mesh.shape, tensor.placements, strict=True) if p.is_replicate()
+    )
 
 
 def reduce_step(loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, stop: bool) -> StepTotals:
     """Sum loss, squared gradient norm and stop requests over all ranks in one all-reduce, without reading them.
 
-    The ranks along tensor share their samples, and each has their whole loss.
+    The ranks along tensor share their samples, and each has their whole loss; along pipeline one of them has it.
     """
     loss = loss.detach().float() / layout.tensor
     totals = torch.stack([loss, squared, torch.full_like(squared, float(stop))])

@@ -64,6 +64,16 @@ def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce what backward passes have gathered that ended before their weights' gradients were there."""
+    assert isinstance(model, FSDPModule)
+    model.set_is_last_backward(True)
+    model.set_requires_gradient_sync(True)
+    model.set_reshard_after_backward(True)
+    # What FSDP does at the end of a last backward pass: reduce each group that has not been, and wait for all.
+    fully_shard.state(model)._root_post_backward_final_callback()  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def free_gathered(model: nn.Module) -> None:
     """Free parameters that a forward pass without a backward pass left gathered.
 

@@ -1,7 +1,15 @@
 """Model, layout, cluster, job: frozen types, decoded and checked once at the edge. Loads no torch."""
 
 from meshwright.spec.cluster import Cluster, Device, Link
-from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, end_shapes, parameter_shapes
+from meshwright.spec.count import (
+    Flops,
+    block_shapes,
+    count_flops,
+    count_parameters,
+    end_shapes,
+    home_of,
+    parameter_shapes,
+)
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -35,8 +43,18 @@ from meshwright.spec.layout import (
     check_layout,
     check_split,
 )
+from meshwright.spec.messages import Direction, Message, forward_only, message_from, order_messages, walk
 from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
 from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.schedule import (
+    SPLIT_BACKWARD,
+    Action,
+    build_schedule,
+    held_stages,
+    rank_of_stage,
+    split_layers,
+    stage_count,
+)
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -44,13 +62,16 @@ __all__ = [
     "BUILT_FAMILIES",
     "FAMILIES",
     "OFFERED_AXES",
+    "SPLIT_BACKWARD",
     "SPLIT_TABLES",
     "ZOO",
+    "Action",
     "Axis",
     "CheckpointSettings",
     "Cluster",
     "DataSettings",
     "Device",
+    "Direction",
     "EvaluationSettings",
     "Experts",
     "Family",
@@ -60,6 +81,7 @@ __all__ = [
     "LatentAttention",
     "Layout",
     "Link",
+    "Message",
     "ModelSpec",
     "NamedModel",
     "OptimizerSettings",
@@ -73,6 +95,7 @@ __all__ = [
     "SplitTable",
     "TraceSettings",
     "block_shapes",
+    "build_schedule",
     "check_axes",
     "check_built",
     "check_job",
@@ -83,7 +106,16 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "forward_only",
+    "held_stages",
+    "home_of",
+    "message_from",
     "nearest_divisor",
+    "order_messages",
     "parameter_shapes",
+    "rank_of_stage",
+    "split_layers",
     "split_of",
+    "stage_count",
+    "walk",
 ]

@@ -12,7 +12,7 @@ Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
 # Axes that `parallel` can apply today; the others refuse any size but 1.
-OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard", "tensor")
+OFFERED_AXES: tuple[Axis, ...] = ("pipeline", "replica", "shard", "tensor")
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]

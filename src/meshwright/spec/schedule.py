@@ -3,6 +3,7 @@
 from typing import Literal, NamedTuple
 
 from meshwright.spec.layout import Layout, Schedule
+from meshwright.spec.model import ModelSpec
 
 # F: a stage's forward pass of a microbatch. B: its backward pass, which zero-bubble schedules cut in two:
 # I, the gradient of the stage's input, which the stage before waits for, and W, the gradients of its weights.
@@ -43,4 +44,21 @@ def held_stages(layout: Layout, rank: int) -> tuple[int, ...]:
 
 def build_schedule(layout: Layout, microbatches: int) -> tuple[tuple[Action, ...], ...]:
     """What each rank along pipeline runs in a step, in order."""
-    raise NotImplementedError
+    ranks = range(layout.pipeline)
+    made: list[tuple[Action, ...]] = []
+    for rank in ranks:
+        warm = microbatches if layout.schedule == "gpipe" else min(microbatches, layout.pipeline - 1 - rank)
+        actions = [Action("F", rank, m) for m in range(warm)]
+        for m in range(warm, microbatches):
+            actions += [Action("F", rank, m), Action("B", rank, m - warm)]
+        actions += [Action("B", rank, m) for m in range(microbatches - warm, microbatches)]
+        made.append(tuple(actions))
+    return tuple(made)
+
+
+def split_layers(model: ModelSpec, layout: Layout, sequence: int) -> tuple[int, ...]:
+    """Blocks of each stage, first to last."""
+    if layout.stage_layers:
+        return layout.stage_layers
+    stages = stage_count(layout)
+    return tuple(model.layers // stages + (stage < model.layers % stages) for stage in range(stages))

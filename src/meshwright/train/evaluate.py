@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
-from meshwright.models import NOT_COUNTED, Decoder, build_view
-from meshwright.parallel import Loss, data_rank, free_gathered, sum_over_ranks
+from meshwright.models import NOT_COUNTED, Decoder, View, build_view
+from meshwright.parallel import Loss, Stages, data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
 
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
+    model: Stages, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
 ) -> float | None:
     """Mean loss over the first evaluation.sequences held-out samples, nats per counted token; None if there is none.
 
@@ -29,16 +29,18 @@ def evaluate(
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
         batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
-        total[0] += loss_of(logits_of(model, batch), batch.targets)
-        total[1] += (batch.targets != NOT_COUNTED).sum()
+        logits = model(batch.tokens, view_of(model, batch))
+        if logits is not None:
+            total[0] += loss_of(logits, batch.targets)
+            total[1] += (batch.targets != NOT_COUNTED).sum()
     free_gathered(model)
     loss, counted = sum_over_ranks(total).tolist()
     return loss / counted if counted else None
 
 
-def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
-    """The model's logits for a batch."""
-    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
+def view_of(model: Decoder | Stages, batch: Batch[Tensor]) -> View:
+    """Where a batch's tokens stand and what they see."""
+    return build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device)
 
 
 def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:

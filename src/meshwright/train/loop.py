@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.data import StepBatches
-from meshwright.models import Decoder
 from meshwright.parallel import (
     Loss,
+    Passes,
+    Stages,
     StepTotals,
-    begin_microbatch,
     build_loss,
     build_mesh,
     build_parallel_model,
@@ -23,7 +23,7 @@ from meshwright.parallel import (
 from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
-from meshwright.train.evaluate import evaluate, logits_of
+from meshwright.train.evaluate import evaluate, view_of
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
 from meshwright.train.setup import StopRequest, build_batches, due, open_data, restore, save
@@ -56,7 +56,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             reporter.begin_step()
             with recorder.phase("input"):
                 share = batches.next(step)
-            loss = forward_backward(model, share, loss_of, job, recorder, memory)
+            loss = forward_backward(model, share, loss_of, recorder, memory)
             totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
 
@@ -80,24 +80,30 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
 
 
 def forward_backward(
-    model: Decoder, share: StepBatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
+    model: Stages, share: StepBatches, loss_of: Loss, recorder: Recorder, memory: MemoryProbe
 ) -> Tensor:
-    """Accumulate the gradients of this rank's microbatches; return its part of the global batch's mean loss."""
-    microbatches = share.microbatches
-    loss = torch.zeros((), device=microbatches[0].tokens.device)
-    for index, batch in enumerate(microbatches):
-        with recorder.phase("forward"), memory.forward(model, first=index == 0) as logits_seen:
-            begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
-            part = loss_of(logits_seen(logits_of(model, batch)), batch.targets) / share.counted
-        with recorder.phase("backward"):
-            part.backward()
-            loss += part.detach()
+    """Run the schedule's passes over this rank's microbatches; return its part of the global batch's mean loss."""
+    passes = Passes(model, len(share.microbatches))
+    loss = torch.zeros((), device=share.microbatches[0].tokens.device)
+    for action in passes.actions:
+        if action.kind == "F":
+            batch = share.microbatches[action.microbatch]
+            with recorder.phase("forward"), memory.forward(model, first=action.microbatch == 0) as logits_seen:
+                made = passes.forward(action, batch.tokens, view_of(model, batch))
+                if action.stage == model.last:
+                    made = loss_of(logits_seen(made), batch.targets) / share.counted
+                    loss += made.detach()
+                passes.keep(action, made)
+        else:
+            with recorder.phase("backward"):
+                passes.backward(action)
+    passes.close()
     return loss
 
 
 def update(
     step: int,
-    model: Decoder,
+    model: Stages,
     optimizer: Optimizer,
     loss: Tensor,
     job: Job,
@@ -108,7 +114,7 @@ def update(
 ) -> tuple[StepTotals, float]:
     """Clip by the whole gradient's norm and step the optimizer; return the step's totals and learning rate."""
     with recorder.phase("optimizer"):
-        squared = squared_norm(model)
+        squared = squared_norm(model, but=model.tied_copy())
         with recorder.phase("control"):
             totals = reduce_step(loss, squared, job.layout, stop=stop)
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)

@@ -18,7 +18,7 @@ from meshwright.data import Batch, open_stream, to_tensors
 from meshwright.models import build_model, initialize_
 from meshwright.record.verification import Reference
 from meshwright.spec import Job, Precision
-from meshwright.train.evaluate import logits_of
+from meshwright.train.evaluate import view_of
 from meshwright.train.optimizer import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,17 +43,20 @@ class Alone:
         """The whole global batch of a step."""
         return to_tensors(self._stream.batch(step, 0, self.job.data.global_batch), self._device)
 
+    def _logits(self, batch: Batch[Tensor]) -> Tensor:
+        return self._model(batch.tokens, view_of(self._model, batch))
+
     def outputs(self) -> dict[str, Tensor]:
         """Every module's output over the first step's samples."""
         seen: dict[str, Tensor] = {}
         with torch.no_grad(), watching(self._model, seen):
-            logits_of(self._model, self.batch(0))
+            self._logits(self.batch(0))
         return seen
 
     def gradients(self, step: int) -> tuple[float, dict[str, Tensor]]:
         """A step's mean loss, and its gradients in fp32 before clipping."""
         batch = self.batch(step)
-        logits = logits_of(self._model, batch).float()
+        logits = self._logits(batch).float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
         self._model.zero_grad()
         loss.backward()

@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright.data import Batch
-from meshwright.models import Decoder
 from meshwright.parallel import (
+    Stages,
     build_loss,
     build_mesh,
     build_parallel_model,
@@ -20,10 +20,10 @@ from meshwright.parallel import (
 )
 from meshwright.record import RunFolder
 from meshwright.record.verification import Comparison, RankReport
-from meshwright.spec import Job
+from meshwright.spec import Job, ModelSpec, home_of
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train import loop
-from meshwright.train.evaluate import logits_of
+from meshwright.train.evaluate import view_of
 from meshwright.train.optimizer import build_optimizer
 from meshwright.train.setup import build_batches, open_data
 from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, watching
@@ -34,7 +34,8 @@ Offset = tuple[int, ...]
 class ReferenceFile:
     """The reference's tensors on disk; of each only the part that is asked for is read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: ModelSpec) -> None:
+        self._model = model
         self._file = safe_open(path, framework="pt")
         self._names = set(self._file.keys())
 
@@ -64,13 +65,13 @@ class ReferenceFile:
         found: dict[str, Comparison] = {}
         for name, tensor in tensors.items():
             local, offset, _ = local_part(tensor)
-            found[name] = self.compare(prefix + name, local, offset)
+            found[name] = self.compare(prefix + home_of(self._model, name), local, offset)
         return found
 
 
 def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, reference: Path) -> RankReport:
     """Train the job's steps on this rank with the trainer's own parts. Called after start_distributed."""
-    file = ReferenceFile(reference)
+    file = ReferenceFile(reference, job.model)
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
     stream = open_data(job)
@@ -87,7 +88,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
         if step == 0:
             foreign = first_foreign(file, share.microbatches, job, mesh)
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
-        loss = loop.forward_backward(model, share, loss_of, job, recorder, memory)
+        loss = loop.forward_backward(model, share, loss_of, recorder, memory)
         if step == 0:
             gradients = file.compare_parts(
                 GRADIENT, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -132,7 +133,7 @@ def first_foreign(file: ReferenceFile, microbatches: list[Batch[Tensor]], job: J
 
 @torch.no_grad()
 def compare_outputs(
-    file: ReferenceFile, model: Decoder, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
+    file: ReferenceFile, model: Stages, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
 ) -> dict[str, Comparison]:
     """Every module's output over this rank's samples of the first step, in a forward pass of its own.
 
@@ -142,7 +143,7 @@ def compare_outputs(
     for number, batch in enumerate(microbatches):
         seen: dict[str, Tensor] = {}
         with torch.compiler.set_stance("force_eager"), watching(model, seen):
-            logits_of(model, batch)
+            model(batch.tokens, view_of(model, batch))
         for name, output in seen.items():
             offset, local = locate(output, file.shape(OUTPUT + name), mesh)
             part = file.compare(OUTPUT + name, local, (offset[0] + first_sample(job, mesh, number), *offset[1:]))
