@@ -2,6 +2,7 @@
 
 from meshwright.spec.cluster import Cluster, Device, Link
 from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, end_shapes, parameter_shapes
+from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -26,29 +27,47 @@ from meshwright.spec.job import (
 )
 from meshwright.spec.layout import (
     AXES,
-    OFFERED_AXES,
     Axis,
+    ContextForm,
     Layout,
     Precision,
     Recompute,
+    Schedule,
     check_axes,
     check_layout,
     check_split,
 )
 from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
 from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.schedule import (
+    SPLIT_BACKWARD,
+    TURNING,
+    Action,
+    Pass,
+    Table,
+    build_schedule,
+    check_schedule,
+    held_stages,
+    rank_of_stage,
+    stage_count,
+    stages_per_rank,
+)
+from meshwright.spec.stages import split_layers
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
     "AXES",
     "BUILT_FAMILIES",
     "FAMILIES",
-    "OFFERED_AXES",
+    "SPLIT_BACKWARD",
     "SPLIT_TABLES",
+    "TURNING",
     "ZOO",
+    "Action",
     "Axis",
     "CheckpointSettings",
     "Cluster",
+    "ContextForm",
     "DataSettings",
     "Device",
     "EvaluationSettings",
@@ -63,27 +82,39 @@ __all__ = [
     "ModelSpec",
     "NamedModel",
     "OptimizerSettings",
+    "Pass",
     "Precision",
     "Recompute",
     "RopeScaling",
     "RunSettings",
+    "Schedule",
     "SettingError",
     "Source",
     "Split",
     "SplitTable",
+    "Table",
     "TraceSettings",
     "block_shapes",
+    "build_schedule",
     "check_axes",
     "check_built",
+    "check_context",
+    "check_expert",
     "check_job",
     "check_layout",
     "check_model",
+    "check_schedule",
     "check_split",
     "closest",
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "held_stages",
     "nearest_divisor",
     "parameter_shapes",
+    "rank_of_stage",
+    "split_layers",
     "split_of",
+    "stage_count",
+    "stages_per_rank",
 ]
