@@ -139,12 +139,6 @@ def test_limits_on_the_job_page_are_the_checks(key: str) -> None:
         assert refused.value.setting.startswith(key)
 
 
-@pytest.mark.parametrize("key", [key for key, row in KEYS.items() if row["meaning"] == "not built yet"])
-def test_what_the_job_page_calls_not_built_is_refused(key: str) -> None:
-    with pytest.raises(SettingError, match="not built yet"):
-        small_job(key, 2)
-
-
 # --- Layouts ---------------------------------------------------------------------------------------------------------
 
 

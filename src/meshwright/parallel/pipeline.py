@@ -131,7 +131,7 @@ class Passes:
         self._model = model
         self.actions = model.schedule(microbatches)[model.pipe.rank]
         self._mail = Mail(model.pipe, model.messages(microbatches))
-        # What went into a stage and what came out of it, until the backward pass; products that this has put off.
+        # What went into a stage and what came out of it, until the backward pass; then products that this has put off.
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
         # The pass after which a stage's gradients are whole.
@@ -153,22 +153,24 @@ class Passes:
     def backward(self, action: Action) -> None:
         """A stage's backward pass, or one half of it."""
         model, key = self._model, (action.stage, action.microbatch)
-        part, whole = model.parts[action.stage], self._ends[action.stage] == action
-        if action.kind == "W":
-            for product in self._put_off.pop(key):
-                product()
-            if whole:
+        part, later = model.parts[action.stage], model.later.get(action.stage)
+        last = self._ends[action.stage] == action
+        if action.kind != "W":
+            given, made = self._kept.pop(key)
+            gradient = None if action.stage == model.last else self._mail.take("backward", action)
+            begin_microbatch(part, model.layout, last=last and later is None)
+            torch.autograd.backward(made, gradient)
+            if message := message_from(model.layout, action):
+                assert given.grad is not None
+                self._mail.put(message, given.grad)
+        if later is not None:
+            if action.kind != "W":
+                self._put_off[key] = later.take()
+            if action.kind != "I":
+                for product in self._put_off.pop(key):
+                    product()
+            if last:
                 reduce_gradients(part)
-            return
-        given, made = self._kept.pop(key)
-        gradient = None if action.stage == model.last else self._mail.take("backward", action)
-        begin_microbatch(part, model.layout, last=whole)
-        torch.autograd.backward(made, gradient)
-        if action.kind == "I":
-            self._put_off[key] = model.later[action.stage].take()
-        if message := message_from(model.layout, action):
-            assert given.grad is not None
-            self._mail.put(message, given.grad)
 
     def close(self) -> None:
         """Wait until what was sent has left, and give both copies of a tied embedding the sum of their gradients."""

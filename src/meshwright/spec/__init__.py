@@ -10,6 +10,7 @@ from meshwright.spec.count import (
     home_of,
     parameter_shapes,
 )
+from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError, closest
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -34,11 +35,12 @@ from meshwright.spec.job import (
 )
 from meshwright.spec.layout import (
     AXES,
-    OFFERED_AXES,
     Axis,
+    ContextForm,
     Layout,
     Precision,
     Recompute,
+    Schedule,
     check_axes,
     check_layout,
     check_split,
@@ -48,27 +50,33 @@ from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScali
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
+    TURNING,
     Action,
+    Pass,
+    Table,
     build_schedule,
+    check_schedule,
     held_stages,
     rank_of_stage,
-    split_layers,
     stage_count,
+    stages_per_rank,
 )
+from meshwright.spec.stages import split_layers
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
     "AXES",
     "BUILT_FAMILIES",
     "FAMILIES",
-    "OFFERED_AXES",
     "SPLIT_BACKWARD",
     "SPLIT_TABLES",
+    "TURNING",
     "ZOO",
     "Action",
     "Axis",
     "CheckpointSettings",
     "Cluster",
+    "ContextForm",
     "DataSettings",
     "Device",
     "Direction",
@@ -85,22 +93,28 @@ __all__ = [
     "ModelSpec",
     "NamedModel",
     "OptimizerSettings",
+    "Pass",
     "Precision",
     "Recompute",
     "RopeScaling",
     "RunSettings",
+    "Schedule",
     "SettingError",
     "Source",
     "Split",
     "SplitTable",
+    "Table",
     "TraceSettings",
     "block_shapes",
     "build_schedule",
     "check_axes",
     "check_built",
+    "check_context",
+    "check_expert",
     "check_job",
     "check_layout",
     "check_model",
+    "check_schedule",
     "check_split",
     "closest",
     "count_flops",
@@ -117,5 +131,6 @@ __all__ = [
     "split_layers",
     "split_of",
     "stage_count",
+    "stages_per_rank",
     "walk",
 ]

@@ -6,10 +6,12 @@ from typing import Literal
 import msgspec
 
 from meshwright.spec.cluster import Cluster, check_cluster
+from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout, check_layout, check_split
 from meshwright.spec.model import ModelSpec, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
+from meshwright.spec.schedule import check_schedule
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
@@ -169,6 +171,9 @@ def check_job(job: Job) -> None:
     check_sequence(job.model, job.data.sequence)
     check_layout(job.layout, job.data.global_batch)
     check_split(job.layout, job.model, job.data.sequence)
+    check_context(job.layout, job.model, job.data.sequence)
+    check_expert(job.layout, job.model)
+    check_schedule(job.layout, job.layout.accumulation(job.data.global_batch), job.model.layers)
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_cluster(job.cluster, job.layout.world_size)

@@ -11,8 +11,6 @@ from meshwright.spec.numbers import nearest_divisor
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
-# Axes that `parallel` can apply today; the others refuse any size but 1.
-OFFERED_AXES: tuple[Axis, ...] = ("pipeline", "replica", "shard", "tensor")
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -95,17 +93,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def check_axes(layout: Layout) -> None:
-    """Raise SettingError for an axis size that is not offered."""
+    """Raise SettingError for an axis without ranks."""
     for axis in (*AXES, "expert"):
         size: int = getattr(layout, axis)
         if size < 1:
             raise SettingError(f"layout.{axis} = {size}", "an axis has at least one rank", f"layout.{axis} = 1")
-        if size > 1 and axis not in OFFERED_AXES:
-            raise SettingError(
-                f"layout.{axis} = {size}",
-                f"the {axis} axis is not built yet",
-                f"layout.{axis} = 1 with layout.shard = {layout.shard * size}",
-            )
 
 
 def check_layout(layout: Layout, global_batch: int) -> None:
