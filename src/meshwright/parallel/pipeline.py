@@ -11,6 +11,7 @@ two, and which reduces gradients once a step whatever `zero` says.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,12 +32,16 @@ from meshwright.spec import (
     Layout,
     Message,
     ModelSpec,
+    Pass,
     build_schedule,
     forward_only,
     message_from,
     order_messages,
     stage_count,
 )
+
+# Microbatches that a pass adds to what its stage keeps for its backward pass. Products put off hold on to it.
+KEPT: dict[Pass, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
 
 
 class Pipe(NamedTuple):
@@ -136,6 +141,13 @@ class Passes:
         self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
         # The pass after which a stage's gradients are whole.
         self._ends = {action.stage: action for action in self.actions if action.kind in ("B", "W")}
+
+    def alike(self, action: Action) -> int:
+        """Microbatches that a stage keeps at most at once, if this is its first forward pass; otherwise 0."""
+        if action.microbatch:
+            return 0
+        kept = accumulate(KEPT[a.kind] for a in self.actions if a.stage == action.stage)
+        return max(kept)
 
     def forward(self, action: Action, tokens: Tensor, view: View) -> Tensor:
         """A stage's forward pass. Returns the state that it makes [B, S, D], or the last stage's logits."""

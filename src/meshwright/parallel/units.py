@@ -10,8 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, SplitTable, check_axes, closest, nearest_divisor, split_of
 
-# Axes that can be planned, and not applied to a model yet.
-UNBUILT = ("pipeline", "context", "expert")
+# Axes that need to know more of a model than its modules' names: where it can be cut, its positions, its router.
+NOT_FOR_ANY = ("pipeline", "context", "expert")
 # The dim of a weight whose length a word divides over ranks; its activations are cut alike, so it must divide evenly.
 DIVIDED = {"column": 0, "kv_heads": 0, "row": 1}
 
@@ -51,9 +51,9 @@ def nearest_pattern(pattern: str, names: Sequence[str]) -> str:
 def check_units(model: nn.Module, layout: Layout, mesh: DeviceMesh, units: Sequence[nn.Module]) -> None:
     """Raise SettingError for a layout that this mesh or these units cannot have."""
     check_axes(layout)
-    for axis in (axis for axis in UNBUILT if getattr(layout, axis) > 1):
+    for axis in (axis for axis in NOT_FOR_ANY if getattr(layout, axis) > 1):
         setting = f"layout.{axis} = {getattr(layout, axis)}"
-        raise SettingError(setting, f"the {axis} axis is not built yet", f"layout.{axis} = 1")
+        raise SettingError(setting, f"the {axis} axis is not offered for a model of your own", f"layout.{axis} = 1")
     for axis in AXES:
         found = mesh[axis].size()
         if layout.size(axis) != found:

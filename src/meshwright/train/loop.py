@@ -88,7 +88,7 @@ def forward_backward(
     for action in passes.actions:
         if action.kind == "F":
             batch = share.microbatches[action.microbatch]
-            with recorder.phase("forward"), memory.forward(model, first=action.microbatch == 0) as logits_seen:
+            with recorder.phase("forward"), memory.forward(model, times=passes.alike(action)) as logits_seen:
                 made = passes.forward(action, batch.tokens, view_of(model, batch))
                 if action.stage == model.last:
                     made = loss_of(logits_seen(made), batch.targets) / share.counted
