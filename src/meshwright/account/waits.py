@@ -1,11 +1,11 @@
 """What only all ranks together can tell: which part of a collective was transfer, which was waiting, and for whom."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 import msgspec
 
-from meshwright.account.step import MeasuredStep, StepAccount, Transfer
+from meshwright.account.step import MeasuredStep, Purpose, StepAccount, Transfer
 
 Group = tuple[int, ...]
 Key = tuple[str, Group, int]
@@ -18,7 +18,8 @@ TICK_S = 1e-9
 class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
     """A measured step whose waits are separated from transfers and charged to the ranks that caused them.
 
-    `blame`: seconds that this rank waited, by the rank it waited for.
+    `waited`: seconds of the account's `straggler` by the purpose of the transfers waited at. `blame`: by the rank
+    waited for, where that is known.
     """
 
     step: int
@@ -26,15 +27,18 @@ class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     account: StepAccount
     overlapped: dict[str, float]
+    waited: dict[str, float]
     blame: dict[int, float]
 
 
-def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
+def split_waits(ranks: Sequence[MeasuredStep], unblamed: Collection[Purpose] = ()) -> list[ResolvedStep]:
     """Separate transfer from waiting in one step, given as every rank measured it.
 
     A collective's transfer begins when its last participant starts; before that, the others wait for that one.
     Blame follows the chain: what the last to arrive had itself been delayed by others is charged to those others.
-    With the replica and shard axes every rank has equal work, so all waiting is `straggler`.
+    Between ranks of equal work all waiting is `straggler`.
+
+    unblamed: purposes at which ranks have to wait at equal work too, so that waiting shows nothing of anybody's delay.
     """
     offset = clock_offsets(ranks)
     meetings: dict[Key, dict[int, Transfer]] = {}
@@ -53,11 +57,13 @@ def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
         ready = arrived[last]
         # At equal work all would have arrived together: what the last one's known delay does not explain is its own.
         lateness = max(sum(delay[rank].values()) + ready - arrived[rank] for rank in arrived)
-        add(delay[last], last, lateness - sum(delay[last].values()))
+        if key[0] not in unblamed:
+            add(delay[last], last, lateness - sum(delay[last].values()))
         for rank, transfer in meetings[key].items():
             wait = min(seconds_before(transfer.exposed, ready + offset[rank]), ready - arrived[rank])
             if wait > TICK_S:
                 moved[rank][transfer.purpose] = moved[rank].get(transfer.purpose, 0.0) + wait
+            if wait > TICK_S and transfer.purpose not in unblamed:
                 for culprit, seconds in charge(wait, last, rank, delay).items():
                     add(blame[rank], culprit, seconds)
                 # The rank goes on when the last one lets it: it is now late for the last one's reasons.
@@ -119,5 +125,6 @@ def _resolved(measured: MeasuredStep, moved: dict[str, float], blame: Seconds) -
         wall_s=measured.wall_s,
         account=msgspec.structs.replace(account, **changes),
         overlapped=measured.overlapped,
+        waited=moved,
         blame=blame,
     )

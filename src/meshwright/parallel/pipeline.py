@@ -8,11 +8,12 @@ pipelines, which gives wrong gradients where parameters are freed after a forwar
 two, and which reduces gradients once a step whatever `zero` says.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.profiler import record_function
 from meshwright.models import Decoder, View
 from meshwright.parallel.later import Later
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, reduce_gradients
-from meshwright.record.kineto import PREFIX
+from meshwright.record.kineto import message_label
 from meshwright.spec import (
     Action,
     Direction,
@@ -203,6 +204,12 @@ class Mail:
         self._arrived: dict[tuple[Direction, int, int], Tensor] = {}
         self._coming: dict[tuple[Direction, int, int], tuple[Message, dist.Work]] = {}
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        # A message's number among those between the same two ranks in the same direction, equal on both.
+        count: Counter[tuple[int, int]] = Counter()
+        self._numbers: dict[Message, int] = {}
+        for message in self._next:
+            self._numbers[message] = count[message.source, message.target]
+            count[message.source, message.target] += 1
         self._post_receives()
 
     def put(self, message: Message, state: Tensor) -> None:
@@ -212,7 +219,7 @@ class Mail:
             self._arrived[message[:3]] = state
             return
         assert self._next.popleft() == message
-        with record_function(label("send", self._pipe, message)):
+        with self._labelled("send", message):
             work = dist.isend(state, self._pipe.ranks[message.target], self._pipe.group)
         assert work is not None
         self._leaving.append((work, state))
@@ -227,7 +234,7 @@ class Mail:
         key = (direction, action.stage, action.microbatch)
         if key in self._coming:
             message, work = self._coming.pop(key)
-            with record_function(label("take", self._pipe, message)):
+            with self._labelled("take", message):
                 work.wait()
         return self._arrived.pop(key)
 
@@ -236,21 +243,20 @@ class Mail:
         while self._leaving:
             self._leaving.popleft()[0].wait()
 
+    def _labelled(self, what: str, message: Message) -> AbstractContextManager[Any]:
+        source, target = (self._pipe.ranks[rank] for rank in (message.source, message.target))
+        return record_function(message_label(what, source, target, self._numbers[message]))
+
     def _post_receives(self) -> None:
         pipe = self._pipe
         while self._next and self._next[0].target == pipe.rank:
             message = self._next.popleft()
             state = torch.empty(pipe.shape, dtype=pipe.dtype, device=pipe.device)
-            with record_function(label("receive", pipe, message)):
+            with self._labelled("receive", message):
                 work = dist.irecv(state, pipe.ranks[message.source], pipe.group)
             assert work is not None
             self._arrived[message[:3]] = state
             self._coming[message[:3]] = message, work
-
-
-def label(what: str, pipe: Pipe, message: Message) -> str:
-    """A message's name for the profiler: which ranks of the world it goes between."""
-    return f"{PREFIX}{what} {pipe.ranks[message.source]} {pipe.ranks[message.target]}"
 
 
 @torch.no_grad()
@@ -269,8 +275,10 @@ def sum_tied(model: Stages) -> None:
         theirs = torch.empty_like(gradients[0])
         sends = dist.P2POp(dist.isend, gradients[0], other, pipe.group)
         receives = dist.P2POp(dist.irecv, theirs, other, pipe.group)
-        for work in dist.batch_isend_irecv([sends, receives]):
-            work.wait()
+        # Numbered apart from the passes' messages.
+        with record_function(message_label("take", other, dist.get_rank(), -1)):
+            for work in dist.batch_isend_irecv([sends, receives]):
+                work.wait()
         gradients[0] += theirs
 
 

@@ -45,7 +45,7 @@ from meshwright.spec.layout import (
     check_layout,
     check_split,
 )
-from meshwright.spec.messages import Direction, Message, forward_only, message_from, order_messages, walk
+from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages, walk
 from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.schedule import (
@@ -61,12 +61,13 @@ from meshwright.spec.schedule import (
     stage_count,
     stages_per_rank,
 )
-from meshwright.spec.stages import split_layers
+from meshwright.spec.stages import split_layers, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
     "AXES",
     "BUILT_FAMILIES",
+    "DURATIONS",
     "FAMILIES",
     "SPLIT_BACKWARD",
     "SPLIT_TABLES",
@@ -130,6 +131,7 @@ __all__ = [
     "rank_of_stage",
     "split_layers",
     "split_of",
+    "stage_costs",
     "stage_count",
     "stages_per_rank",
     "walk",

@@ -1,6 +1,6 @@
 """What ranks along pipeline send each other in a step, in one order for all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from meshwright.spec.layout import Layout
@@ -43,13 +43,16 @@ def order_messages(layout: Layout, schedule: Sequence[Sequence[Action]]) -> tupl
     A rank that sends and receives in this order can wait for nobody who waits for it: of the messages not yet
     delivered the first one's source has only earlier ones before it, which are.
     """
-    ends = walk(layout, schedule, DURATIONS)
+    ends = walk(layout, schedule, lambda action: DURATIONS[action.kind])
     made = sorted((end, message) for action, end in ends.items() if (message := message_from(layout, action)))
     return tuple(message for _, message in made if message.source != message.target)
 
 
-def walk(layout: Layout, schedule: Sequence[Sequence[Action]], durations: Mapping[Pass, float]) -> dict[Action, float]:
-    """When each pass ends, each as soon as its rank has done what is before it and its input is made.
+def walk(
+    layout: Layout, schedule: Sequence[Sequence[Action]], seconds: Callable[[Action], float]
+) -> dict[Action, float]:
+    """When each pass ends that lasts `seconds`, each begun as soon as its rank has done what is before it and its input
+    is made; messages take no time.
 
     Raises ValueError for a schedule that stops before its end.
     """
@@ -71,7 +74,7 @@ def walk(layout: Layout, schedule: Sequence[Sequence[Action]], durations: Mappin
                     input_s = 0.0 if first else ready.get((action.kind == "F", action.stage, action.microbatch))
                 if input_s is None:
                     break
-                ends[action] = clock[rank] = max(clock[rank], input_s) + durations[action.kind]
+                ends[action] = clock[rank] = max(clock[rank], input_s) + seconds(action)
                 step = 1 if action.kind == "F" else -1
                 if action.kind != "W":
                     ready[(action.kind == "F", action.stage + step, action.microbatch)] = ends[action]

@@ -5,11 +5,11 @@ from typing import Any
 
 from meshwright.account import MeasuredStep, Purpose
 from meshwright.record.kineto.cpu import cpu_timeline
-from meshwright.record.kineto.events import PHASES, PREFIX, STEP, group_ranks
+from meshwright.record.kineto.events import PHASES, PREFIX, STEP, group_ranks, message_label
 from meshwright.record.kineto.gpu import gpu_timeline
 from meshwright.record.timeline import book
 
-__all__ = ["PHASES", "PREFIX", "STEP", "measure_step"]
+__all__ = ["PHASES", "PREFIX", "STEP", "measure_step", "message_label"]
 
 
 def measure_step(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import TraceEvent, phases, span, within
+from meshwright.record.kineto.events import TraceEvent, message_spans, phases, span, within
 from meshwright.record.timeline import Timeline, numbered
 
 # Operator namespaces that are not work on data: the autograd engine's brackets and the collectives themselves.
@@ -25,7 +25,8 @@ def cpu_timeline(
     start, end = span(step)
     mine = [e for e in events if e.get("tid") == thread and e.get("cat") in ("cpu_op", "user_annotation")]
     inside = [e for e in mine if start <= span(e)[0] <= end]
-    transfers = collectives(inside, [e for e in events if str(e["name"]).startswith("gloo:")], during, groups)
+    works = [e for e in events if str(e["name"]).startswith("gloo:") and not is_message(e)]
+    transfers = [*collectives(inside, works, during, groups), *messages(inside)]
     moving = union([(t.start_s, t.end_s) for t in transfers])
     operators = subtract(union(span(e) for e in inside if is_compute(e)), moving)
     waiting = {name: during[name] for name in ("input", "checkpoint")}
@@ -48,6 +49,29 @@ def is_compute(event: TraceEvent) -> bool:
     return event["cat"] == "cpu_op" and bool(separator) and namespace not in NOT_COMPUTE
 
 
+def is_message(event: TraceEvent) -> bool:
+    """Whether an event is one rank's send to another, or the receiving of it."""
+    return str(event["name"]) in ("c10d::send", "c10d::recv_", "gloo:send", "gloo:recv")
+
+
+def messages(inside: Sequence[TraceEvent]) -> list[Transfer]:
+    """What stages of a pipeline sent each other, as this rank waited for it: from where a pass needs it.
+
+    Its source sends it and goes on; its target has posted a receive long before.
+    """
+    return [
+        Transfer(
+            purpose="pipeline",
+            ranks=(message.source, message.target),
+            index=message.number,
+            start_s=message.interval[0],
+            end_s=message.interval[1],
+        )
+        for message in message_spans(inside)
+        if message.what != "receive"
+    ]
+
+
 def collectives(
     inside: Sequence[TraceEvent],
     gloo: Sequence[TraceEvent],
@@ -59,7 +83,8 @@ def collectives(
     gloo's own spans name no process group; what launched them does, so the purpose is read there. Whatever the thread
     does until a launched collective ends, the wait for it among that, counts as the transfer.
     """
-    launches = sorted((e for e in inside if str(e["name"]).startswith("c10d::")), key=lambda e: e["ts"])
+    named = (e for e in inside if str(e["name"]).startswith("c10d::") and not is_message(e))
+    launches = sorted(named, key=lambda e: e["ts"])
     works = sorted((span(e) for e in gloo), key=lambda s: s[0])
     brackets = {
         kind: union(span(e) for e in inside if str(e["name"]).startswith(kind))

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshwright.account.intervals import Interval, union
 
@@ -13,6 +13,36 @@ STEP = f"{PREFIX}step"
 PHASES = ("input", "forward", "backward", "recompute", "optimizer", "control", "checkpoint")
 
 TraceEvent = dict[str, Any]
+
+# Around a message between stages of a pipeline: launched by its source, posted by its target ahead of its use, waited
+# for by the pass that uses it.
+MESSAGES = ("send", "receive", "take")
+
+
+class MessageSpan(NamedTuple):
+    """One such annotation: which ranks of the world the message goes between, and its number among theirs."""
+
+    what: str
+    source: int
+    target: int
+    number: int
+    interval: Interval
+
+
+def message_label(what: str, source: int, target: int, number: int) -> str:
+    """The annotation's name."""
+    return f"{PREFIX}{what} {source} {target} {number}"
+
+
+def message_spans(events: Sequence[TraceEvent]) -> list[MessageSpan]:
+    """All of them, in order of time."""
+    found: list[MessageSpan] = []
+    for event in events:
+        what, *numbers = str(event["name"]).removeprefix(PREFIX).split(" ")
+        if what in MESSAGES and event.get("cat") == "user_annotation" and len(numbers) == 3:
+            source, target, number = map(int, numbers)
+            found.append(MessageSpan(what, source, target, number, span(event)))
+    return sorted(found, key=lambda message: message.interval)
 
 
 def group_ranks(trace: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
