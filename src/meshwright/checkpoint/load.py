@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, read_manifest, without
-from meshwright.parallel import Stages, local_part
+from meshwright.parallel import HostAdamW, Stages, local_part
 from meshwright.spec import SettingError, home_of
 
 
@@ -32,6 +32,8 @@ def load_checkpoint(folder: Path, model: Stages, optimizer: Optimizer, corpus: s
             # fp32 both: the optimizers here keep a step count for each parameter, and moments like the parameter.
             state[key] = torch.zeros_like(parameter) if like_parameter else torch.zeros((), device=parameter.device)
             reader.fill(f"optimizer.{key}.{name}", state[key])
+        if isinstance(optimizer, HostAdamW):
+            optimizer.put_away(parameter)
     return manifest.step
 
 

@@ -2,6 +2,7 @@
 
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
+from meshwright.parallel.offload import HostAdamW
 from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.pipeline import Passes, Stages
 from meshwright.parallel.reduce import (
@@ -16,6 +17,7 @@ from meshwright.parallel.shard import begin_microbatch, free_gathered
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
+    "HostAdamW",
     "Loss",
     "Passes",
     "Stages",

@@ -63,7 +63,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
         tail = [] if part.norm is None or part.head is None or part.head.weight is None else [part.norm, part.head]
         heads = Heads(spec.kv_heads, spec.head_dim)
         apply_layout(part, layout, mesh, units, tail, SPLIT_TABLES[spec.family], heads, first=ends[stage])
-        part.to_empty(device=device)
+        part.to_empty(device="cpu" if layout.offload == "parameters" else device)
         parts[stage] = part
     model = Stages(spec, layout, pipe, parts, later)
     fill(model, lambda name, shape: initial_tensor(name, shape, spec, job.run.seed, device))

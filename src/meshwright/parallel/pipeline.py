@@ -272,14 +272,15 @@ def sum_tied(model: Stages) -> None:
     elif gradients:
         pipe = model.pipe
         other = pipe.ranks[0 if model.tied_copy() is not None else -1]
-        theirs = torch.empty_like(gradients[0])
-        sends = dist.P2POp(dist.isend, gradients[0], other, pipe.group)
+        ours = gradients[0].to(pipe.device)
+        theirs = torch.empty_like(ours)
+        sends = dist.P2POp(dist.isend, ours, other, pipe.group)
         receives = dist.P2POp(dist.irecv, theirs, other, pipe.group)
         # Numbered apart from the passes' messages.
         with record_function(message_label("take", other, dist.get_rank(), -1)):
             for work in dist.batch_isend_irecv([sends, receives]):
                 work.wait()
-        gradients[0] += theirs
+        gradients[0] += theirs.to(gradients[0].device)
 
 
 def local_gradient(weight: nn.Parameter) -> Tensor:

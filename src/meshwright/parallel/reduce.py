@@ -82,17 +82,22 @@ def reduce_step(loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, st
     The ranks along tensor share their samples, and each has their whole loss; along pipeline one of them has it.
     """
     loss = loss.detach().float() / layout.tensor
-    totals = torch.stack([loss, squared, torch.full_like(squared, float(stop))])
+    # Gradients that are offloaded have their norm on the host.
+    totals = torch.stack([loss, squared.to(loss.device), torch.full_like(loss, float(stop))])
     dist.all_reduce(totals)
     return StepTotals(totals)
 
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, gradient_norm: torch.Tensor, clip_norm: float) -> None:
-    """Scale gradients so that their norm is at most `clip_norm` (0: leave them). Reads nothing back to the host."""
+    """Scale gradients so that their norm is at most `clip_norm` (0: leave them).
+
+    Reads nothing back to the host, except where the gradients are there.
+    """
     if clip_norm > 0:
         scale = (clip_norm / (gradient_norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(local_gradients(model), scale)
+        gradients = local_gradients(model)
+        torch._foreach_mul_(gradients, scale.to(gradients[0].device))
 
 
 def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from meshwright.spec import Layout
 
@@ -34,12 +34,13 @@ def apply_shard(
     # Along an axis of size 1 nothing is sent, not even to oneself.
     plane = mesh["shard"] if layout.replica == 1 else mesh["replica", "shard"]
     keep = layout.zero < 3
+    offload = CPUOffloadPolicy() if layout.offload == "parameters" else OffloadPolicy()
     for unit in units:
-        fully_shard(unit, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+        fully_shard(unit, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
     if tail:
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
-        fully_shard(list(tail), mesh=plane, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+        fully_shard(list(tail), mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    fully_shard(model, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
     if layout.data_size > 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -176,6 +176,11 @@ def check_job(job: Job) -> None:
     check_schedule(job.layout, job.layout.accumulation(job.data.global_batch), job.model.layers)
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
+    if job.layout.offload != "none" and job.cluster.device.kind != "cuda":
+        reason = "devices are CPUs, whose memory is the host's"
+        raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')
+    if job.layout.offload == "optimizer" and job.optimizer.name == "sgd":
+        raise SettingError('layout.offload = "optimizer"', "sgd keeps no states", 'layout.offload = "none"')
     check_cluster(job.cluster, job.layout.world_size)
 
 

@@ -16,6 +16,7 @@ Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev"]
 ContextForm = Literal["ring", "all-to-all"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +35,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stage_layers: blocks of each stage, first to last; (): balanced by what they and both ends cost.
     context_form: how ranks of the `context` axis attend to each other's tokens: keys and values passed around a
         ring, or heads exchanged for tokens, all to all.
+    offload: what lies in the host's memory while the device does not need it: "optimizer", the optimizer's states; or
+        "parameters", with their gradients and states, updated there by its cores.
     precision: of the model's matrix products and of parameter transfers; parameters, gradient
         reductions and optimizer states are fp32 in both.
     """
@@ -53,6 +56,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     stages_per_rank: int = 0
     stage_layers: tuple[int, ...] = ()
     context_form: ContextForm = "ring"
+    offload: Offload = "none"
     precision: Precision = "bf16"
 
     @property
@@ -143,6 +147,9 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
             f"must be a number of blocks, of which model.layers = {model.layers}",
             f"layout.recompute = {min(max(0, layout.recompute), model.layers)}",
         )
+    if layout.offload == "parameters" and layout.zero < 3:
+        reason = "parameters that stay gathered are not offloaded"
+        raise SettingError(f'layout.zero = {layout.zero} with layout.offload = "parameters"', reason, "layout.zero = 3")
     if layout.async_tensor and tensor == 1:
         raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")
 

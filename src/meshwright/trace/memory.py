@@ -82,12 +82,17 @@ class MemoryProbe:
         """Count parameters, gradients and optimizer states, exactly, while all of them are there."""
         if not self.active:
             return
+        states = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        found = {
+            "parameters": model.parameters(),
+            "gradients": (p.grad for p in model.parameters() if p.grad is not None),
+            "optimizer_states": states,
+        }
+        # What is offloaded lies in the host's memory, not in this account.
+        kind = "cuda" if self._cuda else "cpu"
         self._states = {
-            "parameters": tensor_bytes(model.parameters()),
-            "gradients": tensor_bytes(p.grad for p in model.parameters() if p.grad is not None),
-            "optimizer_states": tensor_bytes(
-                v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
-            ),
+            name: tensor_bytes(tensor for tensor in tensors if local(tensor).device.type == kind)
+            for name, tensors in found.items()
         }
 
     def account(self) -> MemoryAccount:

@@ -39,7 +39,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     memory = MemoryProbe(device)
     stream = open_data(job)
     model = build_parallel_model(job, mesh, device)
-    optimizer = build_optimizer(model, job.optimizer)
+    optimizer = build_optimizer(model, job.optimizer, job.layout.offload)
     first = restore(folder, model, optimizer, stream)
     loss_of = build_loss(job, mesh, device)
     batches = build_batches(stream, job, mesh, device)

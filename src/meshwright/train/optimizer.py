@@ -5,11 +5,15 @@ import math
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from meshwright.spec import Job, OptimizerSettings
+from meshwright.parallel import HostAdamW
+from meshwright.spec import Job, Offload, OptimizerSettings
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """AdamW, fused into one kernel for all parameters, or SGD; weight decay on matrices only."""
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, offload: Offload = "none") -> Optimizer:
+    """AdamW, fused into one kernel for all parameters, or SGD; weight decay on matrices only.
+
+    offload: "optimizer" keeps AdamW's states in the host's memory.
+    """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [
@@ -19,7 +23,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
     if settings.name == "sgd":
         # Fused SGD does not know sharded parameters, in torch 2.13.
         return SGD(groups, lr=settings.learning_rate, foreach=True)
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+    kind = HostAdamW if offload == "optimizer" else AdamW
+    return kind(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:

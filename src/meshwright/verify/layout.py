@@ -76,7 +76,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
     memory = MemoryProbe(device)
     stream = open_data(job)
     model = build_parallel_model(job, mesh, device)
-    optimizer = build_optimizer(model, job.optimizer)
+    optimizer = build_optimizer(model, job.optimizer, job.layout.offload)
     loss_of = build_loss(job, mesh, device)
     batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=0.0)
