@@ -19,6 +19,7 @@ from meshwright.spec import (
     RunSettings,
     TraceSettings,
     check_job,
+    stage_count,
 )
 
 # More processes than this show nothing that these do not.
@@ -103,7 +104,7 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
     return msgspec.structs.replace(
         model,
         name="custom",
-        layers=min(model.layers, 2),
+        layers=min(model.layers, max(2, stage_count(layout))),
         d_model=heads * HEAD_DIM,
         heads=heads,
         kv_heads=kv_heads,

@@ -220,8 +220,7 @@ class Mail:
             return
         assert self._next.popleft() == message
         with self._labelled("send", message):
-            work = dist.isend(state, self._pipe.ranks[message.target], self._pipe.group)
-        assert work is not None
+            work = start(dist.isend, state, self._pipe, message.target)
         self._leaving.append((work, state))
         while self._leaving[0][0].is_completed():
             self._leaving.popleft()[0].wait()
@@ -253,10 +252,16 @@ class Mail:
             message = self._next.popleft()
             state = torch.empty(pipe.shape, dtype=pipe.dtype, device=pipe.device)
             with self._labelled("receive", message):
-                work = dist.irecv(state, pipe.ranks[message.source], pipe.group)
-            assert work is not None
+                work = start(dist.irecv, state, pipe, message.source)
             self._arrived[message[:3]] = state
             self._coming[message[:3]] = message, work
+
+
+def start(operation: Callable[..., Any], state: Tensor, pipe: Pipe, other: int) -> dist.Work:
+    """Begin to send a state to another rank along pipeline, or to receive it."""
+    # A batch of one: by itself NCCL would set up a communicator for the two ranks, or warn that it cannot.
+    (work,) = dist.batch_isend_irecv([dist.P2POp(operation, state, pipe.ranks[other], pipe.group)])
+    return work
 
 
 @torch.no_grad()
