@@ -214,6 +214,25 @@ def test_an_external_torchrun_is_joined(tmp_path: Path) -> None:
     nothing_left(tmp_path)
 
 
+def test_ranks_of_an_external_torchrun_have_their_tokens_before_they_wait_for_one_another(tmp_path: Path) -> None:
+    """Tokenising may take longer than a process group waits for its slowest rank."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from meshwright.cli.machine import local\n"
+        "from meshwright.spec import SettingError\n"
+        "from meshwright.spec.decode import read_job\n"
+        "from meshwright.train.worker import join_ranks\n"
+        "def begin():  # what rank 0 does first, once all have joined\n"
+        "    raise SettingError('tokens', str(len(list(Path(sys.argv[2]).glob('*/tokens.bin')))))\n"
+        "join_ranks(read_job(Path(sys.argv[1]), local=local), begin, print, time.time())\n"
+    )
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", script, write_job(tmp_path, ranks=1), tmp_path / "tokens"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment() | group)
+    assert ended.returncode == 2 and ended.stderr.endswith("error: tokens: 1\n"), ended.stderr
+
+
 def test_an_external_torchrun_with_other_ranks_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     refused = torchrun(1, job)

@@ -96,8 +96,3 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place."""
     dist.all_reduce(value)
     return value
-
-
-def wait_for_all() -> None:
-    """Return when every rank has come here."""
-    dist.barrier()
