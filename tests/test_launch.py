@@ -27,8 +27,11 @@ from commands import (
     wait_until,
     write_job,
 )
+from jobs import cpu_cluster
 
+from meshwright.launch import begin_attempt
 from meshwright.record import Ended, Metrics, RunFolder, Span, read_events, read_lines
+from meshwright.spec.decode import read_job
 
 ENDLESS = {"name": "tiny", "steps": 1_000_000}
 
@@ -36,6 +39,33 @@ ENDLESS = {"name": "tiny", "steps": 1_000_000}
 def losses_of(run_folder: Path) -> list[tuple[int, float | None]]:
     """Every line of metrics, repeated steps and all."""
     return [(line.step, line.loss) for line in read_lines(run_folder / "metrics.jsonl", Metrics)]
+
+
+def test_what_convert_will_refuse_is_said_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin_attempt(None, read_job(write_job(tmp_path), ["run.name=plain"], local=cpu_cluster))
+    assert capsys.readouterr().err == ""
+    begin_attempt(None, read_job(write_job(tmp_path), ["model.attention_window=8"], local=cpu_cluster))
+    assert capsys.readouterr().err == (
+        "warning: meshwright convert will refuse this run: model.attention_window = 8: LlamaForCausalLM of "
+        "transformers has no word for it; nearest that works: model.attention_window = 0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seed", "9" * 30), "Invalid value for '--seed'"),
+        (("--temperature", "nan"), "--temperature nan: must be 0, or lie between 1e-6 and 1e6; "),
+        (("--temperature", "1e-45"), "nearest that works: --temperature 1e-6"),
+        (("--prompt", os.fsdecode(b"\xff\xfe")), "--prompt: is not text in UTF-8; "),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_line(
+    finished: tuple[Path, object], arguments: tuple[str, ...], says: str
+) -> None:
+    refused = run("sample", finished[0], *arguments)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and says in refused.stderr
 
 
 @pytest.fixture(scope="module")
