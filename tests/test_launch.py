@@ -51,23 +51,6 @@ def test_what_convert_will_refuse_is_said_before_the_run(tmp_path: Path, capsys:
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("--seed", "9" * 30), "Invalid value for '--seed'"),
-        (("--temperature", "nan"), "--temperature nan: must be 0, or lie between 1e-6 and 1e6; "),
-        (("--temperature", "1e-45"), "nearest that works: --temperature 1e-6"),
-        (("--prompt", os.fsdecode(b"\xff\xfe")), "--prompt: is not text in UTF-8; "),
-    ],
-)
-def test_what_cannot_be_sampled_is_one_line(
-    finished: tuple[Path, object], arguments: tuple[str, ...], says: str
-) -> None:
-    refused = run("sample", finished[0], *arguments)
-    assert refused.returncode == 2 and refused.stdout == ""
-    assert refused.stderr.startswith("error: ") and refused.stderr.count("\n") == 1 and says in refused.stderr
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A job trained to its end, and what the command printed."""

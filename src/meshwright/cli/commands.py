@@ -128,8 +128,6 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
     from meshwright import launch
     from meshwright.record import open_run
 
-    launch.needs_torch("sample")
-    open_run(run)
     # Logits are divided by it: what is much smaller makes infinities of them. nan is in no range either.
     if temperature != 0 and not 1e-6 <= temperature <= 1e6:
         nearest = "--temperature 1e-6" if 0 < temperature < 1 else "--temperature 0"
@@ -138,6 +136,8 @@ def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -
         prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that are no text come as halves of characters
         raise SettingError("--prompt", "is not text in UTF-8", "--prompt with other characters") from None
+    launch.needs_torch("sample")
+    open_run(run)
     from meshwright.train.sample import sample_text
 
     click.echo(sample_text(run, prompt, tokens, temperature, seed))
