@@ -44,7 +44,7 @@ def run_trial(job: Job, precision: Precision, local: Callable[[int], Cluster]) -
         job = msgspec.structs.replace(job, layout=msgspec.structs.replace(job.layout, precision=precision))
         small = shrink_job(job, folder, local=local)
         write_text(folder)
-        run, attempt = begin_attempt(None, small)
+        run, attempt = begin_attempt(None, small, warn=False)
         arguments = ["verify-agent", str(run.path), str(attempt), str(os.getpid())]
         code = wait_for(subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True))
         if code:
