@@ -162,13 +162,13 @@ def verify(job: Path, as_json: bool, settings: tuple[str, ...]) -> None:
         trials = launch.run_trials(read(job, settings), local=here)
     except launch.VerificationEnded as ended:
         sys.exit(ended.code)
-    verdicts = [explain_trial(trial) for trial in trials]
-    for trial, verdict in zip(trials, verdicts, strict=True):
-        if as_json:
-            click.echo(verification_json(trial, verdict))
-        else:
+    judged = [(trial, explain_trial(trial)) for trial in trials]
+    if as_json:
+        click.echo(verification_json(judged))
+    else:
+        for trial, verdict in judged:
             verification_text(trial, verdict, console())
-    sys.exit(0 if all(verdict.agrees for verdict in verdicts) else 1)
+    sys.exit(0 if all(verdict.agrees for _, verdict in judged) else 1)
 
 
 @cli.command(hidden=True)
