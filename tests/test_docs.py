@@ -214,15 +214,16 @@ def watch_microbatches(job: Job) -> list[tuple[float, float]]:
     """What is held whole after each pass of a step of two microbatches; first, of the output layer and in all."""
     device = start_distributed(job.cluster)
     model = build_parallel_model(job, build_mesh(job.layout, device), device)
-    ends = sum(parameter.numel() for module in (model.norm, model.head) for parameter in module.parameters())
+    (part,) = model.parts.values()
+    ends = sum(p.numel() for module in (part.norm, part.head) if module is not None for p in module.parameters())
     seen: list[tuple[float, float]] = [(ends, sum(parameter.numel() for parameter in model.parameters()))]
     tokens = torch.zeros(1, job.data.sequence, dtype=torch.int64)
     for last in (False, True):
-        begin_microbatch(model, job.layout, last=last)
-        loss = token_loss(model(tokens), tokens)
-        seen.append(held_whole(model))
+        begin_microbatch(part, job.layout, last=last)
+        loss = token_loss(part(tokens), tokens)
+        seen.append(held_whole(part))
         loss.backward()
-        seen.append(held_whole(model))
+        seen.append(held_whole(part))
     return seen
 
 

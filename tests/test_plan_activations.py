@@ -1,19 +1,19 @@
 """Predicted activations against what the built model keeps: by family, by recompute policy, along the tensor axis."""
 
 import gc
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
 import torch
 from ranks import run_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshwright.models import build_model
+from meshwright.models import Decoder, build_model, build_view
 from meshwright.parallel import build_mesh, start_distributed
 from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.tensor import Heads, apply_tensor
@@ -52,8 +52,11 @@ def storage_of(tensor: Tensor) -> Any:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
-def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
-    more: dict[str, Any] = {"kv_heads": 2} | numbers
+Sees = Literal["all", "window", "documents"]
+
+
+def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: Any) -> Job:
+    more: dict[str, Any] = {"kv_heads": 2, "attention_window": 17 if sees == "window" else 0} | numbers
     if family == "gpt2":
         more |= {"kv_heads": 4, "max_positions": SEQUENCE, "tied_embeddings": True}
     model = ModelSpec(
@@ -70,21 +73,25 @@ def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
     return Job(
         run=RunSettings(name="test", steps=1),
         model=model,
-        data=DataSettings(sequence=SEQUENCE, global_batch=MICROBATCH),
+        data=DataSettings(
+            sequence=SEQUENCE, global_batch=MICROBATCH, attention="document" if sees == "documents" else "sample"
+        ),
         layout=layout,
         cluster=cpu_cluster(layout.world_size),
     )
 
 
-def kept_bytes(model: nn.Module, job: Job) -> int:
+def kept_bytes(model: Decoder, job: Job) -> int:
     """What a forward pass leaves behind on this rank, logits and parameters left out."""
-    for index, block in enumerate(model.blocks.values()):  # pyright: ignore[reportArgumentType]
+    for index, block in enumerate(model.blocks.values()):
         block.forward = block_forward(block.forward, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
     tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
+    documents = (torch.arange(SEQUENCE, dtype=torch.int32) // 9).repeat(MICROBATCH, 1)
     with Made() as made:
-        logits = model(tokens)
-    return made.held_bytes(but=[logits, *model.parameters()]) + tokens.nbytes
+        told = documents if job.data.attention == "document" else None
+        logits = model(tokens, build_view(model.spec, SEQUENCE, told, tokens.device))
+    return made.held_bytes(but=[logits, documents, *model.parameters()]) + tokens.nbytes
 
 
 def kept_on_a_rank(job: Job) -> int:
@@ -105,16 +112,36 @@ def test_activations_are_what_the_built_model_keeps(family: FamilyName, recomput
     assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
 
 
+@each_policy
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("sees", ["window", "documents"])
+def test_and_what_it_keeps_of_masks(family: FamilyName, sees: Sees, recompute: Recompute | int) -> None:
+    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute), sees=sees)
+    assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
+
+
 def test_without_shared_key_heads() -> None:
     job = a_job("llama", Layout(microbatch=MICROBATCH, precision="fp32"), kv_heads=4)
     assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
 
 
 @each_policy
-@pytest.mark.parametrize(("family", "tensor"), [("llama", 2), ("llama", 4), ("qwen3", 2), ("gpt2", 2)])
-def test_and_what_it_keeps_along_tensor(family: FamilyName, tensor: int, recompute: Recompute | int) -> None:
+@pytest.mark.parametrize(
+    ("family", "tensor", "sees"),
+    [
+        ("llama", 2, "documents"),
+        ("llama", 4, "all"),
+        ("mistral", 2, "window"),
+        ("qwen3", 2, "all"),
+        ("gpt2", 2, "all"),
+    ],
+)
+def test_and_what_it_keeps_along_tensor(
+    family: FamilyName, tensor: int, sees: Sees, recompute: Recompute | int
+) -> None:
     """Four ranks share the two key heads."""
-    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor))
+    layout = Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor)
+    job = a_job(family, layout, sees=sees)
     assert set(run_ranks(tensor, kept_on_a_rank, job)) == {activation_bytes(job, build_part(job))}
 
 

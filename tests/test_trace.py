@@ -125,7 +125,7 @@ def test_the_account_closes(tmp_path: Path, layout: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", [{"replica": 2}, {"shard": 2}, {"tensor": 2}], ids=["replica", "shard", "tensor"])
 def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
-    patches = {"begin_microbatch": late(SLOW, DELAY_S, loop.begin_microbatch)}
+    patches = {"view_of": late(SLOW, DELAY_S, loop.view_of)}
     # 4 heads, and columns that 2 ranks can divide.
     run = traced(tmp_path, layout, patches, model={"feed_forward": 92})
     step = measured(run)
@@ -141,7 +141,7 @@ def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
 
 
 def test_every_peer_waits_and_blames_the_one_rank(tmp_path: Path) -> None:
-    patches = {"begin_microbatch": late(SLOW, DELAY_S, loop.begin_microbatch)}
+    patches = {"view_of": late(SLOW, DELAY_S, loop.view_of)}
     step = measured(traced(tmp_path, {"replica": 2, "shard": 2}, patches))
     for rank in (0, 2, 3):
         # Two of them never meet rank 1 in a collective: they wait for the one that waited for it.
@@ -161,7 +161,7 @@ def test_late_input_is_input_there_and_straggling_elsewhere(tmp_path: Path) -> N
 
 def test_two_causes_at_once_are_told_apart(tmp_path: Path) -> None:
     patches = {
-        "begin_microbatch": late(1, DELAY_S, loop.begin_microbatch),
+        "view_of": late(1, DELAY_S, loop.view_of),
         "squared_norm": late(0, 1.5 * DELAY_S, loop.squared_norm),
     }
     step = measured(traced(tmp_path, {"replica": 2}, patches))

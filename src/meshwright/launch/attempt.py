@@ -9,14 +9,15 @@ from meshwright.plan import predict
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError, check_built
 from meshwright.spec.decode import encode_job, read_job
+from meshwright.spec.huggingface import config_of_model
 from meshwright.spec.pretrained import check_weights
 
 # What a resumed run may change; anything else would make it another run.
 CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "trace")
 
 
-def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
-    """The next attempt at `job`, in its run folder or in a new one.
+def begin_attempt(folder: RunFolder | None, job: Job, *, warn: bool = True) -> tuple[RunFolder, int]:
+    """The next attempt at `job`, in its run folder or in a new one. warn: of what may go wrong later.
 
     Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that cannot be
     trained.
@@ -31,7 +32,9 @@ def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
         # A resumed job may have changed; only now is it sure to run.
         replace_text(folder.job, encode_job(job))
         prediction = predict(job)
-        warn_of_memory(job, prediction)
+        if warn:
+            warn_of_memory(job, prediction)
+            warn_of_weights(job)
         return folder, start_attempt(folder, prediction)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
@@ -44,6 +47,14 @@ def warn_of_memory(job: Job, prediction: Prediction) -> None:
     if needed > there:
         sizes = f"{needed / 1e9:.1f} GB predicted of {there / 1e9:.1f} GB a device"
         print(f"warning: may run out of memory ({sizes}); meshwright plan shows what fits", file=sys.stderr)
+
+
+def warn_of_weights(job: Job) -> None:
+    """Say on standard error that convert will refuse what the run trains. No refusal: it may be for no other use."""
+    try:
+        config_of_model(job.model)
+    except SettingError as error:
+        print(f"warning: meshwright convert will refuse this run: {error}", file=sys.stderr)
 
 
 def forget_untrained(folder: RunFolder, attempt: int) -> None:

@@ -52,7 +52,8 @@ def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Jo
             sequence=sequence,
             global_batch=layout.data_size
             * layout.microbatch
-            * min(job.layout.accumulation(job.data.global_batch), LARGEST_ACCUMULATION),
+            # A pipeline's schedules need microbatches, some of them two for each of its ranks.
+            * min(job.layout.accumulation(job.data.global_batch), max(LARGEST_ACCUMULATION, 2 * layout.pipeline)),
             held_out=0.0,
             attention=job.data.attention,
         ),
@@ -79,23 +80,28 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
     sizes = {axis: layout.size(axis) for axis in AXES}
     while prod(sizes.values()) > LARGEST_WORLD and max(sizes.values()) > 2:
         largest = max(sizes, key=lambda axis: sizes[axis])
-        # To the next even number below, so that sizes that divide the rest still do.
         sizes[largest] = max(2, sizes[largest] // 2)
     share = global_batch // layout.data_size
     microbatch = min(layout.microbatch, LARGEST_MICROBATCH)
     recompute = min(layout.recompute, 1) if isinstance(layout.recompute, int) else layout.recompute
     assert share >= 1
-    return msgspec.structs.replace(layout, **sizes, microbatch=microbatch, recompute=recompute)
+    # Unequal stages stay unequal.
+    fewest = min(layout.stage_layers, default=0)
+    uneven = tuple(1 if layers == fewest else 2 for layers in layout.stage_layers)
+    small = msgspec.structs.replace(layout, **sizes, microbatch=microbatch, recompute=recompute)
+    return msgspec.structs.replace(small, stage_layers=uneven[: stage_count(small)])
 
 
 def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) -> ModelSpec:
-    """Two layers of small widths; heads and key heads stand to each other, and to tensor, as they did."""
+    """Two layers of small widths, or one for each stage; heads and key heads stand to each other, and to tensor, as they did."""
     tensor = layout.tensor
-    # Fewer key heads than ranks stay fewer, in proportion; enough of them are two a rank, if there were as many.
-    shared = model.kv_heads < wide.tensor
-    kv_heads = (
-        max(1, tensor * model.kv_heads // wide.tensor) if shared else tensor * min(2, model.kv_heads // wide.tensor)
-    )
+    # Fewer key heads than ranks stay fewer, near their proportion, and each is shared by equally many ranks; enough of
+    # them are two a rank, if there were as many.
+    if model.kv_heads < wide.tensor:
+        most = max(1, tensor * model.kv_heads // wide.tensor)
+        kv_heads = max(number for number in range(1, most + 1) if tensor % number == 0)
+    else:
+        kv_heads = tensor * min(2, model.kv_heads // wide.tensor)
     group = min(2, model.heads // model.kv_heads)
     heads = max(tensor, kv_heads * group)
     scaling = model.rope_scaling
@@ -104,7 +110,7 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
     return msgspec.structs.replace(
         model,
         name="custom",
-        layers=min(model.layers, max(2, stage_count(layout))),
+        layers=sum(layout.stage_layers) or min(model.layers, max(2, stage_count(layout))),
         d_model=heads * HEAD_DIM,
         heads=heads,
         kv_heads=kv_heads,

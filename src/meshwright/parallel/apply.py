@@ -92,12 +92,13 @@ def parallelize(
     initialize: fills a model built on the meta device. Without, the model has values, the same on every rank.
     """
     units = find_units(model, blocks)
-    check_units(model, layout, mesh, units)
+    last = find_tail(model, tail, units)
+    check_units(model, layout, mesh, units, last)
     empty = needs_values(model, initialize)
     heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
     if layout.tensor > 1:
         check_table(model, table, layout.tensor, heads)
-    apply_layout(model, layout, mesh, units, find_tail(model, tail), table or {}, heads, random=random)
+    apply_layout(model, layout, mesh, units, last, table or {}, heads, random=random)
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)
         fill(model, initialize)

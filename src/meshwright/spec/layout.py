@@ -97,11 +97,17 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def check_axes(layout: Layout) -> None:
-    """Raise SettingError for an axis without ranks."""
+    """Raise SettingError for an axis without ranks, or an order that leaves an axis out."""
     for axis in (*AXES, "expert"):
         size: int = getattr(layout, axis)
         if size < 1:
             raise SettingError(f"layout.{axis} = {size}", "an axis has at least one rank", f"layout.{axis} = 1")
+    if sorted(layout.order) != sorted(AXES):
+        raise SettingError(
+            f"layout.order = {list(layout.order)}",
+            "must name each axis of the mesh once",
+            f"layout.order = {list(AXES)}",
+        )
 
 
 def check_layout(layout: Layout, global_batch: int) -> None:
@@ -109,12 +115,6 @@ def check_layout(layout: Layout, global_batch: int) -> None:
     check_axes(layout)
     if layout.microbatch < 1:
         raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
-    if sorted(layout.order) != sorted(AXES):
-        raise SettingError(
-            f"layout.order = {list(layout.order)}",
-            "must name each axis of the mesh once",
-            f"layout.order = {list(AXES)}",
-        )
     if global_batch % layout.data_size:
         near = nearest_divisor(global_batch, layout.data_size)
         up = -(-global_batch // layout.data_size) * layout.data_size
