@@ -1,14 +1,20 @@
 """The pipeline axis: every schedule, alone and with other axes, equals one process; what planted faults look like."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from jobs import tiny_job
-from verifying import References, assert_agrees, verdict_of
+from torch import Tensor
+from verifying import Fault, References, assert_agrees, verdict_of
 
+from meshwright.data import StepBatches
 from meshwright.launch.shrink import write_text
+from meshwright.parallel.reduce import local_gradients
 from meshwright.spec import Job
+from meshwright.train import loop
 
 SPLIT = ("zero-bubble", "zbv", "dualpipev")
 
@@ -82,3 +88,66 @@ def test_what_a_stage_is_told_equals_one_process(
     folder: Path, tmp_path: Path, references: References, layout: dict[str, Any], sections: dict[str, Any]
 ) -> None:
     assert_agrees(verdict_of(pipelined(folder, tmp_path, layout, **sections), references))
+
+
+# --- Faults ---------------------------------------------------------------------------------------------------------
+
+
+def scaled(factor: float, *, by_tokens: bool) -> Fault:
+    """Gradients are scaled after the passes, and the loss is not: by a factor, or by it and the tokens that count."""
+    forward_backward = loop.forward_backward
+
+    def scaling(model: Any, share: StepBatches, *others: Any) -> Tensor:
+        loss = forward_backward(model, share, *others)
+        for gradient in local_gradients(model):
+            gradient *= factor / share.counted if by_tokens else factor
+        return loss
+
+    return lambda _job: mock.patch.object(loop, "forward_backward", scaling)
+
+
+def loss_of_each_microbatch(job: Job) -> AbstractContextManager[object]:
+    """Each microbatch's loss counts as if it were the whole step's."""
+    forward_backward = loop.forward_backward
+    accumulation = job.layout.accumulation(job.data.global_batch)
+
+    def multiplying(model: Any, share: StepBatches, *others: Any) -> Tensor:
+        return forward_backward(model, share._replace(counted=share.counted / accumulation), *others)
+
+    return mock.patch.object(loop, "forward_backward", multiplying)
+
+
+def norm_without(stage: int) -> Fault:
+    """The ranks of one stage put nothing into the norm."""
+    squared_norm = loop.squared_norm
+
+    def leaving_out(model: Any, **options: Any) -> Tensor:
+        return squared_norm(model, **options) * (stage not in model.parts)
+
+    return lambda _job: mock.patch.object(loop, "squared_norm", leaving_out)
+
+
+@pytest.mark.parametrize(
+    ("fault", "module", "words"),
+    [
+        (scaled(1 / 8, by_tokens=False), "head", "the 8 microbatches of a step: gradients are averaged"),
+        (scaled(1.0, by_tokens=True), "head", "tokens that count in a step: what is divided by them is divided once"),
+        (loss_of_each_microbatch, "loss", "the 8 microbatches of a step: each one's loss"),
+        (norm_without(0), "gradient norm", "leaves out stage 0"),
+        (norm_without(1), "gradient norm", "leaves out stage 1"),
+    ],
+    ids=[
+        "averaged",
+        "divided-by-tokens",
+        "loss-times-microbatches",
+        "no-first-stage",
+        "no-last-stage",
+    ],
+)
+def test_faults_of_pipelines_are_named(
+    folder: Path, tmp_path: Path, references: References, fault: Fault, module: str, words: str
+) -> None:
+    verdict = verdict_of(pipelined(folder, tmp_path, {"pipeline": 2}), references, fault)
+    assert not verdict.agrees and verdict.cause is not None
+    assert verdict.cause.module == module
+    assert words in verdict.cause.likely

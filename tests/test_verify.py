@@ -34,7 +34,7 @@ def agreeing(folder: Path) -> Trial:
     kinds: dict[str, Any] = {kind: {"a": half, "b": half} for kind in KINDS}
     whole: dict[str, Any] = {kind: {"a": 4, "b": 4} for kind in KINDS}
     ranks = [RankReport(rank=rank, foreign=-1, losses=[1.0], norms=[1.0], **kinds) for rank in range(2)]
-    reference = Reference(losses=[1.0], norms=[1.0], rounding=None, **whole)
+    reference = Reference(losses=[1.0], norms=[1.0], counted=1, rounding=None, **whole)
     return Trial(job=tiny_job(folder), bound=1e-5, reference=reference, ranks=ranks)
 
 

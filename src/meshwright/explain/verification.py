@@ -1,12 +1,14 @@
 """What the differences between a layout and one process say: which are too large, where they begin, and why."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import accumulate
 
 import msgspec
 
 from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
-from meshwright.spec import SPLIT_TABLES, Layout, Split, split_of
+from meshwright.spec import SPLIT_TABLES, Layout, Split, end_shapes, split_layers, split_of
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
@@ -93,10 +95,13 @@ def tensor_rows(field: str, trial: Trial) -> list[Row]:
     merged = merge(field, trial.ranks)
     differences = relative_differences(merged)
     elements: dict[str, int] = getattr(trial.reference, field)
+    # Each stage of a pipeline has its own tensors, on as many ranks as any other.
+    holders = len(trial.ranks) // trial.job.layout.pipeline
     rows: list[Row] = []
     for name, whole in elements.items():
         bound = trial.bound if rounding is None else rounded_bound(rounding.gradients[name])
-        if all(name in getattr(rank, field) for rank in trial.ranks) and merged[name].elements >= whole:
+        held = sum(name in getattr(rank, field) for rank in trial.ranks)
+        if held >= holders and merged[name].elements >= whole:
             rows.append(Row(what=name, difference=differences[name], bound=bound))
         else:
             rows.append(Row(what=name, difference=math.inf, bound=bound, where=NOT_COMPARED))
@@ -166,9 +171,29 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
     norm = off_by(trial.ranks[0].norms[0], trial.reference.norms[0])
     if abs(norm - 1) > by_kind["gradient norm"].bound:
         words = "every gradient agrees and their norm does not: parts on other ranks are left out or counted twice"
+        stage = stage_left_out(trial, norm)
+        if stage is not None:
+            words = f"every gradient agrees and their norm leaves out stage {stage} of the pipeline"
         return series_cause("gradient norm", norm, words)
     words = "loss, gradients and norm of step 1 agree: clipping, the learning rate or the optimizer's step differ"
     return Cause(module="update", factor=None, likely=words)
+
+
+def stage_left_out(trial: Trial, factor: float) -> int | None:
+    """The stage without whose gradients the norm would be what it is; None where there is none."""
+    job = trial.job
+    if job.layout.pipeline == 1:
+        return None
+    ends = list(accumulate(split_layers(job.model, job.layout, job.data.sequence)))
+    squares = [0.0] * len(ends)
+    for name, part in merge("gradients", trial.ranks).items():
+        # Before the blocks stands the first stage's, after them the last's.
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else ends[-1] * (name in end_shapes(job.model)[1])
+        squares[min(bisect_right(ends, layer), len(ends) - 1)] += part.reference
+    for stage, square in enumerate(squares):
+        if math.isclose(factor * factor, 1 - square / sum(squares), rel_tol=FACTOR_SPREAD):
+            return stage
+    return None
 
 
 def series_cause(what: str, factor: float, likely: str) -> Cause:
@@ -227,7 +252,17 @@ def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
     """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
     accumulation = layout.accumulation(trial.job.data.global_batch)
     data, tensor, world = layout.data_size, layout.tensor, layout.world_size
+    counted = trial.reference.counted
     known = [
+        (
+            1 / accumulation,
+            (
+                f"the {accumulation} microbatches of a step: gradients are averaged over them, "
+                "though each one's loss is divided by the global batch already"
+            ),
+        ),
+        (counted, f"the {counted} tokens that count in a step: what is summed over them is not divided by them"),
+        (1 / counted, f"the {counted} tokens that count in a step: what is divided by them is divided once more"),
         (
             accumulation,
             (

@@ -93,7 +93,7 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
 
 
 def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) -> ModelSpec:
-    """Two layers of small widths, or one for each stage; heads and key heads stand to each other, and to tensor, as they did."""
+    """Two small layers, or one a stage; heads and key heads stand to each other, and to tensor, as they did."""
     tensor = layout.tensor
     # Fewer key heads than ranks stay fewer, near their proportion, and each is shared by equally many ranks; enough of
     # them are two a rank, if there were as many.

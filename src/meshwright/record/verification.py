@@ -85,11 +85,13 @@ class Rounding(msgspec.Struct, frozen=True, kw_only=True):
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """One process in fp32: every step's loss and gradient norm, and what there is to compare, elements by name.
 
-    Modules stand in the order in which they ran. rounding: of the job's precision; None in fp32.
+    Modules stand in the order in which they ran. counted: targets of the first step that count. rounding: of the job's
+    precision; None in fp32.
     """
 
     losses: list[float]
     norms: list[float]
+    counted: int
     outputs: dict[str, int]
     gradients: dict[str, int]
     weights: dict[str, int]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import build_model, initialize_
+from meshwright.models import NOT_COUNTED, build_model, initialize_
 from meshwright.record.verification import Comparison, Reference, Rounding, relative_differences
 from meshwright.spec import Job, Precision
 from meshwright.train.evaluate import view_of
@@ -114,6 +114,7 @@ def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
     return Reference(
         losses=training.losses,
         norms=training.norms,
+        counted=int((alone.batch(0).targets != NOT_COUNTED).sum()),
         outputs={name: output.numel() for name, output in outputs.items()},
         gradients={name: gradient.numel() for name, gradient in training.gradients.items()},
         weights={name: weight.numel() for name, weight in alone.weights.items()},

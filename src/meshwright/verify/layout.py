@@ -57,7 +57,8 @@ class ReferenceFile:
         found: dict[str, Comparison] = {}
         for name, tensor in tensors.items():
             local, offset, _ = local_part(tensor)
-            found[name] = self.compare(prefix + home_of(self._model, name), local, offset)
+            home = home_of(self._model, name)
+            found[home] = found.get(home, Comparison()) + self.compare(prefix + home, local, offset)
         return found
 
 
