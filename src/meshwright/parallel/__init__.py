@@ -1,6 +1,7 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
+from meshwright.parallel.context import LocalBatch, cut_sequence
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.reduce import (
@@ -15,6 +16,7 @@ from meshwright.parallel.shard import begin_microbatch, free_gathered
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
+    "LocalBatch",
     "Loss",
     "StepTotals",
     "begin_microbatch",
@@ -25,6 +27,7 @@ __all__ = [
     "build_vocabulary_loss",
     "clip_gradients",
     "copy_whole",
+    "cut_sequence",
     "data_rank",
     "free_gathered",
     "local_part",

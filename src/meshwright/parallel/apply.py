@@ -1,13 +1,14 @@
 """The one order in which a layout is applied to a model, Meshwright's own or any other.
 
     1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values)
-    2. split its modules along tensor
-    3. say what its blocks compute again, and compile them, one by one (GPU)
-    4. split and replicate parameters over shard and replica
-    5. allocate this rank's part and fill it with initial weights that do not depend on the layout
+    2. let its attention reach over the ranks of context
+    3. split its modules along tensor
+    4. say what its blocks compute again, and compile them, one by one (GPU)
+    5. split and replicate parameters over shard x context and replica
+    6. allocate this rank's part and fill it with initial weights that do not depend on the layout
 
-Pipeline, context and expert come between 1 and 3 when they are built: they change what a block computes; recompute,
-compilation and sharding do not.
+Pipeline and expert come between 1 and 4 when they are built: they change what a block computes; recompute, compilation
+and sharding do not.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
+from meshwright.parallel.context import apply_context
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.shard import apply_shard
@@ -40,8 +42,12 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
     def initialize(name: str, shape: tuple[int, ...]) -> Tensor:
         return initial_tensor(name, shape, job.model, job.run.seed, device)
 
+    model = build_model(job.model, device="meta")
+    if job.layout.context > 1:
+        window = job.model.attention_window
+        apply_context(model, job.layout, mesh["context"], window if window < job.data.sequence else 0)
     return parallelize(
-        build_model(job.model, device="meta"),
+        model,
         job.layout,
         mesh,
         blocks=("blocks.*",),
@@ -51,6 +57,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
         kv_heads=job.model.kv_heads,
         head_dim=job.model.head_dim,
         random=False,
+        spread_attention=job.layout.context > 1,
         initialize=initialize,
     )
 
@@ -66,6 +73,7 @@ def parallelize(
     kv_heads: int | None = None,
     head_dim: int | None = None,
     random: bool = True,
+    spread_attention: bool = False,
     initialize: Initialize | None = None,
 ) -> Model:
     """Apply a layout to any model in place, and return it on this rank's device. Raises SettingError.
@@ -74,10 +82,14 @@ def parallelize(
     tail: modules that run last in the forward pass, gathered as one and kept until the backward pass.
     table: how modules are split along tensor; kv_heads and head_dim where its words have "kv_heads".
     random: blocks draw random numbers (dropout), so computing them again must repeat the draw.
+    spread_attention: the model's attention reaches over the ranks of context; without, there may be only one.
     initialize: fills a model built on the meta device. Without, the model has values, the same on every rank.
     """
     units = find_units(model, blocks)
     check_units(model, layout, mesh, units)
+    if layout.context > 1 and not spread_attention:
+        reason = "where another model's attention is, and what it may see, is not known"
+        raise SettingError(f"layout.context = {layout.context}", reason, "layout.context = 1, or layout.tensor")
     empty = needs_values(model, initialize)
     if layout.tensor > 1:
         heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)

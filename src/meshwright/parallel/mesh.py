@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 # Long enough for a first step that compiles on one rank and not yet on another.
 TIMEOUT = timedelta(minutes=10)
+# The one dimension of shard x context.
+SHARD_CONTEXT = "shard_context"
 
 
 def start_distributed(cluster: Cluster | None = None) -> torch.device:
@@ -43,6 +45,15 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     ranks = torch.arange(layout.world_size).reshape(sizes)
     ranks = ranks.permute([layout.order.index(axis) for axis in AXES]).contiguous()
     return DeviceMesh(device.type, ranks, mesh_dim_names=AXES)
+
+
+def sharding_plane(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks that parameters are sharded over, in one dimension, behind those that copy them, if there are any."""
+    shards = mesh["shard"]
+    if layout.context > 1:
+        # Flattened even where shard is 1: a group of its own, in which nothing queues behind attention's transfers.
+        shards = mesh["shard", "context"]._flatten(SHARD_CONTEXT)
+    return shards if layout.replica == 1 else DeviceMesh._concatenate([mesh["replica"], shards])
 
 
 def data_rank(mesh: DeviceMesh) -> int:

@@ -2,12 +2,11 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
-from meshwright.models import NOT_COUNTED, Decoder, build_view
-from meshwright.parallel import Loss, data_rank, free_gathered, sum_over_ranks
+from meshwright.models import NOT_COUNTED, Decoder
+from meshwright.parallel import Loss, cut_sequence, data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
 
 
@@ -29,16 +28,12 @@ def evaluate(
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
         batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
-        total[0] += loss_of(logits_of(model, batch), batch.targets)
-        total[1] += (batch.targets != NOT_COUNTED).sum()
+        held = cut_sequence(*batch, model.spec, layout, mesh)
+        total[0] += loss_of(model(held.tokens, held.view), held.targets)
+        total[1] += (held.targets != NOT_COUNTED).sum()
     free_gathered(model)
     loss, counted = sum_over_ranks(total).tolist()
     return loss / counted if counted else None
-
-
-def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
-    """The model's logits for a batch."""
-    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
 
 
 def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:

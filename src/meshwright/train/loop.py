@@ -1,10 +1,10 @@
-"""Training, whole, on one page.
-
-Every layout runs this same loop: what differs between one process and a thousand is inside `parallel`.
+"""Training, whole, on one page: the loop of every layout. What differs between one process and a thousand is inside
+`parallel`.
 """
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from meshwright.data import StepBatches
@@ -17,13 +17,14 @@ from meshwright.parallel import (
     build_mesh,
     build_parallel_model,
     clip_gradients,
+    cut_sequence,
     reduce_step,
     squared_norm,
 )
 from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
-from meshwright.train.evaluate import evaluate, logits_of
+from meshwright.train.evaluate import evaluate
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
 from meshwright.train.setup import StopRequest, build_batches, due, open_data, restore, save
@@ -32,8 +33,7 @@ from meshwright.train.setup import StopRequest, build_batches, due, open_data, r
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
     """Run a job's steps on this rank, from its newest checkpoint if there is one; return "finished" or "stopped".
 
-    Called on every rank, after start_distributed. A stop asked for on any rank stops all of them after the same
-    step, with a checkpoint.
+    Called on every rank, after start_distributed. A stop asked of any rank stops all after one step, with a checkpoint.
     """
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
@@ -56,7 +56,7 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             reporter.begin_step()
             with recorder.phase("input"):
                 share = batches.next(step)
-            loss = forward_backward(model, share, loss_of, job, recorder, memory)
+            loss = forward_backward(model, share, loss_of, job, mesh, recorder, memory)
             totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
 
@@ -80,15 +80,15 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
 
 
 def forward_backward(
-    model: Decoder, share: StepBatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
+    model: Decoder, data: StepBatches, loss_of: Loss, job: Job, mesh: DeviceMesh, recorder: Recorder, probe: MemoryProbe
 ) -> Tensor:
     """Accumulate the gradients of this rank's microbatches; return its part of the global batch's mean loss."""
-    microbatches = share.microbatches
-    loss = torch.zeros((), device=microbatches[0].tokens.device)
-    for index, batch in enumerate(microbatches):
-        with recorder.phase("forward"), memory.forward(model, first=index == 0) as logits_seen:
-            begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
-            part = loss_of(logits_seen(logits_of(model, batch)), batch.targets) / share.counted
+    loss = torch.zeros((), device=mesh.device_type)
+    for index, batch in enumerate(data.microbatches):
+        with recorder.phase("forward"), probe.forward(model, first=index == 0) as logits_seen:
+            begin_microbatch(model, job.layout, last=index == len(data.microbatches) - 1)
+            held = cut_sequence(*batch, job.model, job.layout, mesh)
+            part = loss_of(logits_seen(model(held.tokens, held.view)), held.targets) / data.counted
         with recorder.phase("backward"):
             part.backward()
             loss += part.detach()

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import build_model, initialize_
+from meshwright.models import Decoder, build_model, build_view, initialize_
 from meshwright.record.verification import Reference
 from meshwright.spec import Job, Precision
-from meshwright.train.evaluate import logits_of
 from meshwright.train.optimizer import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -72,6 +71,11 @@ class Alone:
             weight -= rate * (scale * gradients[name] + decay * weight)
             parameter.copy_(weight)
         return norm
+
+
+def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
+    """The model's logits for whole samples."""
+    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
 
 
 def train_alone(job: Job, device: torch.device, written: Path) -> Reference:

@@ -15,6 +15,7 @@ from meshwright.parallel import (
     build_loss,
     build_mesh,
     build_parallel_model,
+    cut_sequence,
     free_gathered,
     local_part,
 )
@@ -23,7 +24,6 @@ from meshwright.record.verification import Comparison, RankReport
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train import loop
-from meshwright.train.evaluate import logits_of
 from meshwright.train.optimizer import build_optimizer
 from meshwright.train.setup import build_batches, open_data
 from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, watching
@@ -87,7 +87,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
         if step == 0:
             foreign = first_foreign(file, share.microbatches, job, mesh)
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
-        loss = loop.forward_backward(model, share, loss_of, job, recorder, memory)
+        loss = loop.forward_backward(model, share, loss_of, job, mesh, recorder, memory)
         if step == 0:
             gradients = file.compare_parts(
                 GRADIENT, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -141,25 +141,37 @@ def compare_outputs(
     found: dict[str, Comparison] = {}
     for number, batch in enumerate(microbatches):
         seen: dict[str, Tensor] = {}
+        held = cut_sequence(*batch, model.spec, job.layout, mesh)
         with torch.compiler.set_stance("force_eager"), watching(model, seen):
-            logits_of(model, batch)
+            model(held.tokens, held.view)
+        first = first_sample(job, mesh, number)
         for name, output in seen.items():
-            offset, local = locate(output, file.shape(OUTPUT + name), mesh)
-            part = file.compare(OUTPUT + name, local, (offset[0] + first_sample(job, mesh, number), *offset[1:]))
-            found[name] = found.get(name, Comparison()) + part
+            for offset, local in locate(output, file.shape(OUTPUT + name), mesh):
+                part = file.compare(OUTPUT + name, local, (offset[0] + first, *offset[1:]))
+                found[name] = found.get(name, Comparison()) + part
     free_gathered(model)
     return found
 
 
-def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> tuple[Offset, Tensor]:
-    """Where a module's output [samples, ...] stands in the whole one, along all dims but the first.
+def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> list[tuple[Offset, Tensor]]:
+    """Where a module's output [samples, S, ...] stands in the whole one, along all dims but the first, in pieces.
 
     Plain tensors are split evenly along tensor: sequences, heads and widths divide. Where heads are shared by several
-    ranks, there are fewer different parts than ranks.
+    ranks, there are fewer different parts than ranks. Along context, what the ranks of tensor split is two stretches
+    of the sequence: one counted from its start, and one of the same length counted from its end.
     """
+    context, size = mesh["context"], mesh["tensor"].size()
+    cut = (whole[0], whole[1] // context.size(), *whole[2:])
     if isinstance(output, DTensor):
-        local, offset, _ = local_part(output)
-        return offset, local
-    rank, size = mesh["tensor"].get_local_rank(), mesh["tensor"].size()
-    dims = zip(output.shape[1:], whole[1:], strict=True)
-    return (0, *(rank * (full // part) // size * part for part, full in dims)), output
+        output, offset, _ = local_part(output)
+    else:
+        dims = zip(output.shape[1:], cut[1:], strict=True)
+        offset = (0, *(mesh["tensor"].get_local_rank() * (full // part) // size * part for part, full in dims))
+    if context.size() == 1:
+        return [(offset, output)]
+    length, rank = cut[1] // 2, context.get_local_rank()
+    turn = min(max(0, length - offset[1]), output.shape[1])  # tokens of it that are in the first stretch
+    early, late = output[:, :turn], output[:, turn:]
+    starts = rank * length + offset[1], whole[1] - (rank + 1) * length + max(0, offset[1] - length)
+    pieces = zip(starts, (early, late), strict=True)
+    return [((offset[0], start, *offset[2:]), piece) for start, piece in pieces if piece.shape[1]]
