@@ -60,7 +60,7 @@ def late_batches(rank: int, seconds: float) -> Callable[..., Any]:
 def traced(folder: Path, layout: dict[str, Any], patches: dict[str, Any] | None = None, **sections: Any) -> RunFolder:
     """A run of 6 steps, two of them profiled, one microbatch a step."""
     data = layout.get("replica", 1) * layout.get("shard", 1)
-    ranks = data * layout.get("tensor", 1)
+    ranks = data * layout.get("tensor", 1) * layout.get("context", 1)
     job = tiny_job(
         folder,
         processes=ranks,
@@ -95,13 +95,15 @@ def about(seconds: float) -> Any:
         {"recompute": "selective"},
         {"tensor": 2},
         {"shard": 2, "tensor": 2, "recompute": 1},
+        {"context": 2},
+        {"shard": 2, "context": 2, "context_form": "all-to-all"},
     ],
     ids=lambda v: "-".join(f"{k}{n}" for k, n in v.items()) or "one",
 )
 def test_the_account_closes(tmp_path: Path, layout: dict[str, Any]) -> None:
     # Larger than elsewhere: opening an annotation takes some 40 us, and a step on a busy machine is put aside at times.
     data = layout.get("replica", 1) * layout.get("shard", 1)
-    ranks = data * layout.get("tensor", 1)
+    ranks = data * layout.get("tensor", 1) * layout.get("context", 1)
     model = {"d_model": 128, "feed_forward": 256}
     run = traced(tmp_path, layout, data={"global_batch": 2 * data, "sequence": 512}, model=model)
     step = measured(run)
@@ -116,10 +118,11 @@ def test_the_account_closes(tmp_path: Path, layout: dict[str, Any]) -> None:
         assert rows["useful"] > 0 and rows["optimizer"] > 0 and rows["host"] > 0
         # What the layout does not have takes no time; what it has takes some, but for its part of the waiting.
         assert (rows["comm.replica"] > 0) == ("replica" in layout)
-        assert (rows["comm.shard"] > 0) == ("shard" in layout)
+        assert (rows["comm.shard"] > 0) == ("shard" in layout or "context" in layout)
+        assert (rows["comm.context"] > 0) == ("context" in layout)
         assert (rows["comm.tensor"] > 0) == ("tensor" in layout)
         assert (rows["recompute"] > 0) == ("recompute" in layout)
-        assert not any(rows[f"comm.{axis}"] for axis in ("context", "expert", "pipeline"))
+        assert not any(rows[f"comm.{axis}"] for axis in ("expert", "pipeline"))
         assert rows["imbalance"] == rows["bubble"] == 0
 
 

@@ -61,6 +61,7 @@ def explain_trial(trial: Trial) -> Verdict:
     tensors = gradient_rows(gradients, trial)
     rows = [
         samples_row(trial.ranks),
+        places_row(trial.ranks),
         series_row("loss", [rank.losses for rank in trial.ranks], trial.reference.losses, bound),
         series_row("gradient norm", [rank.norms for rank in trial.ranks], trial.reference.norms, bound),
         worst("gradients of step 1", tensors),
@@ -116,6 +117,13 @@ def samples_row(ranks: list[RankReport]) -> Row:
     return Row(what="samples", difference=float(len(wrong)), bound=0.0, where=where)
 
 
+def places_row(ranks: list[RankReport]) -> Row:
+    """Ranks whose tokens stand elsewhere in the sequence than their model is told."""
+    wrong = [rank for rank in ranks if rank.misplaced >= 0]
+    where = f"rank {wrong[0].rank}, token {wrong[0].misplaced}" if wrong else ""
+    return Row(what="places of tokens", difference=float(len(wrong)), bound=0.0, where=where)
+
+
 def series_row(what: str, ours: list[list[float]], theirs: list[float], bound: float) -> Row:
     """The largest relative difference over steps and ranks."""
     found = [
@@ -130,7 +138,8 @@ def series_row(what: str, ours: list[list[float]], theirs: list[float], bound: f
 def find_cause(
     trial: Trial, verdict: Verdict, outputs: dict[str, Comparison], gradients: dict[str, Comparison]
 ) -> Cause:
-    """The first difference in the order in which a step computes: samples, outputs, loss, gradients, norm, weights."""
+    """The first difference in the order in which a step computes: samples, places, outputs, loss, gradients, norm,
+    weights."""
     rows = {row.what.partition(" of ")[0]: row for row in verdict.rows}
     layout = trial.job.layout
     if not rows["samples"].agrees:
@@ -138,6 +147,13 @@ def find_cause(
             module=rows["samples"].where,
             factor=None,
             likely="ranks along replica and shard do not take different parts of the global batch",
+        )
+    if not rows["places"].agrees:
+        return Cause(
+            module=rows["places"].where,
+            factor=None,
+            likely="a rank along context must give its tokens the places of the two chunks that it holds, counted in "
+            "the whole sequence or document",
         )
     wrong = [row.what for row in tensor_rows(outputs, trial.bound) if not row.agrees]
     if wrong and not ("outputs" in rows and rows["outputs"].agrees) and trial.angle is None:
@@ -172,6 +188,13 @@ def output_cause(trial: Trial, module: str, part: Comparison) -> Cause:
         "column": "its input must be gathered along the sequence, and each rank has its own outputs",
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
+    if trial.job.layout.context > 1 and module.endswith("attention.output"):
+        # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
+        words = (
+            "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
+            "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
+        )
+        return Cause(module=module, factor=constant_factor(part), likely=words)
     word = split_of(SPLIT_TABLES[trial.job.model.family], module)
     return Cause(
         module=module, factor=constant_factor(part), likely=likely.get(word, "its parts are put together wrong")
@@ -202,7 +225,8 @@ def constant_factor(part: Comparison) -> float | None:
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
     """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
     accumulation = layout.accumulation(trial.job.data.global_batch)
-    data, tensor, world = layout.data_size, layout.tensor, layout.world_size
+    data, tensor, world = layout.replica * layout.parameter_shards, layout.tensor, layout.world_size
+    axes = "replica x shard x context" if layout.context > 1 else "replica x shard"
     known = [
         (
             accumulation,
@@ -214,14 +238,14 @@ def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
         (
             1 / data,
             (
-                f"the {data} ranks of replica x shard: gradients are averaged over them, "
+                f"the {data} ranks of {axes}: gradients are averaged over them, "
                 "though the loss is divided by the global batch already"
             ),
         ),
         (
             data,
             (
-                f"the {data} ranks of replica x shard: gradients are summed over them once "
+                f"the {data} ranks of {axes}: gradients are summed over them once "
                 "too often, or the loss is divided by one rank's share"
             ),
         ),

@@ -7,7 +7,7 @@ axis, and FSDP sums there.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,17 @@ from meshwright.parallel.ring import ring_attention
 from meshwright.spec import Layout, ModelSpec
 
 
+class Samples(Protocol):
+    """Whole samples: tokens and targets [B, S] int64; documents [B, S] int32 as build_view has them, or None."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def documents(self) -> Tensor | None: ...
+
+
 class LocalBatch(NamedTuple):
     """What one rank works on of some samples: its tokens and their targets, [B, S/C], and the view of them."""
 
@@ -27,13 +38,9 @@ class LocalBatch(NamedTuple):
     view: View
 
 
-def cut_sequence(
-    tokens: Tensor, targets: Tensor, documents: Tensor | None, spec: ModelSpec, layout: Layout, mesh: DeviceMesh
-) -> LocalBatch:
-    """This rank's tokens of whole samples; all of them where there is one rank along context.
-
-    tokens, targets: [B, S] int64; documents: [B, S] int32 as build_view has them, or None.
-    """
+def cut_sequence(batch: Samples, spec: ModelSpec, layout: Layout, mesh: DeviceMesh) -> LocalBatch:
+    """This rank's tokens of whole samples; all of them where there is one rank along context."""
+    tokens, targets, documents = batch.tokens, batch.targets, batch.documents
     size, rank, sequence = layout.context, mesh["context"].get_local_rank(), tokens.shape[1]
     places = place_tokens(sequence, documents, tokens.device)
     if size == 1 or layout.context_form == "all-to-all":

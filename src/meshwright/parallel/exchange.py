@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.profiler import record_function
 
 from meshwright.models import Mask, attend
+from meshwright.parallel.mesh import named_group
 from meshwright.record.kineto import PREFIX
 
 SCHEMA = "(Tensor x, bool whole, int size, str group) -> Tensor"
@@ -30,7 +30,8 @@ def attend_whole(size: int, group: str, query: Tensor, key: Tensor, value: Tenso
     heads = [part.shape[2] for part in parts]
     # One transfer for all three.
     whole = exchange(torch.cat(parts, dim=2).flatten(1, 2), True, size, group)
-    return exchange(attend(*whole.split(heads, dim=1), mask), False, size, group)
+    query, key, value = whole.split(heads, dim=1)
+    return exchange(attend(query, key, value, mask), False, size, group)
 
 
 @torch.library.custom_op("meshwright::exchange", mutates_args=(), schema=SCHEMA)
@@ -47,7 +48,7 @@ def exchange(x: Tensor, whole: bool, size: int, group: str) -> Tensor:
         sent = torch.stack([early, late], dim=3).flatten(3, 4).movedim(2, 0)  # [C, B, heads/C, S/C, E]
     received = torch.empty(sent.shape, dtype=x.dtype, device=x.device)
     with record_function(PREFIX + "context"):
-        dist.all_to_all_single(received, sent.contiguous(), group=_resolve_process_group(group))
+        dist.all_to_all_single(received, sent.contiguous(), group=named_group(group))
     if not whole:
         return received.transpose(0, 1).flatten(1, 2).contiguous()
     early, late = received.unflatten(3, (2, -1)).movedim(0, 2).unbind(3)  # each [B, heads/C, C, S/2C, E]

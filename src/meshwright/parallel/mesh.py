@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from meshwright.spec import AXES, Cluster, Layout, SettingError
 
@@ -45,6 +46,11 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     ranks = torch.arange(layout.world_size).reshape(sizes)
     ranks = ranks.permute([layout.order.index(axis) for axis in AXES]).contiguous()
     return DeviceMesh(device.type, ranks, mesh_dim_names=AXES)
+
+
+def named_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name: an operator can be given a name, but no group."""
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType] (a type of its own in some versions)
 
 
 def sharding_plane(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

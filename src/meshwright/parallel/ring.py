@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.profiler import record_function
 
+from meshwright.parallel.mesh import named_group
 from meshwright.parallel.pairs import Kernel, choose_kernel, plain, plain_backward, tile_rows
 from meshwright.record.kineto import PREFIX
 
@@ -140,7 +140,7 @@ def ring_attention(
     query: [B, H, S/C, E]; key, value: [B, K, S/C, E]; documents: [B, S] or None; window: tokens, 0 for all.
     Returns what is mixed, [B, H, S/C, E], and the logarithms of the sums of exponentiated scores, [B, H, S/C].
     """
-    ring, sight = _resolve_process_group(group), Sight(documents, window)
+    ring, sight = named_group(group), Sight(documents, window)
     kernel = fused_kernel(query, sight)
     wide = torch.promote_types(query.dtype, torch.float32)
     out = empty_mixed(query, wide).zero_()
@@ -151,12 +151,13 @@ def ring_attention(
         coming = pass_on(held, ring) if turn < ring.size() - 1 else None
         source = (ring.rank() - turn) % ring.size()
         for piece in pieces(query, sight, ring.rank(), source, ring.size(), fused=kernel is not None):
-            part = query[:, :, piece.rows], *held[:, :, :, piece.columns].unbind()
+            part = query[:, :, piece.rows], held[0][:, :, piece.columns], held[1][:, :, piece.columns]
             if kernel is None:
                 assert piece.seen is not None
-                merge(out[:, :, piece.rows], log_sums[:, :, piece.rows], *plain(*part, piece.seen))
+                found = plain(*part, piece.seen)
             else:
-                merge(out[:, :, piece.rows], log_sums[:, :, piece.rows], *kernel.forward(*part, piece.causal))
+                found = kernel.forward(*part, piece.causal)
+            merge(out[:, :, piece.rows], log_sums[:, :, piece.rows], *found)
         held = held if coming is None else coming.wait()
     return out.to(query.dtype), log_sums
 
@@ -197,7 +198,7 @@ def ring_attention_backward(
     Keys and values pass by once more. Their gradients follow one turn behind, each rank adding its part, and are home
     after a whole round; they travel in fp32, as they are summed.
     """
-    ring, sight = _resolve_process_group(group), Sight(documents, window)
+    ring, sight = named_group(group), Sight(documents, window)
     kernel = fused_kernel(query, sight)
     wide = torch.promote_types(query.dtype, torch.float32)
     of_query = torch.zeros(query.shape, dtype=wide, device=query.device)

@@ -6,7 +6,7 @@ import msgspec
 
 from meshwright.spec.errors import SettingError
 from meshwright.spec.model import ModelSpec
-from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.numbers import nearest_divisor, nearest_multiple
 
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
@@ -158,6 +158,30 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
         )
     if layout.async_tensor and tensor == 1:
         raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")
+    check_context(layout, model, sequence)
+
+
+def check_context(layout: Layout, model: ModelSpec, sequence: int) -> None:
+    """Raise SettingError where sequences, or heads, cannot be divided over the context axis."""
+    context, form = layout.context, f'layout.context_form = "{layout.context_form}"'
+    if context == 1:
+        if layout.context_form != "ring":
+            raise SettingError(form, "nothing is split along the context axis", "layout.context = 2")
+        return
+    # Of each sequence a rank holds an early and a late chunk, which the ranks of tensor divide.
+    part = 2 * layout.tensor
+    if sequence % (part * context):
+        fewer = [size for size in range(context - 1, 0, -1) if sequence % (part * size) == 0 or size == 1]
+        reason = f"two chunks on each of its ranks, over layout.tensor = {layout.tensor}, do not divide"
+        raise SettingError(
+            f"layout.context = {context}",
+            f"{reason} data.sequence = {sequence}",
+            f"layout.context = {fewer[0]}, or data.sequence = {nearest_multiple(sequence, part * context)}",
+        )
+    heads = model.heads // layout.tensor
+    if layout.context_form == "all-to-all" and heads % context:
+        reason = f"layout.context = {context} does not divide the {heads} heads that a rank of tensor has"
+        raise SettingError(form, reason, 'layout.context_form = "ring"')
 
 
 def split_refusal(tensor: int, model: ModelSpec, sequence: int) -> str:

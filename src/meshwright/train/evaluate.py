@@ -28,7 +28,7 @@ def evaluate(
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
         batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
-        held = cut_sequence(*batch, model.spec, layout, mesh)
+        held = cut_sequence(batch, model.spec, layout, mesh)
         total[0] += loss_of(model(held.tokens, held.view), held.targets)
         total[1] += (held.targets != NOT_COUNTED).sum()
     free_gathered(model)

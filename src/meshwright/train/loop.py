@@ -87,7 +87,7 @@ def forward_backward(
     for index, batch in enumerate(data.microbatches):
         with recorder.phase("forward"), probe.forward(model, first=index == 0) as logits_seen:
             begin_microbatch(model, job.layout, last=index == len(data.microbatches) - 1)
-            held = cut_sequence(*batch, job.model, job.layout, mesh)
+            held = cut_sequence(batch, job.model, job.layout, mesh)
             part = loss_of(logits_seen(model(held.tokens, held.view)), held.targets) / data.counted
         with recorder.phase("backward"):
             part.backward()

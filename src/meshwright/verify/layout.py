@@ -1,5 +1,6 @@
 """One rank of a layout, run as the trainer runs it and held against the reference as it goes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -81,11 +82,12 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
     recorder = Recorder(folder, attempt, job, device, began_s=0.0)
     losses: list[float] = []
     norms: list[float] = []
-    foreign, outputs, gradients = -1, {}, {}
+    foreign, misplaced, outputs, gradients = -1, -1, {}, {}
     for step in range(job.run.steps):
         share = batches.next(step)
         if step == 0:
             foreign = first_foreign(file, share.microbatches, job, mesh)
+            misplaced = first_misplaced(share.microbatches[0], job, mesh)
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
         loss = loop.forward_backward(model, share, loss_of, job, mesh, recorder, memory)
         if step == 0:
@@ -101,6 +103,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
     return RankReport(
         rank=dist.get_rank(),
         foreign=foreign,
+        misplaced=misplaced,
         outputs=outputs,
         gradients=gradients,
         weights=weights,
@@ -130,6 +133,28 @@ def first_foreign(file: ReferenceFile, microbatches: list[Batch[Tensor]], job: J
     return -1
 
 
+def first_misplaced(batch: Batch[Tensor], job: Job, mesh: DeviceMesh) -> int:
+    """The first of this rank's tokens of a sample that does not stand where it should; -1 where all do.
+
+    By its own count: walking through the sequence, a token's place is one more than the one before it, or 0 where a
+    document begins.
+    """
+    held = cut_sequence(batch, job.model, job.layout, mesh)
+    length = batch.tokens.shape[1] // (2 * job.layout.context)
+    rank = mesh["context"].get_local_rank()
+    starts = rank * length, (2 * job.layout.context - 1 - rank) * length
+    documents = torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents
+    for sample, places in zip(documents.tolist(), held.view.places.expand_as(held.tokens).tolist(), strict=True):
+        wanted = [0]
+        for before, document in pairwise(sample):
+            wanted.append(wanted[-1] + 1 if document == before else 0)
+        mine = [place for start in starts for place in wanted[start : start + length]]
+        wrong = [number for number, (place, right) in enumerate(zip(places, mine, strict=True)) if place != right]
+        if wrong:
+            return wrong[0]
+    return -1
+
+
 @torch.no_grad()
 def compare_outputs(
     file: ReferenceFile, model: Decoder, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
@@ -141,7 +166,7 @@ def compare_outputs(
     found: dict[str, Comparison] = {}
     for number, batch in enumerate(microbatches):
         seen: dict[str, Tensor] = {}
-        held = cut_sequence(*batch, model.spec, job.layout, mesh)
+        held = cut_sequence(batch, model.spec, job.layout, mesh)
         with torch.compiler.set_stance("force_eager"), watching(model, seen):
             model(held.tokens, held.view)
         first = first_sample(job, mesh, number)

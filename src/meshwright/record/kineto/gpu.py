@@ -33,11 +33,7 @@ def gpu_timeline(
     inside = [e for e in device if start < span(e)[1] and span(e)[0] < end]
     kernels = [e for e in inside if not is_nccl(e)]
     transfers = numbered(
-        [
-            transfer_of(e, groups, purposes, control=within(launch_of(e, launched)[0], during["control"]))
-            for e in inside
-            if is_nccl(e)
-        ]
+        [transfer_of(e, groups, purposes, phase_of(launch_of(e, launched)[0], during)) for e in inside if is_nccl(e)]
     )
     updating, again = (
         union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
@@ -79,22 +75,25 @@ def device_window(
     return max(*before, opened), max(during)
 
 
+def phase_of(moment: float, during: Mapping[str, list[Interval]]) -> Purpose | None:
+    """What a collective launched at this moment is for whatever else its group carries, if its phase says so."""
+    told: tuple[Purpose, ...] = ("control", "context")
+    return next((purpose for purpose in told if within(moment, during[purpose])), None)
+
+
 def transfer_of(
     event: TraceEvent,
     groups: Mapping[str, tuple[str, tuple[int, ...]]],
     purposes: Mapping[str, Purpose],
-    *,
-    control: bool,
+    told: Purpose | None,
 ) -> Transfer:
-    """A collective's kernel as a transfer, with the process group that the trace names.
-
-    One that the loop launched in its control phase is a small sync, whatever else its group carries.
-    """
+    """A collective's kernel as a transfer, with the process group that the trace names; told: what it is for, if the
+    group does not decide that."""
     args = event.get("args", {})
     description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
     described = str(args.get("Process Group Description", description))
     start, end = span(event)
-    purpose = "control" if control else purposes.get(described, "control")
+    purpose = told or purposes.get(described, "control")
     return Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end)
 
 
