@@ -91,6 +91,8 @@ def flash_cuda_backward(
     """Its backward pass. Nothing is dropped out, so the generator's state is not looked at."""
     state, offset = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
     lengths = (query.shape[2], key.shape[2])
+    # The kernel reads log-sums by their shape, not by their strides.
+    log_sums = log_sums.contiguous()
     return aten._scaled_dot_product_flash_attention_backward(
         gradient, query, key, value, out, log_sums, None, None, *lengths, 0.0, causal, state, offset
     )

@@ -90,7 +90,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         zero = f", zero {self.zero}" if self.parameter_shards > 1 or self.zero < 3 else ""
         first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
-        return f"{self.placement()}{zero}, microbatch {self.microbatch}{recompute}"
+        form = f", {self.context_form}" if self.context > 1 and self.context_form != "ring" else ""
+        return f"{self.placement()}{form}{zero}, microbatch {self.microbatch}{recompute}"
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""
