@@ -4,6 +4,7 @@ in training, and what goes wrong there is found and named."""
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,7 +21,7 @@ from verifying import Fault, References, assert_agrees, verdict_of
 from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import shrink_job, write_text
 from meshwright.models import attend, build_mask
-from meshwright.parallel import build_mesh, context, parallelize, ring, start_distributed, stop_distributed
+from meshwright.parallel import apply, build_mesh, context, parallelize, ring, start_distributed, stop_distributed
 from meshwright.parallel.context import attend_over, held_tokens
 from meshwright.record import Memory, RunFolder, read_events, read_metrics
 from meshwright.spec import Job, Layout, SettingError
@@ -224,6 +225,25 @@ def named(choices: dict[str, Any]) -> str:
 @pytest.mark.parametrize("choices", LAYOUTS, ids=named)
 def test_layout_equals_one_process(folder: Path, references: References, choices: dict[str, Any]) -> None:
     assert_agrees(verdict_of(a_job(folder, **choices), references))
+
+
+def compiled_in_one_graph(_job: Job) -> AbstractContextManager[object]:
+    """No fault: blocks are compiled as on a GPU, by a compiler that takes whole graphs and nothing less."""
+    stack, right = ExitStack(), apply.block_forward
+    compiler = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    stack.enter_context(mock.patch.object(torch, "compile", compiler))
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        return right(*arguments, **{**options, "compiled": True})
+
+    stack.enter_context(mock.patch.object(apply, "block_forward", compiled))
+    return stack
+
+
+@pytest.mark.parametrize("choices", [{"recompute": "selective"}, {"form": "all-to-all", "documents": True}], ids=named)
+def test_a_compiled_block_stays_one_graph(folder: Path, references: References, choices: dict[str, Any]) -> None:
+    job = a_job(folder, context=2, fault="compiled", **choices)
+    assert_agrees(verdict_of(job, references, compiled_in_one_graph))
 
 
 def count_passes(job: Job, folder: RunFolder, attempt: int) -> int:

@@ -222,7 +222,7 @@ REFUSALS: list[tuple[dict[str, Any], Layout, str]] = [
     ({"table": {k: w for k, w in TABLE.items() if k != "last"}}, TENSOR, r'table "last": has parameters .* no word'),
     ({"kv_heads": None}, TENSOR, r"needs to know the heads; .* kv_heads=\.\.\., head_dim=\.\.\."),
     ({}, Layout(tensor=3), r"layout\.tensor = 3: does not divide stack\.0\.look\.ask\.weight, 16 long"),
-    ({}, Layout(context=2), r"layout\.context = 2: the context axis is not built yet"),
+    ({}, Layout(expert=2), r"layout\.expert = 2: the expert axis is not built yet"),
     ({}, Layout(recompute=3), r"layout\.recompute = 3: there are 2 blocks; .* layout\.recompute = 2"),
     ({"initialize": torch.zeros}, Layout(), r"initialize: the model has values already"),
 ]

@@ -68,7 +68,7 @@ def explain_trial(trial: Trial) -> Verdict:
     ]
     if not rounded:
         # In a rounding precision what modules give and what training makes of it differ by more than any fault shows.
-        rows[1:1] = [worst("outputs of step 1", tensor_rows(outputs, trial.bound))]
+        rows[2:2] = [worst("outputs of step 1", tensor_rows(outputs, trial.bound))]
         rows.append(worst(f"weights after step {len(trial.reference.losses)}", tensor_rows(weights, trial.bound)))
     verdict = Verdict(rows=tuple(rows), tensors=tuple(tensors), cause=None)
     if verdict.agrees:
