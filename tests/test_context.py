@@ -240,6 +240,8 @@ def compiled_in_one_graph(_job: Job) -> AbstractContextManager[object]:
     return stack
 
 
+# The compiler looks at the gradients of what it is given, which torch warns of.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("choices", [{"recompute": "selective"}, {"form": "all-to-all", "documents": True}], ids=named)
 def test_a_compiled_block_stays_one_graph(folder: Path, references: References, choices: dict[str, Any]) -> None:
     job = a_job(folder, context=2, fault="compiled", **choices)
