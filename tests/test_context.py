@@ -177,12 +177,15 @@ def a_job(
     """The equivalence tests' job with ranks along context; `choices`: axes, form, zero, family, accumulation."""
     size, form = choices.pop("context"), choices.pop("form", "ring")
     case = case_of(**choices)
+    part = 2 * size * case.tensor
+    sequence = -(-32 // part) * part
     return build_job(
         folder,
         case,
         layout={"context": size, "context_form": form, "recompute": recompute},
         cluster={"processes": size * case.processes},
-        data={"attention": "document" if documents else "sample"},
+        model={"max_positions": sequence} if case.family == "gpt2" else {},
+        data={"attention": "document" if documents else "sample", "sequence": sequence},
         run={"name": f"{fault}-{case}-{size}-{form}-{documents}-{recompute}".strip("-")},
     )
 
@@ -215,6 +218,9 @@ LAYOUTS: list[dict[str, Any]] = [
     {"context": 2, "tensor": 4, "form": "all-to-all"},
     {"context": 2, "replica": 2, "shard": 2, "zero": 2, "form": "all-to-all"},
     {"context": 4, "tensor": 2, "recompute": "full"},
+    # A rank of tensor has the end of one chunk and the beginning of another.
+    {"context": 2, "tensor": 3, "form": "all-to-all", "family": "gpt2"},
+    {"context": 3, "family": "qwen3", "recompute": "selective"},
 ]
 
 
@@ -285,7 +291,7 @@ def adam_job(folder: Path, name: str, axes: dict[str, Any], **sections: Any) -> 
 def test_states_are_divided_over_shard_and_context(tmp_path: Path) -> None:
     held: list[list[tuple[float, ...]]] = []
     for name, axes in (("one", {"shard": 4}), ("two", {"shard": 2, "context": 2}), ("three", {"context": 4})):
-        events = read_events(run_of(adam_job(tmp_path, name, axes)), 0)
+        events = read_events(run_of(adam_job(tmp_path, name, axes, run={"name": name, "steps": 2})), 0)
         accounts = [line.account for rank in sorted(events) for line in events[rank] if isinstance(line, Memory)]
         held.append([(a.parameters, a.gradients, a.optimizer_states) for a in accounts])
     assert len(held[0]) == 4
