@@ -245,7 +245,7 @@ REFUSALS: list[tuple[dict[str, Any], Layout, str]] = [
     ),
     ({"kv_heads": None}, TENSOR, r"needs to know the heads; .* kv_heads=\.\.\., head_dim=\.\.\."),
     ({}, Layout(tensor=3), r"layout\.tensor = 3: does not divide stack\.0\.look\.ask\.weight, 16 long"),
-    ({}, Layout(context=2), r"layout\.context = 2: the context axis is not built yet"),
+    ({}, Layout(expert=2), r"layout\.expert = 2: the expert axis is not built yet"),
     ({}, Layout(recompute=3), r"layout\.recompute = 3: there are 2 blocks; .* layout\.recompute = 2"),
     ({}, Layout(tensor=2, async_tensor=True), r"layout\.async_tensor = true: needs GPUs"),
     ({}, made(recompute="half"), r'layout\.recompute = "half": .* layout\.recompute = "none"'),

@@ -67,6 +67,7 @@ def explain_trial(trial: Trial) -> Verdict:
     norm_bound = trial.bound if rounding is None else rounded_bound(rounding.norm)
     rows = [
         samples_row(trial.ranks),
+        *([places_row(trial.ranks)] if trial.job.layout.context > 1 else []),
         *([worst("outputs of step 1", outputs)] if exact else []),
         series_row("loss", [rank.losses for rank in trial.ranks], trial.reference.losses, loss_bound),
         series_row("gradient norm", [rank.norms for rank in trial.ranks], trial.reference.norms, norm_bound),
@@ -131,6 +132,13 @@ def samples_row(ranks: list[RankReport]) -> Row:
     return Row(what="samples", difference=float(len(wrong)), bound=0.0, where=where)
 
 
+def places_row(ranks: list[RankReport]) -> Row:
+    """Ranks whose tokens stand elsewhere in the sequence than their model is told."""
+    wrong = [rank for rank in ranks if rank.misplaced >= 0]
+    where = f"rank {wrong[0].rank}, token {wrong[0].misplaced}" if wrong else ""
+    return Row(what="places of tokens", difference=float(len(wrong)), bound=0.0, where=where)
+
+
 def series_row(what: str, ours: list[list[float]], theirs: list[float], bound: float) -> Row:
     """The largest relative difference over steps and ranks."""
     found = [
@@ -150,7 +158,8 @@ def off_by(value: float, wanted: float) -> float:
 
 
 def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: list[Row]) -> Cause:
-    """The first difference in the order in which a step computes: samples, outputs, loss, gradients, norm, weights.
+    """The first difference in the order in which a step computes: samples, places, outputs, loss, gradients, norm,
+    weights.
 
     outputs, gradients: those that differ.
     """
@@ -161,6 +170,10 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
     if not by_kind["samples"].agrees:
         words = "ranks along replica and shard do not take different parts of the global batch"
         return Cause(module=by_kind["samples"].where, factor=None, likely=words)
+    places = by_kind.get("places")
+    if places is not None and not places.agrees:
+        words = "a rank along context must give its tokens the places of the two chunks that it holds, counted in the"
+        return Cause(module=places.where, factor=None, likely=f"{words} whole sequence or document")
     if outputs:
         return output_cause(trial, outputs[0])
     loss = off_by(trial.ranks[0].losses[0], trial.reference.losses[0])
@@ -220,6 +233,12 @@ def output_cause(trial: Trial, row: Row) -> Cause:
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
     words = likely.get(split_of(SPLIT_TABLES[trial.job.model.family], row.what), "its parts are put together wrong")
+    if trial.job.layout.context > 1 and row.what.endswith("attention.output"):
+        # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
+        words = (
+            "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
+            "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
+        )
     return Cause(module=row.what, factor=part.factor(FACTOR_SPREAD), likely=words)
 
 
@@ -251,7 +270,8 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
     """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
     accumulation = layout.accumulation(trial.job.data.global_batch)
-    data, tensor, world = layout.data_size, layout.tensor, layout.world_size
+    data, tensor, world = layout.replica * layout.parameter_shards, layout.tensor, layout.world_size
+    axes = "replica x shard x context" if layout.context > 1 else "replica x shard"
     counted = trial.reference.counted
     known = [
         (
@@ -273,14 +293,14 @@ def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
         (
             1 / data,
             (
-                f"the {data} ranks of replica x shard: gradients are averaged over them, "
+                f"the {data} ranks of {axes}: gradients are averaged over them, "
                 "though the loss is divided by the global batch already"
             ),
         ),
         (
             data,
             (
-                f"the {data} ranks of replica x shard: gradients are summed over them once "
+                f"the {data} ranks of {axes}: gradients are summed over them once "
                 "too often, or the loss is divided by one rank's share"
             ),
         ),

@@ -1,7 +1,7 @@
 """A job made small enough to be verified in seconds: same family, same axes, same kind of split."""
 
 from collections.abc import Callable
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 
 import msgspec
@@ -42,7 +42,9 @@ def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Jo
     cluster = local(layout.world_size)
     if cluster.device.kind != "cuda":
         layout = msgspec.structs.replace(layout, async_tensor=False)
-    sequence = SEQUENCE * layout.tensor
+    # Two chunks for each rank along context, each of which tensor divides.
+    part = 2 * layout.context * layout.tensor
+    sequence = -(-SEQUENCE * layout.tensor // part) * part
     small = Job(
         run=RunSettings(name="layout", folder=str(folder), steps=STEPS, seed=job.run.seed),
         model=shrink_model(job.model, job.layout, layout, sequence),
@@ -93,17 +95,17 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
 
 
 def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) -> ModelSpec:
-    """Two small layers, or one a stage; heads and key heads stand to each other, and to tensor, as they did."""
-    tensor = layout.tensor
+    """Two small layers, or one a stage; heads and key heads stand to each other, and to their ranks, as they did."""
+    ranks, many = head_ranks(layout), head_ranks(wide)
     # Fewer key heads than ranks stay fewer, near their proportion, and each is shared by equally many ranks; enough of
     # them are two a rank, if there were as many.
-    if model.kv_heads < wide.tensor:
-        most = max(1, tensor * model.kv_heads // wide.tensor)
-        kv_heads = max(number for number in range(1, most + 1) if tensor % number == 0)
+    if model.kv_heads < many:
+        most = max(1, ranks * model.kv_heads // many)
+        kv_heads = max(number for number in range(1, most + 1) if ranks % number == 0)
     else:
-        kv_heads = tensor * min(2, model.kv_heads // wide.tensor)
+        kv_heads = ranks * min(2, model.kv_heads // many)
     group = min(2, model.heads // model.kv_heads)
-    heads = max(tensor, kv_heads * group)
+    heads = lcm(ranks, kv_heads * group)
     scaling = model.rope_scaling
     if scaling is not None:
         scaling = msgspec.structs.replace(scaling, original_positions=sequence // 2)
@@ -116,13 +118,18 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
         kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         # Odd multiples: parameter parts of unequal size.
-        feed_forward=tensor * 45,
+        feed_forward=layout.tensor * 45,
         vocabulary=VOCABULARY,
         path="",
         max_positions=sequence if model.max_positions else 0,
         rope_scaling=scaling,
         attention_window=sequence // 2 + 1 if model.attention_window else 0,
     )
+
+
+def head_ranks(layout: Layout) -> int:
+    """Ranks that a model's heads are divided over."""
+    return layout.tensor * (layout.context if layout.context_form == "all-to-all" else 1)
 
 
 def write_text(folder: Path) -> None:

@@ -23,5 +23,10 @@ def build_view(spec: ModelSpec, sequence: int, documents: Tensor | None, device:
     documents: [B, S] int32, each token's document in its sample, counted from 0. Given, a token attends to its own
     document alone, and places count from the document's start.
     """
-    places = torch.arange(sequence, device=device) if documents is None else place_in_document(documents)
+    places = place_tokens(sequence, documents, device)
     return View(places, build_mask(sequence, documents, spec.attention_window, device))
+
+
+def place_tokens(sequence: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Where each token stands: in its sample, [S], or in its own document, [B, S]."""
+    return torch.arange(sequence, device=device) if documents is None else place_in_document(documents)

@@ -1,6 +1,7 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
+from meshwright.parallel.context import LocalBatch, cut_sequence
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.offload import HostAdamW
 from meshwright.parallel.part import copy_whole, local_part
@@ -17,6 +18,7 @@ from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
     "HostAdamW",
+    "LocalBatch",
     "Loss",
     "Passes",
     "Stages",
@@ -29,6 +31,7 @@ __all__ = [
     "build_vocabulary_loss",
     "clip_gradients",
     "copy_whole",
+    "cut_sequence",
     "data_rank",
     "free_gathered",
     "local_part",

@@ -2,13 +2,14 @@
 
     1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values);
        along pipeline only the stages that this rank holds, each of which goes through what follows by itself
-    2. have matrices put off their weights' gradients, where the schedule cuts backward passes in two
-    3. split modules along tensor
-    4. say what blocks compute again, and compile them, one by one (GPU)
-    5. split and replicate parameters over shard and replica
-    6. allocate this rank's part and fill it with initial weights that do not depend on the layout
+    2. let its attention reach over the ranks of context
+    3. have matrices put off their weights' gradients, where the schedule cuts backward passes in two
+    4. split modules along tensor
+    5. say what blocks compute again, and compile them, one by one (GPU)
+    6. split and replicate parameters over shard x context and replica
+    7. allocate this rank's part and fill it with initial weights that do not depend on the layout
 
-Context and expert come between 1 and 4 when they are built: they change what a block computes; recompute, compilation
+Expert comes between 1 and 5 when it is built: it changes what a block computes; recompute, compilation
 and sharding do not.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
+from meshwright.parallel.context import apply_context
 from meshwright.parallel.later import Later, put_products_off
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.pipeline import Stages, build_pipe
@@ -56,6 +58,9 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
     later: dict[int, Later] = {}
     for stage in held_stages(layout, pipe.rank):
         part = build_model(spec, "meta", ends[stage], ends[stage + 1])
+        if layout.context > 1:
+            window = spec.attention_window if spec.attention_window < job.data.sequence else 0
+            apply_context(part, layout, mesh["context"], window)
         if layout.schedule in SPLIT_BACKWARD:
             later[stage] = Later()
             put_products_off(part, later[stage])
@@ -65,7 +70,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
         apply_layout(part, layout, mesh, units, tail, SPLIT_TABLES[spec.family], heads, first=ends[stage])
         part.to_empty(device="cpu" if layout.offload == "parameters" else device)
         parts[stage] = part
-    model = Stages(spec, layout, pipe, parts, later)
+    model = Stages(spec, layout, mesh, pipe, parts, later)
     fill(model, lambda name, shape: initial_tensor(name, shape, spec, job.run.seed, device))
     return model
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from meshwright.models import Decoder, View
+from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
 from meshwright.parallel.later import Later
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, reduce_gradients
 from meshwright.record.kineto import message_label
@@ -79,10 +80,16 @@ class Stages(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelSpec, layout: Layout, pipe: Pipe, parts: Mapping[int, Decoder], later: Mapping[int, Later]
+        self,
+        spec: ModelSpec,
+        layout: Layout,
+        mesh: DeviceMesh,
+        pipe: Pipe,
+        parts: Mapping[int, Decoder],
+        later: Mapping[int, Later],
     ) -> None:
         super().__init__()
-        self.spec, self.layout, self.pipe = spec, layout, pipe
+        self.spec, self.layout, self.mesh, self.pipe = spec, layout, mesh, pipe
         # Plain dicts, which torch does not look into: the stages' modules are registered under their own names.
         self.parts, self.later = dict(parts), dict(later)
         self.blocks = nn.ModuleDict()
@@ -99,6 +106,10 @@ class Stages(nn.Module):
     def last(self) -> int:
         """The whole model's last stage, which makes the logits."""
         return stage_count(self.layout) - 1
+
+    def cut(self, batch: Samples) -> LocalBatch:
+        """What this rank works on of some samples."""
+        return cut_sequence(batch, self.spec, self.layout, self.mesh)
 
     def forward(self, tokens: Tensor, view: View) -> Tensor | None:
         """The logits of a batch as large as a microbatch, [B, S, V], on the rank that has the last stage; on others

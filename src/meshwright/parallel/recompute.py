@@ -9,6 +9,8 @@ import torch
 from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from meshwright.parallel.exchange import EXCHANGE
+from meshwright.parallel.ring import RING_ATTENTION
 from meshwright.record.kineto import PREFIX
 from meshwright.spec import Layout
 
@@ -32,6 +34,8 @@ KEPT = frozenset(
         torch.ops.higher_order.flex_attention,
         functional.all_gather_into_tensor.default,
         functional.reduce_scatter_tensor.default,
+        RING_ATTENTION,
+        EXCHANGE,
     }
 )
 

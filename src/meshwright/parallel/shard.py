@@ -1,8 +1,9 @@
 """The replica and shard axes: FSDP2 over a two-dimensional mesh.
 
-Parameters are split along `shard` and copied along `replica`.
+Parameters are split along `shard` and `context`, taken as one, and copied along `replica`. Ranks along context work on
+other tokens of the same samples: to FSDP that is other data, as along shard.
 
-With shard 1 nothing is split and only the gradient all-reduce of plain data parallelism remains; with both sizes 1
+With both 1 nothing is split and only the gradient all-reduce of plain data parallelism remains; with all sizes 1
 there is no communication at all. It is one code path for all of them.
 """
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from meshwright.parallel.mesh import sharding_plane
 from meshwright.spec import Layout
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,7 +34,7 @@ def apply_shard(
         param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     # Along an axis of size 1 nothing is sent, not even to oneself.
-    plane = mesh["shard"] if layout.replica == 1 else mesh["replica", "shard"]
+    plane = sharding_plane(mesh, layout)
     keep = layout.zero < 3
     offload = CPUOffloadPolicy() if layout.offload == "parameters" else OffloadPolicy()
     for unit in units:
@@ -41,7 +43,7 @@ def apply_shard(
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
         fully_shard(list(tail), mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     fully_shard(model, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
-    if layout.data_size > 1:
+    if plane.size() > 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # The loss is already divided by the global batch's tokens, so gradients are summed, not averaged.
@@ -53,12 +55,12 @@ def apply_shard(
 def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
     """Say whether the coming backward pass is the step's last, and so which reductions it runs.
 
-    zero 3 and 2 reduce along `shard` in every microbatch and along `replica` in the last; zero 1, and replicas
-    alone, keep whole gradients and reduce in the last microbatch only.
+    zero 3 and 2 reduce along `shard` and `context` in every microbatch and along `replica` in the last; zero 1, and
+    replicas alone, keep whole gradients and reduce in the last microbatch only.
     """
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
-    if layout.zero == 1 or layout.shard == 1:
+    if layout.zero == 1 or layout.parameter_shards == 1:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
     else:

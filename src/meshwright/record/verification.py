@@ -62,10 +62,12 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     weights after the last, and every step's loss and gradient norm.
 
     foreign: of its samples, the first whose tokens are not those of its index in the global batch; -1: none.
+    misplaced: of its tokens of a sample, the first whose place is not the one it has in the sequence; -1: none.
     """
 
     rank: int
     foreign: int
+    misplaced: int = -1
     outputs: dict[str, Comparison]
     gradients: dict[str, Comparison]
     weights: dict[str, Comparison]

@@ -27,7 +27,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "selective", all but the results of matrix products, attention and transfers; "full", all inside a block;
         or a number n, all inside each of the first n blocks.
     async_tensor: cut the tensor axis's transfers up to run beside the matrix products that need them (GPUs only).
-    zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
+    zero: what a rank of `shard` x `context` holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
         1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
     schedule: the order in which a rank of the `pipeline` axis runs its stages' passes (spec/schedule.py).
@@ -69,6 +69,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Number of ranks that the global batch is divided over."""
         return self.replica * self.shard
 
+    @property
+    def parameter_shards(self) -> int:
+        """Number of ranks that parameters, gradients and optimizer states are divided over."""
+        return self.shard * self.context
+
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
         return getattr(self, axis)
@@ -84,10 +89,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def label(self) -> str:
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
-        zero = f", zero {self.zero}" if self.shard > 1 or self.zero < 3 else ""
+        zero = f", zero {self.zero}" if self.parameter_shards > 1 or self.zero < 3 else ""
         first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
-        return f"{self.placement()}{zero}, microbatch {self.microbatch}{recompute}"
+        form = f", {self.context_form}" if self.context > 1 and self.context_form != "ring" else ""
+        return f"{self.placement()}{form}{zero}, microbatch {self.microbatch}{recompute}"
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""

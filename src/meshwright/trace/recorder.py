@@ -174,13 +174,18 @@ def group_purposes(layout: Layout) -> dict[str, Purpose]:
     """What each process group carries, by its description.
 
     The mesh names its groups after its axes, but an axis that spans the world shares the group of all ranks, which
-    otherwise carries small syncs alone. (Those are told apart by the phase that launches them.)
+    otherwise carries small syncs alone. (Those are told apart by the phase that launches them, and so are attention's
+    transfers along context.)
     """
     purposes: dict[str, Purpose] = {"default_pg": "control"}
     for axis in AXES:
         purposes[f"mesh_{axis}"] = axis
         if layout.size(axis) == layout.world_size > 1:
             purposes["default_pg"] = axis
+    # Parameters are sharded over shard and context as over one axis.
+    purposes["mesh_shard_context"] = "shard"
+    if layout.parameter_shards == layout.world_size > 1:
+        purposes["default_pg"] = "shard"
     return purposes
 
 

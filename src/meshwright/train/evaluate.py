@@ -2,11 +2,10 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
-from meshwright.models import NOT_COUNTED, Decoder, View, build_view
+from meshwright.models import NOT_COUNTED
 from meshwright.parallel import Loss, Stages, data_rank, free_gathered, sum_over_ranks
 from meshwright.spec import Job
 
@@ -29,18 +28,14 @@ def evaluate(
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
         batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
-        logits = model(batch.tokens, view_of(model, batch))
+        held = model.cut(batch)
+        logits = model(held.tokens, held.view)
         if logits is not None:
-            total[0] += loss_of(logits, batch.targets)
-            total[1] += (batch.targets != NOT_COUNTED).sum()
+            total[0] += loss_of(logits, held.targets)
+            total[1] += (held.targets != NOT_COUNTED).sum()
     free_gathered(model)
     loss, counted = sum_over_ranks(total).tolist()
     return loss / counted if counted else None
-
-
-def view_of(model: Decoder | Stages, batch: Batch[Tensor]) -> View:
-    """Where a batch's tokens stand and what they see."""
-    return build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device)
 
 
 def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:

@@ -1,6 +1,5 @@
-"""Training, whole, on one page.
-
-Every layout runs this same loop: what differs between one process and a thousand is inside `parallel`.
+"""Training, whole, on one page: the loop of every layout. What differs between one process and a thousand is inside
+`parallel`.
 """
 
 import torch
@@ -23,7 +22,7 @@ from meshwright.parallel import (
 from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
-from meshwright.train.evaluate import evaluate, view_of
+from meshwright.train.evaluate import evaluate
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
 from meshwright.train.setup import StopRequest, build_batches, due, open_data, restore, save
@@ -32,8 +31,7 @@ from meshwright.train.setup import StopRequest, build_batches, due, open_data, r
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
     """Run a job's steps on this rank, from its newest checkpoint if there is one; return "finished" or "stopped".
 
-    Called on every rank, after start_distributed. A stop asked for on any rank stops all of them after the same
-    step, with a checkpoint.
+    Called on every rank, after start_distributed. A stop asked of any rank stops all after one step, with a checkpoint.
     """
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
@@ -87,11 +85,11 @@ def forward_backward(
     loss = torch.zeros((), device=share.microbatches[0].tokens.device)
     for action in passes.actions:
         if action.kind == "F":
-            batch = share.microbatches[action.microbatch]
             with recorder.phase("forward"), memory.forward(model, times=passes.alike(action)) as logits_seen:
-                made = passes.forward(action, batch.tokens, view_of(model, batch))
+                held = model.cut(share.microbatches[action.microbatch])
+                made = passes.forward(action, held.tokens, held.view)
                 if action.stage == model.last:
-                    made = loss_of(logits_seen(made), batch.targets) / share.counted
+                    made = loss_of(logits_seen(made), held.targets) / share.counted
                     loss += made.detach()
                 passes.keep(action, made)
         else:

@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import NOT_COUNTED, build_model, initialize_
+from meshwright.models import NOT_COUNTED, Decoder, build_model, build_view, initialize_
 from meshwright.record.verification import Comparison, Reference, Rounding, relative_differences
 from meshwright.spec import Job, Precision
-from meshwright.train.evaluate import view_of
 from meshwright.train.optimizer import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,20 +43,17 @@ class Alone:
         """The whole global batch of a step."""
         return to_tensors(self._stream.batch(step, 0, self.job.data.global_batch), self._device)
 
-    def _logits(self, batch: Batch[Tensor]) -> Tensor:
-        return self._model(batch.tokens, view_of(self._model, batch))
-
     def outputs(self) -> dict[str, Tensor]:
         """Every module's output over the first step's samples."""
         seen: dict[str, Tensor] = {}
         with torch.no_grad(), watching(self._model, seen):
-            self._logits(self.batch(0))
+            logits_of(self._model, self.batch(0))
         return seen
 
     def gradients(self, step: int) -> tuple[float, dict[str, Tensor]]:
         """A step's mean loss, and its gradients in fp32 before clipping."""
         batch = self.batch(step)
-        logits = self._logits(batch).float()
+        logits = logits_of(self._model, batch).float()
         loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
         self._model.zero_grad()
         loss.backward()
@@ -96,6 +92,11 @@ class Training(NamedTuple):
     losses: list[float]
     norms: list[float]
     gradients: dict[str, Tensor]
+
+
+def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
+    """The model's logits for whole samples."""
+    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
 
 
 def train_alone(job: Job, device: torch.device, written: Path) -> Reference:

@@ -1,5 +1,6 @@
 """One rank of a layout, run as the trainer runs it and held against the reference as it goes."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from meshwright.parallel import (
     build_loss,
     build_mesh,
     build_parallel_model,
+    cut_sequence,
     free_gathered,
     local_part,
 )
@@ -23,7 +25,6 @@ from meshwright.record.verification import Comparison, RankReport
 from meshwright.spec import Job, ModelSpec, home_of
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train import loop
-from meshwright.train.evaluate import view_of
 from meshwright.train.optimizer import build_optimizer
 from meshwright.train.setup import build_batches, open_data
 from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, compare, watching
@@ -75,11 +76,12 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
     recorder = Recorder(folder, attempt, job, device, began_s=0.0)
     losses: list[float] = []
     norms: list[float] = []
-    foreign, outputs, gradients = -1, {}, {}
+    foreign, misplaced, outputs, gradients = -1, -1, {}, {}
     for step in range(job.run.steps):
         share = batches.next(step)
         if step == 0:
             foreign = first_foreign(file, share.microbatches, job, mesh)
+            misplaced = first_misplaced(share.microbatches[0], job, mesh)
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
         loss = loop.forward_backward(model, share, loss_of, recorder, memory)
         if step == 0:
@@ -95,6 +97,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
     return RankReport(
         rank=dist.get_rank(),
         foreign=foreign,
+        misplaced=misplaced,
         outputs=outputs,
         gradients=gradients,
         weights=weights,
@@ -124,6 +127,28 @@ def first_foreign(file: ReferenceFile, microbatches: list[Batch[Tensor]], job: J
     return -1
 
 
+def first_misplaced(batch: Batch[Tensor], job: Job, mesh: DeviceMesh) -> int:
+    """The first of this rank's tokens of a sample that does not stand where it should; -1 where all do.
+
+    By its own count: walking through the sequence, a token's place is one more than the one before it, or 0 where a
+    document begins.
+    """
+    held = cut_sequence(batch, job.model, job.layout, mesh)
+    length = batch.tokens.shape[1] // (2 * job.layout.context)
+    rank = mesh["context"].get_local_rank()
+    starts = rank * length, (2 * job.layout.context - 1 - rank) * length
+    documents = torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents
+    for sample, places in zip(documents.tolist(), held.view.places.expand_as(held.tokens).tolist(), strict=True):
+        wanted = [0]
+        for before, document in pairwise(sample):
+            wanted.append(wanted[-1] + 1 if document == before else 0)
+        mine = [place for start in starts for place in wanted[start : start + length]]
+        wrong = [number for number, (place, right) in enumerate(zip(places, mine, strict=True)) if place != right]
+        if wrong:
+            return wrong[0]
+    return -1
+
+
 @torch.no_grad()
 def compare_outputs(
     file: ReferenceFile, model: Stages, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
@@ -135,25 +160,37 @@ def compare_outputs(
     found: dict[str, Comparison] = {}
     for number, batch in enumerate(microbatches):
         seen: dict[str, Tensor] = {}
+        held = model.cut(batch)
         with torch.compiler.set_stance("force_eager"), watching(model, seen):
-            model(batch.tokens, view_of(model, batch))
+            model(held.tokens, held.view)
+        first = first_sample(job, mesh, number)
         for name, output in seen.items():
-            offset, local = locate(output, file.shape(OUTPUT + name), mesh)
-            part = file.compare(OUTPUT + name, local, (offset[0] + first_sample(job, mesh, number), *offset[1:]))
-            found[name] = found.get(name, Comparison()) + part
+            for offset, local in locate(output, file.shape(OUTPUT + name), mesh):
+                part = file.compare(OUTPUT + name, local, (offset[0] + first, *offset[1:]))
+                found[name] = found.get(name, Comparison()) + part
     free_gathered(model)
     return found
 
 
-def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> tuple[Offset, Tensor]:
-    """Where a module's output [samples, ...] stands in the whole one, along all dims but the first.
+def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> list[tuple[Offset, Tensor]]:
+    """Where a module's output [samples, S, ...] stands in the whole one, along all dims but the first, in pieces.
 
     Plain tensors are split evenly along tensor: sequences, heads and widths divide. Where heads are shared by several
-    ranks, there are fewer different parts than ranks.
+    ranks, there are fewer different parts than ranks. Along context, what the ranks of tensor split is two stretches
+    of the sequence: one counted from its start, and one of the same length counted from its end.
     """
+    context, size = mesh["context"], mesh["tensor"].size()
+    cut = (whole[0], whole[1] // context.size(), *whole[2:])
     if isinstance(output, DTensor):
-        local, offset, _ = local_part(output)
-        return offset, local
-    rank, size = mesh["tensor"].get_local_rank(), mesh["tensor"].size()
-    dims = zip(output.shape[1:], whole[1:], strict=True)
-    return (0, *(rank * (full // part) // size * part for part, full in dims)), output
+        output, offset, _ = local_part(output)
+    else:
+        dims = zip(output.shape[1:], cut[1:], strict=True)
+        offset = (0, *(mesh["tensor"].get_local_rank() * (full // part) // size * part for part, full in dims))
+    if context.size() == 1:
+        return [(offset, output)]
+    length, rank = cut[1] // 2, context.get_local_rank()
+    turn = min(max(0, length - offset[1]), output.shape[1])  # tokens of it that are in the first stretch
+    early, late = output[:, :turn], output[:, turn:]
+    starts = rank * length + offset[1], whole[1] - (rank + 1) * length + max(0, offset[1] - length)
+    pieces = zip(starts, (early, late), strict=True)
+    return [((offset[0], start, *offset[2:]), piece) for start, piece in pieces if piece.shape[1]]

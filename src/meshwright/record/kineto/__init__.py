@@ -25,5 +25,5 @@ def measure_step(
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     groups = group_ranks(trace)
     on_gpu = any(event.get("cat") == "kernel" for event in events)
-    timeline = gpu_timeline(events, groups, purposes) if on_gpu else cpu_timeline(events, groups)
+    timeline = gpu_timeline(events, groups, purposes) if on_gpu else cpu_timeline(events, groups, purposes)
     return book(timeline, step=step, rank=rank, host=host, useful_s=useful_s)

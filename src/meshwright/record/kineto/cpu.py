@@ -11,13 +11,15 @@ from meshwright.account.intervals import Interval, intersect, subtract, union
 from meshwright.record.kineto.events import TraceEvent, message_spans, phases, span, within
 from meshwright.record.timeline import Timeline, numbered
 
-# Operator namespaces that are not work on data: the autograd engine's brackets and the collectives themselves.
-NOT_COMPUTE = ("autograd", "c10d", "_c10d_functional", "profiler")
+# Operator namespaces that are not work on data: the autograd engine's brackets, the collectives themselves, and our own
+# operators, whose work is that of the operators inside.
+NOT_COMPUTE = ("autograd", "c10d", "_c10d_functional", "meshwright", "profiler")
 
 
 def cpu_timeline(
     events: Sequence[TraceEvent],
     groups: Mapping[str, tuple[str, tuple[int, ...]]],
+    purposes: Mapping[str, Purpose],
 ) -> Timeline:
     """The last step of a CPU trace."""
     step, during = phases(events)
@@ -26,9 +28,11 @@ def cpu_timeline(
     mine = [e for e in events if e.get("tid") == thread and e.get("cat") in ("cpu_op", "user_annotation")]
     inside = [e for e in mine if start <= span(e)[0] <= end]
     works = [e for e in events if str(e["name"]).startswith("gloo:") and not is_message(e)]
-    transfers = [*collectives(inside, works, during, groups), *messages(inside)]
+    transfers = [*collectives(inside, works, during, ranks_of(groups, purposes)), *messages(inside)]
     moving = union([(t.start_s, t.end_s) for t in transfers])
-    operators = subtract(union(span(e) for e in inside if is_compute(e)), moving)
+    # Attention's transfers run beside its operators, which are no wrapping around a wait.
+    blocking = union([(t.start_s, t.end_s) for t in transfers if t.purpose != "context"])
+    operators = subtract(union(span(e) for e in inside if is_compute(e)), blocking)
     waiting = {name: during[name] for name in ("input", "checkpoint")}
     working = subtract(operators, union([*waiting["input"], *waiting["checkpoint"]]))
     updating, again = intersect(working, during["optimizer"]), intersect(working, during["recompute"])
@@ -76,12 +80,13 @@ def collectives(
     inside: Sequence[TraceEvent],
     gloo: Sequence[TraceEvent],
     during: Mapping[str, list[Interval]],
-    groups: Mapping[str, tuple[str, tuple[int, ...]]],
+    ranks: Mapping[Purpose, tuple[int, ...]],
 ) -> list[Transfer]:
     """The step's collectives in order of launch, each from its launch to the end of gloo's work.
 
     gloo's own spans name no process group; what launched them does, so the purpose is read there. Whatever the thread
-    does until a launched collective ends, the wait for it among that, counts as the transfer.
+    does until a launched collective ends, the wait for it among that, counts as the transfer, but for attention's
+    operators beside transfers along context.
     """
     named = (e for e in inside if str(e["name"]).startswith("c10d::") and not is_message(e))
     launches = sorted(named, key=lambda e: e["ts"])
@@ -90,7 +95,6 @@ def collectives(
         kind: union(span(e) for e in inside if str(e["name"]).startswith(kind))
         for kind in ("FSDP::", "_c10d_functional::")
     }
-    by_axis = {description.removeprefix("mesh_"): ranks for description, ranks in groups.values()}
     found: list[Transfer] = []
     position = 0
     for launch in launches:
@@ -101,10 +105,23 @@ def collectives(
             end = max(end, works[position][1])
             position += 1
         purpose = purpose_at(start, str(launch["name"]), during, brackets)
-        # An axis that spans the world has no group of its own: it shares that of all ranks.
-        ranks = by_axis.get(purpose, by_axis.get("default_pg", ()))
-        found.append(Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end))
+        # An axis that spans the world has no group of its own: it shares that of all ranks, where control is.
+        sharing = ranks.get(purpose, ranks.get("control", ()))
+        found.append(Transfer(purpose=purpose, ranks=sharing, index=0, start_s=start, end_s=end))
     return numbered(found)
+
+
+def ranks_of(
+    groups: Mapping[str, tuple[str, tuple[int, ...]]], purposes: Mapping[str, Purpose]
+) -> dict[Purpose, tuple[int, ...]]:
+    """The ranks that share a purpose: those of its largest group, where several carry it; `control` has all."""
+    found: dict[Purpose, tuple[int, ...]] = {}
+    for description, ranks in groups.values():
+        purpose = purposes.get(description, "control")
+        found[purpose] = max(found.get(purpose, ()), ranks, key=len)
+        if description == "default_pg":
+            found["control"] = ranks
+    return found
 
 
 def purpose_at(
@@ -112,11 +129,14 @@ def purpose_at(
 ) -> Purpose:
     """What a collective launched at `start` is for.
 
-    FSDP gathers and reduces shards, and all-reduces replicas. Within the passes over the model all others are the
-    tensor axis's: DTensor's, which are functional collectives, inside of FSDP's hooks too, and those of the loss.
+    Attention says itself which are its own. FSDP gathers and reduces shards, and all-reduces replicas. Within the
+    passes over the model all others are the tensor axis's: DTensor's, which are functional collectives, inside of
+    FSDP's hooks too, and those of the loss.
     """
     if within(start, during["control"]):
         return "control"
+    if within(start, during["context"]):
+        return "context"
     if within(start, brackets["_c10d_functional::"]):
         return "tensor"
     if within(start, brackets["FSDP::"]):

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from meshwright.account.intervals import Interval, union
 
-# Annotations that the training loop puts around its phases, and recompute around what a backward pass runs again; STEP
-# around the whole step.
+# Annotations that the training loop puts around its phases, recompute around what a backward pass runs again, and
+# attention around its transfers along context; STEP around the whole step.
 PREFIX = "meshwright."
 STEP = f"{PREFIX}step"
-PHASES = ("input", "forward", "backward", "recompute", "optimizer", "control", "checkpoint")
+PHASES = ("input", "forward", "backward", "recompute", "context", "optimizer", "control", "checkpoint")
 
 TraceEvent = dict[str, Any]
 

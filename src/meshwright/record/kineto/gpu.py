@@ -35,11 +35,7 @@ def gpu_timeline(
     kernels = [e for e in inside if not is_nccl(e)]
     sent = [message for message in message_spans(events) if message.what != "take" or message.number < 0]
     transfers = numbered(
-        [
-            transfer_of(e, launch_of(e, launched)[0], groups, purposes, during["control"], sent)
-            for e in inside
-            if is_nccl(e)
-        ]
+        [transfer_of(e, launch_of(e, launched)[0], groups, purposes, during, sent) for e in inside if is_nccl(e)]
     )
     updating, again = (
         union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
@@ -81,23 +77,29 @@ def device_window(
     return max(*before, opened), max(during)
 
 
+def phase_of(moment: float, during: Mapping[str, list[Interval]]) -> Purpose | None:
+    """What a collective launched at this moment is for whatever else its group carries, if its phase says so."""
+    told: tuple[Purpose, ...] = ("control", "context")
+    return next((purpose for purpose in told if within(moment, during[purpose])), None)
+
+
 def transfer_of(
     event: TraceEvent,
     launch: float,
     groups: Mapping[str, tuple[str, tuple[int, ...]]],
     purposes: Mapping[str, Purpose],
-    control: Sequence[Interval],
+    during: Mapping[str, list[Interval]],
     sent: Sequence[MessageSpan],
 ) -> Transfer:
     """A transfer's kernel, with the process group that the trace names, or between the ranks that its launch names.
 
-    One that the loop launched in its control phase is a small sync, whatever else its group carries.
+    Its phase may say what it is for, whatever else its group carries.
     """
     args = event.get("args", {})
     description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
     described = str(args.get("Process Group Description", description))
     start, end = span(event)
-    purpose = "control" if within(launch, control) else purposes.get(described, "control")
+    purpose = phase_of(launch, during) or purposes.get(described, "control")
     position = bisect_right(sent, launch, key=lambda message: message.interval[0]) - 1
     if position >= 0 and launch <= sent[position].interval[1]:
         message = sent[position]
