@@ -12,8 +12,12 @@ from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, Split, SplitTable, closest, nearest_divisor, split_of
 from meshwright.spec.decode import check_made
 
-# Axes that need to know more of a model than its modules' names: where it can be cut, its positions, its router.
-NOT_FOR_ANY = ("pipeline", "context", "expert")
+# Axes that need to know more of a model than its modules' names, and what of it.
+NOT_FOR_ANY = {
+    "pipeline": "where another model can be cut into stages is not known",
+    "context": "where another model's attention is, and what it may see, is not known",
+    "expert": "where another model's experts are, and what routes to them, is not known",
+}
 # The dim of a weight whose length a word divides over ranks; its activations are cut alike, so it must divide evenly.
 DIVIDED = {"column": 0, "kv_heads": 0, "row": 1}
 # Words for what works on the whole sequence, which a "gather" around it gives.
@@ -78,7 +82,7 @@ def check_units(
     check_made(layout)
     for axis in (axis for axis in NOT_FOR_ANY if getattr(layout, axis) > 1):
         setting = f"layout.{axis} = {getattr(layout, axis)}"
-        raise SettingError(setting, f"the {axis} axis is not offered for a model of your own", f"layout.{axis} = 1")
+        raise SettingError(setting, NOT_FOR_ANY[axis], f"layout.{axis} = 1")
     for axis in AXES:
         found = mesh[axis].size()
         if layout.size(axis) != found:
