@@ -1,5 +1,6 @@
 """Loading: each rank reads the parts it needs, whatever layout wrote them."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus
             # fp32 both: the optimizers here keep a step count for each parameter, and moments like the parameter.
             state[key] = torch.zeros_like(parameter) if like_parameter else torch.zeros((), device=parameter.device)
             reader.fill(f"optimizer.{key}.{name}", state[key])
+    for name, buffer in model.named_buffers():
+        reader.fill(f"model.{name}", buffer)
     return manifest.step
 
 
@@ -47,8 +50,8 @@ def read_model_weights(folder: Path, model: nn.Module) -> int:
     """Fill a whole model in one process from a checkpoint and return the checkpoint's step."""
     manifest = read_manifest(folder)
     reader = Reader(folder, manifest)
-    for name, parameter in model.named_parameters():
-        reader.fill(f"model.{name}", parameter.detach())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        reader.fill(f"model.{name}", tensor.detach())
     return manifest.step
 
 

@@ -76,7 +76,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def named_state(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a run's state with its name: model.<parameter>, optimizer.<state>.<parameter>."""
+    """Every tensor of a run's state with its name: model.<parameter or buffer>, optimizer.<state>.<parameter>."""
+    for name, buffer in model.named_buffers():
+        yield f"model.{name}", buffer
     for name, parameter in model.named_parameters():
         yield f"model.{name}", parameter.detach()
         if optimizer is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import msgspec
 
 from meshwright.record.verification import Comparison, RankReport, Trial
-from meshwright.spec import SPLIT_TABLES, Layout, Split, split_of
+from meshwright.spec import Layout, Split, split_of, split_table
 
 # A tensor's difference counts against this share of the whole gradient where its own norm is smaller.
 SMALLEST_SHARE = 1e-4
@@ -170,9 +170,10 @@ def output_cause(trial: Trial, module: str, part: Comparison) -> Cause:
         "positions": "each rank must look up the positions of its own part of the sequence",
         "logits": "its input must be gathered along the sequence, and each rank gives its own tokens' logits",
         "column": "its input must be gathered along the sequence, and each rank has its own outputs",
+        "experts": "each token must come to all of its experts and back to its own place: one is dropped or misplaced",
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
-    word = split_of(SPLIT_TABLES[trial.job.model.family], module)
+    word = split_of(split_table(trial.job.model), module)
     return Cause(
         module=module, factor=constant_factor(part), likely=likely.get(word, "its parts are put together wrong")
     )

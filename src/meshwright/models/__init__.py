@@ -4,6 +4,7 @@ Imports spec and torch, never torch.distributed.
 """
 
 from meshwright.models.decoder import Block, Decoder, build_model
+from meshwright.models.experts import Experts, Mixture
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
 from meshwright.models.loss import NOT_COUNTED, token_loss
@@ -13,6 +14,8 @@ __all__ = [
     "NOT_COUNTED",
     "Block",
     "Decoder",
+    "Experts",
+    "Mixture",
     "build_model",
     "generate",
     "initial_tensor",

@@ -1,8 +1,8 @@
 """The decoder. Shapes in comments: B batch, S sequence, D model, H heads, K kv heads, E head dim, F feed-forward,
 V vocabulary, P positions.
 
-Parameter names and shapes are those of spec.count.parameter_shapes; a test holds them to it. There is no state but
-the parameters: no buffer that a move from the meta device could leave unfilled.
+Parameter names and shapes are those of spec.count.parameter_shapes; a test holds them to it. Beside them there is one
+kind of state, the bias that a router chooses by (models/experts.py), which is filled and saved as parameters are.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.models.attention import Mask, attend, build_mask
+from meshwright.models.experts import Mixture
 from meshwright.models.positions import place_in_document, rotary_tables, rotate
 from meshwright.spec import ModelSpec
 
@@ -56,12 +57,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU, or GELU between two matrices."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, width: int) -> None:
         super().__init__()
         biases = spec.parts.biases
-        self.gate = nn.Linear(spec.d_model, spec.feed_forward, bias=biases) if spec.parts.gated else None
-        self.up = nn.Linear(spec.d_model, spec.feed_forward, bias=biases)
-        self.down = nn.Linear(spec.feed_forward, spec.d_model, bias=biases)
+        self.gate = nn.Linear(spec.d_model, width, bias=biases) if spec.parts.gated else None
+        self.up = nn.Linear(spec.d_model, width, bias=biases)
+        self.down = nn.Linear(width, spec.d_model, bias=biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] through [B, S, F] to [B, S, D]."""
@@ -70,15 +71,24 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+def build_feed_forward(spec: ModelSpec, layer: int) -> nn.Module:
+    """A layer's feed-forward part: dense, or a mixture of experts."""
+    experts = spec.experts
+    if experts is None or layer < experts.dense_layers:
+        return FeedForward(spec, spec.feed_forward)
+    shared = FeedForward(spec, experts.shared * experts.feed_forward) if experts.shared else None
+    return Mixture(spec, layer, shared)
+
+
 class Block(nn.Module):
     """One decoder layer: the unit that is sharded, compiled and recomputed."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec, spec.d_model)
         self.attention = Attention(spec)
         self.feed_forward_norm = build_norm(spec, spec.d_model)
-        self.feed_forward = FeedForward(spec)
+        self.feed_forward = build_feed_forward(spec, layer)
 
     def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
         """x: [B, S, D]."""
@@ -115,7 +125,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(spec.vocabulary, spec.d_model)
         learned = spec.parts.positions == "learned"
         self.positions = nn.Embedding(spec.max_positions, spec.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
         self.norm = build_norm(spec, spec.d_model)
         self.head = Head(spec)
 

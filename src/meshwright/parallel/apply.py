@@ -2,11 +2,12 @@
 
     1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values)
     2. split its modules along tensor
-    3. say what its blocks compute again, and compile them, one by one (GPU)
-    4. split and replicate parameters over shard and replica
-    5. allocate this rank's part and fill it with initial weights that do not depend on the layout
+    3. divide its mixtures' experts along expert, and say how tokens come to them
+    4. say what its blocks compute again, and compile them, one by one (GPU)
+    5. split and replicate parameters over shard and replica, experts over what the expert axis leaves of shard
+    6. allocate this rank's part and fill it with initial weights that do not depend on the layout
 
-Pipeline, context and expert come between 1 and 3 when they are built: they change what a block computes; recompute,
+Pipeline and context come between 1 and 4 when they are built: they change what a block computes; recompute,
 compilation and sharding do not.
 """
 
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
+from meshwright.parallel.expert import apply_expert, shard_experts
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.recompute import block_forward
 from meshwright.parallel.shard import apply_shard
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.parallel.units import check_table, check_units, find_tail, find_units
-from meshwright.spec import SPLIT_TABLES, Job, Layout, SettingError, SplitTable
+from meshwright.spec import Job, Layout, SettingError, SplitTable, split_table
 
 Model = TypeVar("Model", bound=nn.Module)
 # The whole tensor of a name and a shape, the same on every rank.
@@ -47,11 +49,12 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
         blocks=("blocks.*",),
         # A tied head's weight is the embedding's, gathered with it.
         tail=() if job.model.tied_embeddings else ("norm", "head"),
-        table=SPLIT_TABLES[job.model.family],
+        table=split_table(job.model),
         kv_heads=job.model.kv_heads,
         head_dim=job.model.head_dim,
         random=False,
         initialize=initialize,
+        sequences=job.data.global_batch,
     )
 
 
@@ -67,6 +70,7 @@ def parallelize(
     head_dim: int | None = None,
     random: bool = True,
     initialize: Initialize | None = None,
+    sequences: int | None = None,
 ) -> Model:
     """Apply a layout to any model in place, and return it on this rank's device. Raises SettingError.
 
@@ -75,6 +79,7 @@ def parallelize(
     table: how modules are split along tensor; kv_heads and head_dim where its words have "kv_heads".
     random: blocks draw random numbers (dropout), so computing them again must repeat the draw.
     initialize: fills a model built on the meta device. Without, the model has values, the same on every rank.
+    sequences: of the global batch, over which mixtures take the mean of their balance loss.
     """
     units = find_units(model, blocks)
     check_units(model, layout, mesh, units)
@@ -86,8 +91,11 @@ def parallelize(
     if layout.async_tensor:
         overlap_transfers()
     compiled = mesh.device_type == "cuda"
+    expert_mesh = apply_expert(model, layout, mesh, sequences, compiled=compiled)
     for index, unit in enumerate(units):
         unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
+    if expert_mesh is not None:
+        shard_experts(model, layout, expert_mesh)
     apply_shard(model, mesh, layout, units, find_tail(model, tail))
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)

@@ -45,6 +45,16 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     return DeviceMesh(device.type, ranks, mesh_dim_names=AXES)
 
 
+def build_expert_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as experts lie on them: pipeline, replica, expert_shard, expert.
+
+    The last two are shard x context x tensor once more. Neighbours among those have different experts, because tokens
+    are sent more often than an expert's matrices are gathered.
+    """
+    ranks = mesh.mesh.reshape(layout.pipeline, layout.replica, layout.expert_shard, layout.expert)
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pipeline", "replica", "expert_shard", "expert"))
+
+
 def data_rank(mesh: DeviceMesh) -> int:
     """This rank's share of the global batch: its position in replica x shard."""
     replica, shard = mesh["replica"].get_local_rank(), mesh["shard"].get_local_rank()

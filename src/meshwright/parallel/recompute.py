@@ -32,6 +32,8 @@ KEPT = frozenset(
         torch.ops.higher_order.flex_attention,
         functional.all_gather_into_tensor.default,
         functional.reduce_scatter_tensor.default,
+        functional.all_to_all_single.default,
+        aten._grouped_mm.default,
     }
 )
 

@@ -66,7 +66,8 @@ def apply_tensor(model: nn.Module, table: SplitTable, mesh: DeviceMesh, heads: H
     """Split `model`'s modules in place over a one-dimensional mesh, as `table` says; heads: for the word kv_heads."""
     for name, module in model.named_modules():
         word = split_of(table, name)
-        if word is None:
+        # Experts take their part of the sequence as it is: parallel/expert.py sends it on.
+        if word is None or word == "experts":
             continue
         if word == "kv_heads" and heads is not None and heads.kv_heads < mesh.size():
             split_module(module, SHARED_HEADS, mesh)

@@ -35,7 +35,15 @@ from meshwright.spec.layout import (
     check_layout,
     check_split,
 )
-from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
+from meshwright.spec.model import (
+    Experts,
+    LatentAttention,
+    ModelSpec,
+    RopeScaling,
+    check_built,
+    check_model,
+    split_table,
+)
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.zoo import ZOO, NamedModel
 
@@ -86,4 +94,5 @@ __all__ = [
     "nearest_divisor",
     "parameter_shapes",
     "split_of",
+    "split_table",
 ]

@@ -12,7 +12,7 @@ Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
 # Axes that `parallel` can apply today; the others refuse any size but 1.
-OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard", "tensor")
+OFFERED_AXES: tuple[Axis | Literal["expert"], ...] = ("replica", "shard", "tensor", "expert")
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
@@ -27,6 +27,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recompute: what of the forward pass is not kept for the backward pass but computed again: "none" of it;
         "selective", all but the results of matrix products, attention and transfers; "full", all inside a block;
         or a number n, all inside each of the first n blocks.
+    expert: ranks that divide a mixture's experts. They are those of shard x context x tensor once more, neighbours
+        first, and what they leave of those divides each expert's matrices.
     async_tensor: cut the tensor axis's transfers up to run beside the matrix products that need them (GPUs only).
     zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
@@ -63,6 +65,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.pipeline * self.replica * self.shard * self.context * self.tensor
 
     @property
+    def expert_shard(self) -> int:
+        """Number of ranks that divide each expert's matrices: what `expert` leaves of shard x context x tensor."""
+        return self.shard * self.context * self.tensor // self.expert
+
+    @property
     def data_size(self) -> int:
         """Number of ranks that the global batch is divided over."""
         return self.replica * self.shard
@@ -78,6 +85,9 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def placement(self) -> str:
         """The axes in use: "replica 2 x shard 4"."""
         sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
+        if self.expert > 1:
+            # Not a factor of its own, so it stands beside them.
+            return f"{' x '.join(sizes)}, expert {self.expert}"
         return " x ".join(sizes) if sizes else "one process"
 
     def label(self) -> str:
@@ -113,6 +123,7 @@ def check_layout(layout: Layout, global_batch: int) -> None:
     check_axes(layout)
     if layout.microbatch < 1:
         raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
+    check_expert_axis(layout)
     if sorted(layout.order) != sorted(AXES):
         raise SettingError(
             f"layout.order = {list(layout.order)}",
@@ -137,6 +148,43 @@ def check_layout(layout: Layout, global_batch: int) -> None:
         )
 
 
+def check_expert_axis(layout: Layout) -> None:
+    """Raise SettingError where the expert axis cannot reuse the ranks that it is made of."""
+    reused = layout.shard * layout.context * layout.tensor
+    if reused % layout.expert:
+        raise SettingError(
+            f"layout.expert = {layout.expert}",
+            f"does not divide layout.shard x layout.context x layout.tensor = {reused}, the ranks that it reuses",
+            f"layout.expert = {nearest_divisor(reused, layout.expert)}",
+        )
+
+
+def check_experts_split(layout: Layout, model: ModelSpec) -> None:
+    """Raise SettingError where the experts cannot be divided as the layout says."""
+    reason = experts_refusal(layout, model)
+    if reason:
+        reused = layout.shard * layout.context * layout.tensor
+        sizes = [size for size in range(1, reused + 1) if reused % size == 0]
+        fits = [n for n in sizes if not experts_refusal(msgspec.structs.replace(layout, expert=n), model)]
+        near = min(fits, key=lambda size: abs(size - layout.expert), default=0)
+        nearest = f"layout.expert = {near}" if near else "fewer ranks along shard, context and tensor"
+        raise SettingError(f"layout.expert = {layout.expert}", reason, nearest)
+
+
+def experts_refusal(layout: Layout, model: ModelSpec) -> str:
+    """Why the experts cannot be divided as the layout says; "" where they can."""
+    experts, ranks = model.experts, layout.expert_shard
+    if experts is None:
+        return f"model.family = {model.family} has no experts" if layout.expert > 1 else ""
+    if experts.count % layout.expert:
+        return f"does not divide model.experts.count = {experts.count}"
+    # FSDP splits a dim that is not the first evenly or not at all.
+    for name, width in (("model.experts.feed_forward", experts.feed_forward), ("model.d_model", model.d_model)):
+        if width % ranks:
+            return f"leaves {ranks} ranks to divide each expert's matrices, which do not divide {name} = {width}"
+    return ""
+
+
 def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
     """Raise SettingError where the model or its samples cannot be split as the layout says."""
     tensor = layout.tensor
@@ -145,6 +193,7 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
         fewer = range(min(tensor, model.heads), 0, -1)
         near = next(size for size in fewer if not split_refusal(size, model, sequence))
         raise SettingError(f"layout.tensor = {tensor}", reason, f"layout.tensor = {near}")
+    check_experts_split(layout, model)
     if isinstance(layout.recompute, int) and not 0 <= layout.recompute <= model.layers:
         raise SettingError(
             f"layout.recompute = {layout.recompute}",

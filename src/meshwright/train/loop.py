@@ -17,8 +17,10 @@ from meshwright.parallel import (
     build_mesh,
     build_parallel_model,
     clip_gradients,
+    move_biases,
     reduce_step,
     squared_norm,
+    take_loads,
 )
 from meshwright.record import RunFolder
 from meshwright.spec import Job
@@ -32,8 +34,7 @@ from meshwright.train.setup import StopRequest, build_batches, due, open_data, r
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
     """Run a job's steps on this rank, from its newest checkpoint if there is one; return "finished" or "stopped".
 
-    Called on every rank, after start_distributed. A stop asked for on any rank stops all of them after the same
-    step, with a checkpoint.
+    On every rank, after start_distributed. A stop asked for on any rank stops all after the same step, with a save.
     """
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
@@ -47,7 +48,6 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     reporter = Reporter(folder, attempt, job, device, first)
     with recorder.span("evaluation", first):
         reporter.evaluated(first, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
-
     how = "finished"
     for step in range(first, job.run.steps):
         # Memory is watched in the second step: every buffer is there by then, and nothing is compiled any more.
@@ -59,7 +59,6 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             loss = forward_backward(model, share, loss_of, job, recorder, memory)
             totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
-
         done = step + 1
         last = done == job.run.steps or stopping
         if memory.active:
@@ -110,10 +109,11 @@ def update(
     with recorder.phase("optimizer"):
         squared = squared_norm(model)
         with recorder.phase("control"):
-            totals = reduce_step(loss, squared, job.layout, stop=stop)
+            totals = reduce_step(loss, squared, take_loads(model, job.model), job.layout, stop=stop)
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
         rate = set_learning_rate(optimizer, step, job)
         optimizer.step()
+        move_biases(model, totals)
         memory.states(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     return totals, rate

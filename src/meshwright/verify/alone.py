@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import build_model, initialize_
+from meshwright.models import Mixture, build_model, initialize_
 from meshwright.record.verification import Reference
 from meshwright.spec import Job, Precision
 from meshwright.train.evaluate import logits_of
@@ -37,6 +37,7 @@ class Alone:
         self._model = build_model(job.model, device=device)
         initialize_(self._model, job.model, job.run.seed)
         self.weights = {name: p.detach().clone() for name, p in self._model.named_parameters()}
+        self.biases = dict(self._model.named_buffers())
         self._model.to(DTYPES[job.layout.precision])
 
     def batch(self, step: int) -> Batch[Tensor]:
@@ -71,7 +72,18 @@ class Alone:
             decay = settings.weight_decay if weight.dim() >= 2 else 0.0
             weight -= rate * (scale * gradients[name] + decay * weight)
             parameter.copy_(weight)
+        for module in self._model.modules():
+            if isinstance(module, Mixture):
+                balance(module)
         return norm
+
+
+def balance(mixture: Mixture) -> None:
+    """Move a mixture's bias by what its experts had in the step that ends, if it has one that moves."""
+    counts = mixture.experts.load.take(mixture.router.weight)[1:]
+    if mixture.router.bias is not None:
+        error = counts.double().mean() - counts.double()
+        mixture.router.bias += mixture.experts.settings.bias_rate * error.sign().float()
 
 
 def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
@@ -87,7 +99,7 @@ def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
             tensors |= {GRADIENT + name: gradient for name, gradient in gradients.items()}
         losses.append(loss)
         norms.append(alone.update(step, gradients))
-    tensors |= {WEIGHT + name: weight for name, weight in alone.weights.items()}
+    tensors |= {WEIGHT + name: weight for name, weight in (alone.weights | alone.biases).items()}
     whole = torch.contiguous_format
     save_file({name: tensor.cpu().clone(memory_format=whole) for name, tensor in tensors.items()}, written)
     return Reference(losses=losses, norms=norms)

@@ -1,5 +1,7 @@
 """One rank of a layout, run as the trainer runs it and held against the reference as it goes."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -88,13 +90,11 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
         loss = loop.forward_backward(model, share, loss_of, job, recorder, memory)
         if step == 0:
-            gradients = file.compare_parts(
-                GRADIENT, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            )
+            gradients = file.compare_parts(GRADIENT, dict(every_gradient(model)))
         totals, _ = loop.update(step, model, optimizer, loss, job, recorder, memory, stop=False)
         losses.append(totals.loss.item())
         norms.append(totals.gradient_norm.item())
-    weights = file.compare_parts(WEIGHT, dict(model.named_parameters()))
+    weights = file.compare_parts(WEIGHT, dict(chain(model.named_parameters(), model.named_buffers())))
     batches.close()
     recorder.close("finished")
     return RankReport(
@@ -106,6 +106,12 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
         losses=losses,
         norms=norms,
     )
+
+
+def every_gradient(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's gradient; zero where the backward pass never came, which is as wrong as any other difference."""
+    for name, parameter in model.named_parameters():
+        yield name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def first_sample(job: Job, mesh: DeviceMesh, microbatch: int) -> int:
