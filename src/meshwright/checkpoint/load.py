@@ -65,9 +65,7 @@ class Reader:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy the whole tensor `name`, or this rank's part of it, into `tensor`."""
-        entry = self._manifest.entries.get(name)
-        if entry is None:
-            raise SettingError(f"checkpoint {self._folder}", f"holds no tensor {name}", "the job that wrote it")
+        entry = self._entry(name)
         if tuple(entry.shape) != tuple(tensor.shape):
             raise SettingError(
                 f"checkpoint {self._folder}",
@@ -77,6 +75,21 @@ class Reader:
         local, offset, shape = local_part(tensor)
         for part in entry.parts:
             self._copy_overlap(name, entry, part, local, offset, shape)
+
+    def row(self, name: str, number: int) -> torch.Tensor:
+        """One row, along dim 0, of the tensor `name`, in fp32."""
+        entry = self._entry(name)
+        shape = (1, *entry.shape[1:])
+        row = torch.empty(shape)
+        for part in entry.parts:
+            self._copy_overlap(name, entry, part, row, (number,) + (0,) * (len(shape) - 1), shape)
+        return row[0]
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._manifest.entries.get(name)
+        if entry is None:
+            raise SettingError(f"checkpoint {self._folder}", f"holds no tensor {name}", "the job that wrote it")
+        return entry
 
     def _copy_overlap(
         self,

@@ -189,6 +189,8 @@ def gradient_cause(trial: Trial, wrong: list[str], gradients: dict[str, Comparis
     if same and first is not None:
         return Cause(module=module, factor=first, likely=likely_factor(first, trial.job.layout, trial))
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
+    if module.endswith(".router"):
+        words += "; or the weights that it gives each expert are not differentiated"
     return Cause(module=module, factor=None, likely=words)
 
 

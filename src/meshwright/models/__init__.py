@@ -3,7 +3,7 @@
 Imports spec and torch, never torch.distributed.
 """
 
-from meshwright.models.decoder import Block, Decoder, build_model
+from meshwright.models.decoder import Block, Decoder, MixtureBlock, build_model
 from meshwright.models.experts import Experts, Mixture
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
@@ -16,6 +16,7 @@ __all__ = [
     "Decoder",
     "Experts",
     "Mixture",
+    "MixtureBlock",
     "build_model",
     "generate",
     "initial_tensor",

@@ -71,29 +71,56 @@ class FeedForward(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def build_feed_forward(spec: ModelSpec, layer: int) -> nn.Module:
-    """A layer's feed-forward part: dense, or a mixture of experts."""
-    experts = spec.experts
-    if experts is None or layer < experts.dense_layers:
-        return FeedForward(spec, spec.feed_forward)
-    shared = FeedForward(spec, experts.shared * experts.feed_forward) if experts.shared else None
-    return Mixture(spec, layer, shared)
-
-
 class Block(nn.Module):
     """One decoder layer: the unit that is sharded, compiled and recomputed."""
 
-    def __init__(self, spec: ModelSpec, layer: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.attention_norm = build_norm(spec, spec.d_model)
         self.attention = Attention(spec)
         self.feed_forward_norm = build_norm(spec, spec.d_model)
-        self.feed_forward = build_feed_forward(spec, layer)
+        self.feed_forward = FeedForward(spec, spec.feed_forward)
 
     def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
         """x: [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), tables, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class MixtureBlock(nn.Module):
+    """One decoder layer with a mixture of experts. Its forward pass is in three parts, so that the first and the last
+    can be compiled and the middle, whose shapes depend on what the router decides, left as it is."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        width = spec.experts.shared * spec.experts.feed_forward
+        self.attention_norm = build_norm(spec, spec.d_model)
+        self.attention = Attention(spec)
+        self.feed_forward_norm = build_norm(spec, spec.d_model)
+        self.feed_forward = Mixture(spec, layer, FeedForward(spec, width) if width else None)
+
+    def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
+        """x: [B, S, D]."""
+        x, normed, logits = self.before_experts(x, tables, mask)
+        routed = self.feed_forward.experts(normed, logits, self.feed_forward.router.bias)
+        return self.after_experts(x, normed, routed)
+
+    def before_experts(self, x: Tensor, tables: Tables, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention; then what the experts are given, and their logits [B, S, X]."""
+        x = x + self.attention(self.attention_norm(x), tables, mask)
+        normed = self.feed_forward_norm(x)
+        return x, normed, self.feed_forward.router(normed)
+
+    def after_experts(self, x: Tensor, normed: Tensor, routed: Tensor) -> Tensor:
+        """The shared experts, and all of it added up."""
+        shared = self.feed_forward.shared
+        return x + routed if shared is None else x + (routed + shared(normed))
+
+
+def build_block(spec: ModelSpec, layer: int) -> nn.Module:
+    """A layer's block: all are alike, but that a mixture's first ones may have no experts."""
+    return Block(spec) if spec.is_dense(layer) else MixtureBlock(spec, layer)
 
 
 class Head(nn.Module):
@@ -125,7 +152,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(spec.vocabulary, spec.d_model)
         learned = spec.parts.positions == "learned"
         self.positions = nn.Embedding(spec.max_positions, spec.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(spec, layer) for layer in range(spec.layers))
+        self.blocks = nn.ModuleList(build_block(spec, layer) for layer in range(spec.layers))
         self.norm = build_norm(spec, spec.d_model)
         self.head = Head(spec)
 

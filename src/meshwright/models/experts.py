@@ -166,7 +166,10 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Router, experts, and the experts that every token uses, which are one plain feed-forward part."""
+    """Router, experts, and the experts that every token uses, which are one plain feed-forward part.
+
+    The block that has it calls each of them: what routing decides cannot be compiled with the rest.
+    """
 
     def __init__(self, spec: ModelSpec, layer: int, shared: nn.Module | None) -> None:
         super().__init__()
@@ -174,15 +177,6 @@ class Mixture(nn.Module):
         self.router = Router(spec)
         self.experts = Experts(spec)
         self.shared = shared
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] to [B, S, D]."""
-        routed = self.route(x, self.router(x))
-        return routed if self.shared is None else routed + self.shared(x)
-
-    def route(self, x: Tensor, logits: Tensor) -> Tensor:
-        """The experts' part. A method, so that who compiles the block can leave it out: its shapes are data."""
-        return self.experts(x, logits, self.router.bias)
 
 
 def keep_best_groups(ranked: Tensor, groups: int, kept: int) -> Tensor:
@@ -264,7 +258,7 @@ class Gather(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Each token's rows back from `order` and added up with their weights, in a fixed order: a small product a token."""
+    """Each token's rows back from `order`, added up with their weights: a small product a token, in one order."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:

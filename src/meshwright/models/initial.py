@@ -20,7 +20,7 @@ RESIDUAL_OUTPUTS = (
 
 
 def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, device: torch.device | str) -> Tensor:
-    """The whole initial value of parameter or buffer `name`, fp32; a rank that holds a part of it makes the whole and cuts.
+    """The whole initial value of parameter or buffer `name`, fp32; a rank that holds a part makes the whole and cuts.
 
     A pure function of its arguments. The kind of device is one of them: a CPU and a GPU draw different numbers from
     the same seed, and two models of GPU may too. Pass "cpu" where weights must be equal across kinds.

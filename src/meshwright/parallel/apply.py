@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
 from meshwright.parallel.expert import apply_expert, shard_experts
 from meshwright.parallel.part import copy_whole
-from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.shard import apply_shard
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.parallel.units import check_table, check_units, find_tail, find_units
@@ -88,12 +88,12 @@ def parallelize(
         heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
         check_table(model, table, layout.tensor, heads)
         apply_tensor(model, table or {}, mesh["tensor"], heads)
+    expert_mesh = apply_expert(model, layout, mesh, sequences)
     if layout.async_tensor:
         overlap_transfers()
     compiled = mesh.device_type == "cuda"
-    expert_mesh = apply_expert(model, layout, mesh, sequences, compiled=compiled)
     for index, unit in enumerate(units):
-        unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
+        prepare_block(unit, layout, index, compiled=compiled, random=random)
     if expert_mesh is not None:
         shard_experts(model, layout, expert_mesh)
     apply_shard(model, mesh, layout, units, find_tail(model, tail))

@@ -98,20 +98,17 @@ def experts_of(model: nn.Module) -> list[Experts]:
     return [mixture.experts for mixture in mixtures_of(model)]
 
 
-def apply_expert(
-    model: nn.Module, layout: Layout, mesh: DeviceMesh, sequences: int | None, *, compiled: bool
-) -> DeviceMesh | None:
+def apply_expert(model: nn.Module, layout: Layout, mesh: DeviceMesh, sequences: int | None) -> DeviceMesh | None:
     """Divide the mixtures' experts along the expert axis in place; return the mesh that they lie on, None without any.
 
-    sequences: of the global batch. compiled: blocks are going to be.
+    sequences: of the global batch.
     """
-    mixtures = mixtures_of(model)
-    if not mixtures:
+    every = experts_of(model)
+    if not every:
         return None
     expert_mesh = build_expert_mesh(layout, mesh)
     group = expert_group(layout, expert_mesh)
-    for mixture in mixtures:
-        experts = mixture.experts
+    for experts in every:
         for name, stack in list(experts.named_parameters(recurse=False)):
             # src_data_rank=None: nothing is sent, because every rank makes its own values.
             split = distribute_tensor(stack, expert_mesh["expert"], [Shard(0)], src_data_rank=None)
@@ -119,9 +116,6 @@ def apply_expert(
         experts.exchange = AllToAll(group)
         experts.sequences = sequences
         experts.whole_sequence = partial(sum_sequence, [mesh["context"], mesh["tensor"]])
-        if compiled:
-            # A clean break in the block's graph: how many rows go where is data, and FSDP gathers the experts here.
-            mixture.route = torch.compiler.disable(mixture.route)
     return expert_mesh
 
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright.models import Experts
 from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, SplitTable, check_axes, closest, nearest_divisor, split_of
 
@@ -49,6 +50,10 @@ def nearest_pattern(pattern: str, names: Sequence[str]) -> str:
 def check_units(model: nn.Module, layout: Layout, mesh: DeviceMesh, units: Sequence[nn.Module]) -> None:
     """Raise SettingError for a layout that this mesh or these units cannot have."""
     check_axes(layout)
+    if layout.expert > 1 and not any(isinstance(module, Experts) for module in model.modules()):
+        raise SettingError(
+            f"layout.expert = {layout.expert}", "the model has no experts to divide", "layout.expert = 1"
+        )
     for axis in AXES:
         found = mesh[axis].size()
         if layout.size(axis) != found:

@@ -13,7 +13,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 
     norm: RMSNorm, or LayerNorm. positions: rotary, or a learned table. gated: SwiGLU in the feed-forward part, or
     else GELU (its tanh form) between two matrices. biases: in every linear layer but the head. head_norms: an
-    RMSNorm over each query and key head. scores: what a router makes of its outputs. built: whether `models` has it; the others can be counted and planned.
+    RMSNorm over each query and key head. mixture: experts in place of feed-forward parts. scores: what their router
+    makes of its outputs. built: whether `models` has it; the others can be counted and planned.
     """
 
     norm: Literal["rms", "layer"] = "rms"
@@ -21,6 +22,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     gated: bool = True
     biases: bool = False
     head_norms: bool = False
+    mixture: bool = False
     scores: Literal["softmax", "sigmoid"] = "softmax"
     built: bool = True
 
@@ -34,9 +36,9 @@ FAMILIES: dict[FamilyName, Family] = {
     # GPT-2, Radford et al. 2019.
     "gpt2": Family(norm="layer", positions="learned", gated=False, biases=True),
     # Mixtral, arXiv:2401.04088; DeepSeek-V3, arXiv:2412.19437.
-    "mixtral": Family(),
-    "qwen3-moe": Family(head_norms=True),
-    "deepseek-v3": Family(scores="sigmoid", built=False),
+    "mixtral": Family(mixture=True),
+    "qwen3-moe": Family(head_norms=True, mixture=True),
+    "deepseek-v3": Family(mixture=True, scores="sigmoid", built=False),
 }
 BUILT_FAMILIES: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if FAMILIES[name].built)
 
@@ -52,7 +54,9 @@ BUILT_FAMILIES: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyN
 #   row         each rank has some inputs; outputs are summed and split along the sequence
 #   logits      column whose input is gathered along the sequence and whose outputs, logits, stay split
 #   experts     not split: each rank sends its part of the sequence to the experts, which the expert axis divides
-Split = Literal["vocabulary", "positions", "sequence", "gather", "column", "kv_heads", "heads", "row", "logits", "experts"]
+Split = Literal[
+    "vocabulary", "positions", "sequence", "gather", "column", "kv_heads", "heads", "row", "logits", "experts"
+]
 # Module pattern (a * stands for one or more parts of a name) to word.
 SplitTable = dict[str, Split]
 

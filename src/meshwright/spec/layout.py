@@ -175,7 +175,7 @@ def experts_refusal(layout: Layout, model: ModelSpec) -> str:
     """Why the experts cannot be divided as the layout says; "" where they can."""
     experts, ranks = model.experts, layout.expert_shard
     if experts is None:
-        return f"model.family = {model.family} has no experts" if layout.expert > 1 else ""
+        return f'model.family = "{model.family}" has no experts' if layout.expert > 1 else ""
     if experts.count % layout.expert:
         return f"does not divide model.experts.count = {experts.count}"
     # FSDP splits a dim that is not the first evenly or not at all.

@@ -115,16 +115,17 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 def split_table(model: ModelSpec) -> SplitTable:
     """How the model's modules are split along tensor: of its family's table, what this model has modules for."""
-    table = dict(SPLIT_TABLES[model.family])
+    table = SPLIT_TABLES[model.family]
     if model.experts is None:
         return table
-    if not model.experts.shared:
-        table = {pattern: word for pattern, word in table.items() if ".shared" not in pattern}
-    dense = [layer for layer in range(model.layers) if model.is_dense(layer)]
-    inside = {pattern.rpartition("*.")[2]: word for pattern, word in GATED.items() if "feed_forward." in pattern}
+    kept: SplitTable = {p: word for p, word in table.items() if model.experts.shared or ".shared" not in p}
     # Named one by one: a plain part is gathered whole, and a mixture of the same name takes its tokens as they are.
-    plain = {f"blocks.{layer}.feed_forward": GATED["blocks.*.feed_forward"] for layer in dense}
-    return plain | {f"blocks.{layer}.{part}": word for layer in dense for part, word in inside.items()} | table
+    plain: SplitTable = {
+        pattern.replace("*", str(layer)): word
+        for layer in range(model.experts.dense_layers)
+        for pattern, word in GATED.items()
+    }
+    return plain | kept
 
 
 def fill_model(section: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +200,7 @@ def check_rotary(model: ModelSpec) -> None:
 
 def check_mixture(model: ModelSpec) -> None:
     """Experts and latent attention belong to families that have them."""
-    mixture = model.family in ("mixtral", "qwen3-moe", "deepseek-v3")
+    mixture = model.parts.mixture
     if (model.experts is not None) != mixture:
         reason = "is missing" if mixture else f"means nothing to {model.family}"
         nearest = "add [model.experts]" if mixture else 'model.family = "mixtral"'

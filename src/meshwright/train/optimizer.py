@@ -19,10 +19,11 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
         decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
         group = groups.setdefault((parameter.dim() >= 2, mesh), {"params": [], "weight_decay": decay})
         group["params"].append(parameter)
+    kinds = list(groups.values())
     if settings.name == "sgd":
         # Fused SGD does not know sharded parameters, in torch 2.13.
-        return SGD(list(groups.values()), lr=settings.learning_rate, foreach=True)
-    return AdamW(list(groups.values()), lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+        return SGD(kinds, lr=settings.learning_rate, foreach=True)
+    return AdamW(kinds, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:
