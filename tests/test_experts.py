@@ -31,7 +31,7 @@ from meshwright.models.experts import Choice, keep_best_groups
 from meshwright.parallel import expert
 from meshwright.parallel.expert import mixtures_of
 from meshwright.parallel.units import check_units
-from meshwright.record import Metrics, RunFolder, read_metrics
+from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
 from meshwright.spec import Job, Layout, ModelSpec, SettingError
 from meshwright.spec.huggingface import config_of_model
 from meshwright.spec.model import Experts as Numbers
@@ -451,6 +451,32 @@ def test_load_and_balance_are_told(folder: Path, tmp_path: Path) -> None:
         assert line.expert_load is not None and 1 <= line.expert_load <= 8 / 2
         assert line.balance_loss is not None and line.balance_loss >= 2 * 0.3 * 0.9
     assert "fullest expert" in describe(lines[-1])
+
+
+def test_a_profiled_step_says_what_each_ranks_experts_were_sent(folder: Path, tmp_path: Path) -> None:
+    """The rows of all ranks are the tokens' choices, computed again or not; their transfers are the expert axis's."""
+    job = mixture_job(
+        folder,
+        "mixtral",
+        accumulation=2,
+        layout={"shard": 2, "tensor": 2, "expert": 2, "recompute": "full"},
+        run={"folder": str(tmp_path), "name": "traced"},
+        trace={"every_steps": 2},
+    )
+    run, attempt = new_run(job)
+    run_ranks(4, train_rank, job, run, attempt)
+    steps = {
+        rank: [e.measured for e in events if isinstance(e, Step)] for rank, events in read_events(run, attempt).items()
+    }
+    profiled = [measured[0] for measured in steps.values()]
+    assert len(profiled) == 4
+    for measured in profiled:
+        assert len(measured.expert_rows) == 2 * 2
+        assert 0 < measured.expert_share < 0.5
+        ranks = {transfer.ranks for transfer in measured.transfers if transfer.purpose == "expert"}
+        assert ranks == {(0, 1)} if measured.rank < 2 else {(2, 3)}
+    rows = [sum(passes) for passes in zip(*(measured.expert_rows for measured in profiled), strict=True)]
+    assert rows == [4 * 16 * 2] * 4
 
 
 # --- What is refused ------------------------------------------------------------------------------------------------

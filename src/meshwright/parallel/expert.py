@@ -5,7 +5,7 @@ leaves, FSDP splits each expert's matrices, and over replica it sums their gradi
 context axes have split them, so no rank routes what another does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.profiler import record_function
 
 from meshwright.models import Experts, Mixture
 from meshwright.models.experts import Gather, Sent, Spread
 from meshwright.parallel.mesh import build_expert_mesh
 from meshwright.parallel.shard import build_policy, sum_gradients
+from meshwright.record.kineto import EXPERT, ROWS
 from meshwright.spec import Layout
 
 
@@ -30,8 +32,6 @@ class AllToAll:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
         self._ranks = group.size()
-        # Rows that this rank's experts computed in training, of every microbatch so far.
-        self.rows = 0
 
     def hold(self, matrices: Tensor) -> Tensor:
         """This rank's experts. Their gradients are whole: every row of theirs comes here."""
@@ -46,46 +46,36 @@ class AllToAll:
         arriving = exchange(counts, None, None, self._group).unflatten(0, (self._ranks, here))  # by sender and expert
         # The one wait for the device: how many rows go where must be known to launch anything of their size.
         given, taken = torch.stack((counts.unflatten(0, (-1, here)).sum(1), arriving.sum(1))).tolist()
-        came = Transfer.apply(rows, given, taken, partial(self._count, sum(taken)), self._group)
+        with record_function(f"{ROWS}{sum(taken)}"):
+            came = Transfer.apply(rows, given, taken, self._group)
         experts = torch.arange(here, device=rows.device).repeat(self._ranks)
         order = experts.repeat_interleave(arriving.flatten(), output_size=sum(taken)).argsort(stable=True)
         back = partial(self._send_back, order, given, taken)
         return Sent(Spread.apply(came, order, 1), arriving.sum(0), back)  # pyright: ignore[reportArgumentType]
 
     def _send_back(self, order: Tensor, given: list[int], taken: list[int], made: Tensor) -> Tensor:
-        return Transfer.apply(Gather.apply(made, order), taken, given, None, self._group)  # pyright: ignore[reportReturnType]
-
-    def _count(self, rows: int) -> None:
-        self.rows += rows
+        return Transfer.apply(Gather.apply(made, order), taken, given, self._group)  # pyright: ignore[reportReturnType]
 
 
 class Transfer(torch.autograd.Function):
     """One all-to-all; its gradient goes the other way."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        given: list[int],
-        taken: list[int],
-        passed: Callable[[], None] | None,
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        """rows: [sum(given), D], rank by rank. Returns [sum(taken), D]. passed: called once in the backward pass."""
-        ctx.given, ctx.taken, ctx.passed, ctx.group = given, taken, passed, group
+    def forward(ctx: Any, rows: Tensor, given: list[int], taken: list[int], group: dist.ProcessGroup) -> Tensor:
+        """rows: [sum(given), D], rank by rank. Returns [sum(taken), D]."""
+        ctx.given, ctx.taken, ctx.group = given, taken, group
         return exchange(rows, taken, given, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         """Back to where they came from."""
-        if ctx.passed is not None:
-            ctx.passed()
-        return exchange(gradients[0].contiguous(), ctx.given, ctx.taken, ctx.group), None, None, None, None
+        return exchange(gradients[0].contiguous(), ctx.given, ctx.taken, ctx.group), None, None, None
 
 
 def exchange(rows: Tensor, taken: list[int] | None, given: list[int] | None, group: dist.ProcessGroup) -> Tensor:
     """All to all along dim 0. As an operator with a result, which selective recompute can keep."""
-    return functional.wait_tensor(functional.all_to_all_single(rows, taken, given, group))
+    with record_function(EXPERT):
+        return functional.wait_tensor(functional.all_to_all_single(rows, taken, given, group))
 
 
 def mixtures_of(model: nn.Module) -> list[Mixture]:

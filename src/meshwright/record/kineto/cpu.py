@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import TraceEvent, phases, span, within
+from meshwright.record.kineto.events import EXPERT, TraceEvent, phases, span, within
 from meshwright.record.timeline import Timeline, numbered
 
 # Operator namespaces that are not work on data: the autograd engine's brackets and the collectives themselves.
@@ -63,8 +63,10 @@ def collectives(
     works = sorted((span(e) for e in gloo), key=lambda s: s[0])
     brackets = {
         kind: union(span(e) for e in inside if str(e["name"]).startswith(kind))
-        for kind in ("FSDP::", "_c10d_functional::")
+        for kind in ("FSDP::", "_c10d_functional::", EXPERT)
     }
+    # FSDP names what it moves: a mixture's experts lie on other ranks than the rest.
+    stacks = union(span(e) for e in inside if str(e["name"]).startswith("FSDP::") and ".experts" in str(e["name"]))
     by_axis = {description.removeprefix("mesh_"): ranks for description, ranks in groups.values()}
     found: list[Transfer] = []
     position = 0
@@ -77,7 +79,8 @@ def collectives(
             position += 1
         purpose = purpose_at(start, str(launch["name"]), during, brackets)
         # An axis that spans the world has no group of its own: it shares that of all ranks.
-        ranks = by_axis.get(purpose, by_axis.get("default_pg", ()))
+        axis = "expert_shard" if purpose == "shard" and within(start, stacks) else purpose
+        ranks = by_axis.get(axis, by_axis.get("default_pg", ()))
         found.append(Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end))
     return numbered(found)
 
@@ -92,6 +95,8 @@ def purpose_at(
     """
     if within(start, during["control"]):
         return "control"
+    if within(start, brackets[EXPERT]):
+        return "expert"
     if within(start, brackets["_c10d_functional::"]):
         return "tensor"
     if within(start, brackets["FSDP::"]):

@@ -10,6 +10,9 @@ from meshwright.account.intervals import Interval, union
 # around the whole step.
 PREFIX = "meshwright."
 STEP = f"{PREFIX}step"
+# Around transfers of the expert axis; and a mark that ends in the number of rows that a rank's experts were sent.
+EXPERT = f"{PREFIX}expert"
+ROWS = f"{PREFIX}rows."
 PHASES = ("input", "forward", "backward", "recompute", "optimizer", "control", "checkpoint")
 
 TraceEvent = dict[str, Any]
@@ -39,6 +42,21 @@ def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Int
         if event.get("cat") == "user_annotation" and name in found and event["name"].startswith(PREFIX):
             found[name].append(span(event))
     return step, {name: union(intervals) for name, intervals in found.items()}
+
+
+def expert_rows(events: Sequence[TraceEvent]) -> tuple[int, ...]:
+    """Rows that the rank's experts were sent in the last step, forward pass by forward pass, as marked on the host.
+
+    What recompute marks once more is left out.
+    """
+    step, during = phases(events)
+    start, end = span(step)
+    marks = sorted(
+        (span(e)[0], int(str(e["name"]).removeprefix(ROWS)))
+        for e in events
+        if e.get("cat") == "user_annotation" and str(e["name"]).startswith(ROWS)
+    )
+    return tuple(rows for at, rows in marks if start <= at <= end and not within(at, during["recompute"]))
 
 
 def within(moment: float, intervals: Sequence[Interval]) -> bool:
