@@ -20,6 +20,7 @@ from foreign import Foreign
 from jobs import tiny_job
 from ranks import run_ranks
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
 from verifying import Fault, References, assert_agrees, verdict_of
@@ -28,11 +29,12 @@ from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import write_text
 from meshwright.models import Decoder, Experts, Mixture, build_model, initialize_
 from meshwright.models.experts import Choice, keep_best_groups
-from meshwright.parallel import expert
+from meshwright.parallel import build_mesh, build_parallel_model, expert, start_distributed, stop_distributed
 from meshwright.parallel.expert import mixtures_of
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.units import check_units
 from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
-from meshwright.spec import Job, Layout, ModelSpec, SettingError
+from meshwright.spec import Job, Layout, ModelSpec, Recompute, SettingError
 from meshwright.spec.huggingface import config_of_model
 from meshwright.spec.model import Experts as Numbers
 from meshwright.train import loop
@@ -242,9 +244,9 @@ def balance_of_each_rank(_job: Job) -> AbstractContextManager[object]:
     """Biases follow what a rank's own tokens did."""
     reduce_step = loop.reduce_step
 
-    def reducing(loss: Tensor, squared: Tensor, loads: Tensor, *layout: Any, stop: bool) -> Any:
+    def reducing(*arguments: Any, loads: Tensor, **more: Any) -> Any:
         own = loads.clone()
-        return reduce_step(loss, squared, loads, *layout, stop=stop)._replace(loads=own)
+        return reduce_step(*arguments, loads=loads, **more)._replace(loads=own)
 
     return mock.patch.object(loop, "reduce_step", reducing)
 
@@ -275,6 +277,56 @@ def test_a_dropped_token_is_named(cause_of: Callable[..., Cause], axes: Any) -> 
     cause = cause_of(token_dropped, "mixtral", **axes)
     assert cause.module == "blocks.0.feed_forward.experts"
     assert "dropped" in cause.likely
+
+
+def transfers_of(job: Job) -> int:
+    """All-to-alls of one forward and backward pass on a rank."""
+    torch.set_num_threads(1)
+    device = start_distributed(job.cluster)
+    mesh = build_mesh(job.layout, device)
+    model = build_parallel_model(job, mesh, device)
+    seen = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal seen
+            seen += func is torch.ops._c10d_functional.all_to_all_single.default
+            return func(*args, **(kwargs or {}))
+
+    tokens = torch.randint(263, (4, 16), generator=torch.Generator().manual_seed(device.index or 0))
+    with Count():
+        model(tokens).square().mean().backward()
+    stop_distributed()
+    return seen
+
+
+@pytest.mark.parametrize(("recompute", "more"), [("none", 0), ("selective", 0), ("full", 3)])
+def test_selective_recompute_sends_no_token_again(folder: Path, tmp_path: Path, recompute: str, more: int) -> None:
+    job = mixture_job(
+        folder, "mixtral", layout={"shard": 2, "expert": 2, "recompute": recompute}, run={"folder": str(tmp_path)}
+    )
+    # In each layer counts, rows and results forward, rows and results backward; computed again, what came forward.
+    assert run_ranks(2, transfers_of, job) == [2 * (5 + more)] * 2
+
+
+# torch's own: dynamo looks at .grad of an activation, and says that it was given a policy for recompute.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_blocks_compile_around_their_experts(recompute: Recompute) -> None:
+    """Without a break in any graph, and with the same gradients."""
+    compile_ = torch.compile
+    tokens = torch.randint(31, (2, 8), generator=torch.Generator().manual_seed(4))
+    gradients: list[list[Tensor]] = []
+    for compiled in (False, True):
+        _, model = built(shared=1, balance_loss=0.1)
+        with mock.patch.object(torch, "compile", partial(compile_, backend="aot_eager", fullgraph=True)):
+            for index, block in enumerate(model.blocks):
+                prepare_block(block, Layout(recompute=recompute), index, compiled=compiled)
+        model(tokens).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(model.parameters()))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_biases_moved_by_one_ranks_tokens_are_noticed(cause_of: Callable[..., Cause]) -> None:

@@ -24,7 +24,7 @@ from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import LARGEST_WORLD, shrink_job, write_text
 from meshwright.parallel import tensor
 from meshwright.parallel.reduce import local_gradients
-from meshwright.spec import BUILT_FAMILIES, ZOO, Job, SettingError
+from meshwright.spec import BUILT_FAMILIES, ZOO, Job, Layout, SettingError
 from meshwright.spec.decode import planning_job
 from meshwright.train import loop, setup
 
@@ -57,8 +57,8 @@ def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
     """The norm is of each rank's own part of the gradient."""
     reduce_step = loop.reduce_step
 
-    def reducing(loss: Tensor, squared: Tensor, *layout: Any, stop: bool) -> Any:
-        totals = reduce_step(loss, squared, *layout, stop=stop)
+    def reducing(loss: Tensor, squared: Tensor, layout: Layout, **more: Any) -> Any:
+        totals = reduce_step(loss, squared, layout, **more)
         totals.values[1] = squared
         return totals
 

@@ -91,7 +91,7 @@ def copies(tensor: torch.Tensor) -> int:
 
 
 def reduce_step(
-    loss: torch.Tensor, squared: torch.Tensor, loads: torch.Tensor | None, layout: Layout, *, stop: bool
+    loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, stop: bool, loads: torch.Tensor | None = None
 ) -> StepTotals:
     """Sum loss, squared gradient norm, stop requests and loads over all ranks in one all-reduce, without reading them.
 

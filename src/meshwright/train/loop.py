@@ -109,7 +109,7 @@ def update(
     with recorder.phase("optimizer"):
         squared = squared_norm(model)
         with recorder.phase("control"):
-            totals = reduce_step(loss, squared, take_loads(model, job.model), job.layout, stop=stop)
+            totals = reduce_step(loss, squared, job.layout, stop=stop, loads=take_loads(model, job.model))
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
         rate = set_learning_rate(optimizer, step, job)
         optimizer.step()
