@@ -47,7 +47,8 @@ BALANCED = {"balance_loss": 0.3, "bias_rate": 0.003}
 # Name to family, what its experts have besides, and a seed that keeps the margin.
 MIXTURES: dict[str, tuple[str, dict[str, Any], int]] = {
     "mixtral": ("mixtral", BALANCED, 48),
-    "qwen3-moe": ("qwen3-moe", {"per_token": 3, "normalised": False, "balance_loss": 0.3}, 42),
+    # Of a width that no size of an axis divides, so that matrices are split along the other.
+    "qwen3-moe": ("qwen3-moe", {"per_token": 3, "normalised": False, "balance_loss": 0.3, "feed_forward": 21}, 48),
     # As DeepSeek-V3 has them, beside other attention.
     "shared": (
         "mixtral",
@@ -540,7 +541,7 @@ def test_a_profiled_step_says_what_each_ranks_experts_were_sent(folder: Path, tm
         ({"shard": 4, "expert": 3}, {}, "layout.expert = 3", "tensor = 4, the ranks that it reuses", "expert = 2"),
         ({"shard": 4, "expert": 4}, {"count": 6}, "layout.expert = 4", "model.experts.count = 6", "expert = 2"),
         ({"shard": 4}, {"feed_forward": 6}, "layout.expert = 1", "leaves 4 ranks", "layout.expert = 2"),
-        ({"shard": 4}, {"feed_forward": 7, "count": 5}, "layout.expert = 1", "feed_forward = 7", "fewer ranks"),
+        ({"shard": 4}, {"feed_forward": 6, "count": 5}, "layout.expert = 1", "nor model.d_model = 34", "fewer ranks"),
         ({}, {"per_token": 9}, "model.experts.per_token = 9", "between 1 and 8", "per_token = 8"),
         ({}, {"groups": 3}, "model.experts.groups = 3", "does not divide model.experts.count = 8", "groups = 2"),
         ({}, {"groups": 4, "per_token": 3}, "model.experts.per_token = 3", "more than the 2 experts", "per_token = 2"),
@@ -554,7 +555,7 @@ def test_what_cannot_be_divided_or_routed_is_one_line(
 ) -> None:
     numbers = {"count": 8, "per_token": 2, "feed_forward": 24} | experts
     with pytest.raises(SettingError) as refused:
-        mixture_job(tmp_path, "mixtral", layout=layout, model={"experts": numbers})
+        mixture_job(tmp_path, "mixtral", layout=layout, model={"experts": numbers, "d_model": 34})
     error = refused.value
     assert names in error.setting and reason in error.reason and nearest in error.nearest
 

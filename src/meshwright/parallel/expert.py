@@ -133,8 +133,13 @@ def sum_sequence(axes: Sequence[DeviceMesh], counts: Tensor) -> Tensor:
 def shard_experts(model: nn.Module, layout: Layout, expert_mesh: DeviceMesh) -> None:
     """Split each expert's matrices over the ranks that the expert axis leaves: a group of transfers for each mixture.
 
-    Along the matrices' rows: along the experts there may be fewer than ranks.
+    Along the matrices' rows, or their columns where ranks do not divide the rows: of experts there may be fewer than
+    ranks.
     """
+
+    def split(matrices: nn.Parameter) -> Shard:
+        return Shard(2 if matrices.shape[1] % layout.expert_shard else 1)
+
     plane = expert_mesh["expert_shard"] if layout.replica == 1 else expert_mesh["replica", "expert_shard"]
     policy: MixedPrecisionPolicy = build_policy(layout)
     for experts in experts_of(model):
@@ -143,7 +148,7 @@ def shard_experts(model: nn.Module, layout: Layout, expert_mesh: DeviceMesh) -> 
             mesh=plane,
             mp_policy=policy,
             reshard_after_forward=layout.zero == 3,
-            shard_placement_fn=lambda _: Shard(1),
+            shard_placement_fn=split,
         )
         assert isinstance(experts, FSDPModule)
         if plane.size() > 1:

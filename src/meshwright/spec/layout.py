@@ -178,10 +178,10 @@ def experts_refusal(layout: Layout, model: ModelSpec) -> str:
         return f'model.family = "{model.family}" has no experts' if layout.expert > 1 else ""
     if experts.count % layout.expert:
         return f"does not divide model.experts.count = {experts.count}"
-    # FSDP splits a dim that is not the first evenly or not at all.
-    for name, width in (("model.experts.feed_forward", experts.feed_forward), ("model.d_model", model.d_model)):
-        if width % ranks:
-            return f"leaves {ranks} ranks to divide each expert's matrices, which do not divide {name} = {width}"
+    # FSDP splits a dim that is not the first evenly or not at all; either of a matrix's own two will do.
+    if experts.feed_forward % ranks and model.d_model % ranks:
+        widths = f"model.experts.feed_forward = {experts.feed_forward} nor model.d_model = {model.d_model}"
+        return f"leaves {ranks} ranks to divide each expert's matrices, which divide neither {widths}"
     return ""
 
 
