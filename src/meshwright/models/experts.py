@@ -101,10 +101,13 @@ class Router(nn.Module):
         self.register_buffer("bias", bias)
         # As transformers computes them, so that the same token is the closest call to both.
         self._wide = spec.parts.scores == "sigmoid"
+        # The weight as a plain tensor.
+        self.hold: Callable[[Tensor], Tensor] = lambda weight: weight
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, X]."""
-        return F.linear(x.float(), self.weight.float()) if self._wide else F.linear(x, self.weight)
+        weight = self.hold(self.weight)
+        return F.linear(x.float(), weight.float()) if self._wide else F.linear(x, weight)
 
 
 class Experts(nn.Module):

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.profiler import record_function
 
 from meshwright.models import Experts, Mixture
 from meshwright.models.experts import Gather, Sent, Spread
 from meshwright.parallel.mesh import build_expert_mesh
 from meshwright.parallel.shard import build_policy, sum_gradients
+from meshwright.parallel.tensor import place
 from meshwright.record.kineto import EXPERT, ROWS
 from meshwright.spec import Layout
 
@@ -100,9 +101,7 @@ def apply_expert(model: nn.Module, layout: Layout, mesh: DeviceMesh, sequences: 
     group = expert_group(layout, expert_mesh)
     for experts in every:
         for name, stack in list(experts.named_parameters(recurse=False)):
-            # src_data_rank=None: nothing is sent, because every rank makes its own values.
-            split = distribute_tensor(stack, expert_mesh["expert"], [Shard(0)], src_data_rank=None)
-            experts.register_parameter(name, nn.Parameter(split))
+            experts.register_parameter(name, place(stack, Shard(0), expert_mesh["expert"]))
         experts.exchange = AllToAll(group)
         experts.sequences = sequences
         experts.whole_sequence = partial(sum_sequence, [mesh["context"], mesh["tensor"]])

@@ -53,9 +53,20 @@ BUILT_FAMILIES: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyN
 #   heads       whole on each rank, applied to its heads
 #   row         each rank has some inputs; outputs are summed and split along the sequence
 #   logits      column whose input is gathered along the sequence and whose outputs, logits, stay split
+#   router      whole on each rank, applied to its part of the sequence: a mixture's router
 #   experts     not split: each rank sends its part of the sequence to the experts, which the expert axis divides
 Split = Literal[
-    "vocabulary", "positions", "sequence", "gather", "column", "kv_heads", "heads", "row", "logits", "experts"
+    "vocabulary",
+    "positions",
+    "sequence",
+    "gather",
+    "column",
+    "kv_heads",
+    "heads",
+    "row",
+    "logits",
+    "router",
+    "experts",
 ]
 # Module pattern (a * stands for one or more parts of a name) to word.
 SplitTable = dict[str, Split]
@@ -85,7 +96,7 @@ LEARNED: SplitTable = {"positions": "positions"}
 
 EXPERTS: SplitTable = {
     "blocks.*.feed_forward_norm": "sequence",
-    "blocks.*.feed_forward.router": "sequence",
+    "blocks.*.feed_forward.router": "router",
     "blocks.*.feed_forward.experts": "experts",
     "blocks.*.feed_forward.shared": "gather",
     "blocks.*.feed_forward.shared.gate": "column",
