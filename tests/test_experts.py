@@ -28,6 +28,7 @@ from verifying import Fault, References, assert_agrees, verdict_of
 from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import write_text
 from meshwright.models import Decoder, Experts, Mixture, build_model, initialize_
+from meshwright.models.decoder import FeedForward
 from meshwright.models.experts import Choice, keep_best_groups
 from meshwright.parallel import build_mesh, build_parallel_model, expert, start_distributed, stop_distributed
 from meshwright.parallel.expert import mixtures_of
@@ -389,6 +390,54 @@ def test_experts_equal_explicit_math(normalised: bool) -> None:
     gradients = [torch.autograd.grad(out.square().sum(), [*mixture.parameters()]) for out in (found, wanted)]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_routing_by_groups_scores_and_bias_is_deepseeks() -> None:
+    """DeepSeek-V3's attention is not built; its mixture is, and equals transformers' with every choice it makes."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=12,
+        n_group=4,
+        topk_group=2,
+        n_shared_experts=2,
+        routed_scaling_factor=2.5,
+    )
+    config._experts_implementation = "eager"
+    theirs: Any = DeepseekV3MoE(config)
+    numbers = Numbers(
+        count=8, per_token=3, feed_forward=12, groups=4, groups_per_token=2, shared=2, scale=2.5, dense_layers=0
+    )
+    spec = ModelSpec(
+        family="deepseek-v3",
+        layers=1,
+        d_model=16,
+        heads=2,
+        kv_heads=2,
+        head_dim=8,
+        feed_forward=8,
+        vocabulary=31,
+        experts=numbers,
+    )
+    ours = Mixture(spec, 0, FeedForward(spec, 24))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in (*ours.parameters(), *ours.buffers()):
+            tensor.normal_(generator=generator)
+        theirs.gate.weight.copy_(ours.router.weight)
+        theirs.gate.e_score_correction_bias.copy_(ours.router.bias)
+        theirs.experts.gate_up_proj.copy_(torch.cat((ours.experts.gate, ours.experts.up), 1))
+        theirs.experts.down_proj.copy_(ours.experts.down)
+        assert isinstance(ours.shared, FeedForward) and ours.shared.gate is not None
+        for name, layer in (("gate", ours.shared.gate), ("up", ours.shared.up), ("down", ours.shared.down)):
+            getattr(theirs.shared_experts, f"{name}_proj").weight.copy_(layer.weight)
+        x = torch.randn(2, 50, 16, generator=generator)
+        found = ours.experts(x, ours.router(x), ours.router.bias) + ours.shared(x)
+        wanted = theirs(x)
+    assert (found - wanted).norm() < 1e-6 * wanted.norm()
 
 
 def test_an_expert_that_nobody_chooses_has_a_gradient_of_zero() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Experts
+from meshwright.models.experts import Router
 from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, SplitTable, check_axes, closest, nearest_divisor, split_of
 
@@ -87,6 +88,8 @@ def check_table(model: nn.Module, table: SplitTable | None, size: int, heads: He
             # Its gradients would be those of this rank's part of the sequence, and nobody would sum them.
             reason = f"has parameters ({', '.join(own)}) and no word, so its gradients would not be summed"
             raise SettingError(f'table "{name}"', reason, f'"{name}" = "sequence", if it works on each position alone')
+        if word in ("router", "experts") and not isinstance(module, Router | Experts):
+            raise SettingError(f'table "{name}" = "{word}"', "is for Meshwright's own mixtures", '"sequence"')
         if word == "kv_heads":
             check_heads(name, heads, size)
         shared = word == "kv_heads" and heads is not None and heads.kv_heads < size
