@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
-from meshwright.parallel.expert import apply_expert, shard_experts
+from meshwright.parallel.expert import ExpertAxis, apply_expert, build_expert_axis, shard_experts
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.shard import apply_shard
@@ -42,6 +42,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
     def initialize(name: str, shape: tuple[int, ...]) -> Tensor:
         return initial_tensor(name, shape, job.model, job.run.seed, device)
 
+    axis = build_expert_axis(job.layout, mesh, job.data.global_batch) if job.model.experts else None
     return parallelize(
         build_model(job.model, device="meta"),
         job.layout,
@@ -54,7 +55,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> De
         head_dim=job.model.head_dim,
         random=False,
         initialize=initialize,
-        sequences=job.data.global_batch,
+        expert_axis=axis,
     )
 
 
@@ -70,7 +71,7 @@ def parallelize(
     head_dim: int | None = None,
     random: bool = True,
     initialize: Initialize | None = None,
-    sequences: int | None = None,
+    expert_axis: ExpertAxis | None = None,
 ) -> Model:
     """Apply a layout to any model in place, and return it on this rank's device. Raises SettingError.
 
@@ -79,7 +80,7 @@ def parallelize(
     table: how modules are split along tensor; kv_heads and head_dim where its words have "kv_heads".
     random: blocks draw random numbers (dropout), so computing them again must repeat the draw.
     initialize: fills a model built on the meta device. Without, the model has values, the same on every rank.
-    sequences: of the global batch, over which mixtures take the mean of their balance loss.
+    expert_axis: what the experts of a model with mixtures are divided over.
     """
     units = find_units(model, blocks)
     check_units(model, layout, mesh, units)
@@ -88,14 +89,13 @@ def parallelize(
         heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
         check_table(model, table, layout.tensor, heads)
         apply_tensor(model, table or {}, mesh["tensor"], heads)
-    expert_mesh = apply_expert(model, layout, mesh, sequences)
+    apply_expert(model, expert_axis)
     if layout.async_tensor:
         overlap_transfers()
     compiled = mesh.device_type == "cuda"
     for index, unit in enumerate(units):
         prepare_block(unit, layout, index, compiled=compiled, random=random)
-    if expert_mesh is not None:
-        shard_experts(model, layout, expert_mesh)
+    shard_experts(model, layout, expert_axis)
     apply_shard(model, mesh, layout, units, find_tail(model, tail))
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)

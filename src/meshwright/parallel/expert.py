@@ -7,7 +7,7 @@ context axes have split them, so no rank routes what another does.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from meshwright.parallel.mesh import build_expert_mesh
 from meshwright.parallel.shard import build_policy, sum_gradients
 from meshwright.parallel.tensor import place
 from meshwright.record.kineto import EXPERT, ROWS
-from meshwright.spec import Layout
+from meshwright.spec import Layout, SettingError
 
 
 class AllToAll:
@@ -89,23 +89,33 @@ def experts_of(model: nn.Module) -> list[Experts]:
     return [mixture.experts for mixture in mixtures_of(model)]
 
 
-def apply_expert(model: nn.Module, layout: Layout, mesh: DeviceMesh, sequences: int | None) -> DeviceMesh | None:
-    """Divide the mixtures' experts along the expert axis in place; return the mesh that they lie on, None without any.
+class ExpertAxis(NamedTuple):
+    """What experts are divided over: their mesh, the group that tokens are sent among, and the axes that share a
+    sequence; and the sequences of the global batch, over which the balance loss is a mean."""
 
-    sequences: of the global batch.
-    """
-    every = experts_of(model)
-    if not every:
-        return None
+    mesh: DeviceMesh
+    group: dist.ProcessGroup
+    sequence_axes: tuple[DeviceMesh, ...]
+    sequences: int
+
+
+def build_expert_axis(layout: Layout, mesh: DeviceMesh, sequences: int) -> ExpertAxis:
+    """Called once and by every rank, those without a mixture too: process groups are made together."""
     expert_mesh = build_expert_mesh(layout, mesh)
     group = expert_group(layout, expert_mesh)
-    for experts in every:
+    return ExpertAxis(expert_mesh, group, (mesh["context"], mesh["tensor"]), sequences)
+
+
+def apply_expert(model: nn.Module, axis: ExpertAxis | None) -> None:
+    """Divide the mixtures' experts along the expert axis in place."""
+    for experts in experts_of(model):
+        if axis is None:
+            raise SettingError("expert_axis = None", "the model has experts, which need one", "build_parallel_model")
         for name, stack in list(experts.named_parameters(recurse=False)):
-            experts.register_parameter(name, place(stack, Shard(0), expert_mesh["expert"]))
-        experts.exchange = AllToAll(group)
-        experts.sequences = sequences
-        experts.whole_sequence = partial(sum_sequence, [mesh["context"], mesh["tensor"]])
-    return expert_mesh
+            experts.register_parameter(name, place(stack, Shard(0), axis.mesh["expert"]))
+        experts.exchange = AllToAll(axis.group)
+        experts.sequences = axis.sequences
+        experts.whole_sequence = partial(sum_sequence, axis.sequence_axes)
 
 
 def expert_group(layout: Layout, expert_mesh: DeviceMesh) -> dist.ProcessGroup:
@@ -129,7 +139,7 @@ def sum_sequence(axes: Sequence[DeviceMesh], counts: Tensor) -> Tensor:
     return counts
 
 
-def shard_experts(model: nn.Module, layout: Layout, expert_mesh: DeviceMesh) -> None:
+def shard_experts(model: nn.Module, layout: Layout, axis: ExpertAxis | None) -> None:
     """Split each expert's matrices over the ranks that the expert axis leaves: a group of transfers for each mixture.
 
     Along the matrices' rows, or their columns where ranks do not divide the rows: of experts there may be fewer than
@@ -139,7 +149,9 @@ def shard_experts(model: nn.Module, layout: Layout, expert_mesh: DeviceMesh) -> 
     def split(matrices: nn.Parameter) -> Shard:
         return Shard(2 if matrices.shape[1] % layout.expert_shard else 1)
 
-    plane = expert_mesh["expert_shard"] if layout.replica == 1 else expert_mesh["replica", "expert_shard"]
+    if axis is None:
+        return
+    plane = axis.mesh["expert_shard"] if layout.replica == 1 else axis.mesh["replica", "expert_shard"]
     policy: MixedPrecisionPolicy = build_policy(layout)
     for experts in experts_of(model):
         fully_shard(
