@@ -29,7 +29,7 @@ from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import write_text
 from meshwright.models import Decoder, Experts, Mixture, build_model, initialize_
 from meshwright.models.decoder import FeedForward
-from meshwright.models.experts import Choice, keep_best_groups
+from meshwright.models.experts import Choice, grouped_feed_forward, grouped_product, keep_best_groups
 from meshwright.parallel import build_mesh, build_parallel_model, expert, start_distributed, stop_distributed
 from meshwright.parallel.expert import mixtures_of
 from meshwright.parallel.recompute import prepare_block
@@ -57,6 +57,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], int]] = {
         2,
     ),
 }
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="about GPUs")
 each_mixture = pytest.mark.parametrize("mixture", MIXTURES)
 
 
@@ -450,6 +451,37 @@ def test_an_expert_that_nobody_chooses_has_a_gradient_of_zero() -> None:
     gradient = mixture.experts.down.grad
     assert gradient is not None
     assert (gradient[2:] == 0).all() and (gradient[:2] != 0).any()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_grouped_products_are_those_of_each_expert_alone(device: str) -> None:
+    """A GPU's way to compute experts, one of which has no rows; on a CPU torch has the same operator."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rows = torch.randn(12, 16, generator=generator).to(device, dtype).requires_grad_()
+    matrices = torch.randn(4, 24, 16, generator=generator).to(device, dtype).requires_grad_()
+    counts = torch.tensor([5, 0, 4, 3], device=device)
+    found = grouped_product(rows, matrices, counts.cumsum(0).to(torch.int32))
+    parts = zip(rows.split(counts.tolist()), matrices.unbind(), strict=True)
+    wanted = torch.cat([part @ matrix.T for part, matrix in parts])
+    torch.testing.assert_close(found, wanted)
+    weights = torch.randn(12, 24, generator=generator).to(device, dtype)
+    gradients = [torch.autograd.grad((out * weights).sum(), [rows, matrices]) for out in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_gpu
+def test_experts_on_a_gpu_equal_those_on_a_cpu() -> None:
+    """In bf16, by grouped products, as far as bf16 rounds."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 32, generator=generator)
+    stacks = [torch.randn(4, *shape, generator=generator) / 6 for shape in ((48, 32), (48, 32), (32, 48))]
+    counts = torch.tensor([20, 0, 30, 14])
+    exact = grouped_feed_forward(rows, counts, *stacks)
+    there = [tensor.to("cuda", torch.bfloat16) for tensor in (rows, *stacks)]
+    rounded = grouped_feed_forward(there[0], counts.cuda(), *there[1:])
+    assert (rounded.float().cpu() - exact).norm() < 0.02 * exact.norm()
 
 
 def test_groups_are_judged_by_their_two_best() -> None:
