@@ -85,7 +85,7 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("layout.recompute=9", "layout.recompute = 9", "model.layers = 4", "layout.recompute = 4"),
         ("layout.recompute=some", 'layout.recompute = "some"', "invalid enum", 'layout.recompute = "none"'),
         ("layout.async_tensor=true", "layout.async_tensor = true", "nothing is split", "layout.tensor = 2"),
-        ("layout.expert=2", "layout.expert = 2", "does not divide layout.shard", "layout.expert = 1"),
+        ("layout.expert=2", "layout.expert = 2", "has no experts", "layout.expert = 1"),
         ("model.family=llama4", 'model.family = "llama4"', "invalid enum", 'model.family = "llama"'),
         ("model.family=gpt2", "model.max_positions", "learns its positions", "1024"),
         ("model.max_positions=8", "data.sequence = 256", "8 positions", "data.sequence = 8"),
