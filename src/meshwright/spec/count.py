@@ -95,14 +95,6 @@ def expert_shapes(model: ModelSpec, experts: Experts) -> Shapes:
     } | (together if shared else {})
 
 
-def bias_shapes(model: ModelSpec) -> Shapes:
-    """Name and shape of each bias that a router chooses by. No gradient moves them, so they are no parameters."""
-    if model.experts is None or not model.selection_bias:
-        return {}
-    layers = range(model.experts.dense_layers, model.layers)
-    return {f"blocks.{layer}.feed_forward.router.bias": (model.experts.count,) for layer in layers}
-
-
 def end_shapes(model: ModelSpec) -> tuple[Shapes, Shapes]:
     """What stands before the blocks and what after; a tied head is the embedding, counted once."""
     before: Shapes = {"embedding.weight": (model.vocabulary, model.d_model)}
