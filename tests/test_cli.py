@@ -76,9 +76,9 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         (["train", str(QUICKSTART), "--set", "model.name=mixtral-8x7b"], "training it is not built yet"),
         (["train"], "takes either a job file or --resume RUN"),
         (["train", str(QUICKSTART), "--resume", "runs/x"], "takes either a job file or --resume RUN"),
-        (["train", "--resume", "runs/nowhere"], "holds no job.toml"),
+        (["train", "--resume", "runs/nowhere"], "does not exist"),
         (["explain", str(QUICKSTART.parent)], "holds no job.toml"),
-        (["sample", "runs/nowhere"], "holds no job.toml"),
+        (["sample", "runs/nowhere"], "does not exist"),
     ],
 )
 def test_a_slip_is_one_line(
@@ -117,6 +117,12 @@ def test_more_devices_than_are_here(told, tmp_path: Path, monkeypatch: pytest.Mo
     assert "cluster of 8 x h100: this machine has no GPU" in done.err
     assert not (tmp_path / "runs").exists()
     assert told("plan", job).code == 0
+
+
+def test_devices_that_are_not_here_come_before_the_layout(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = told("train", QUICKSTART, "--set", "cluster.gpus=8xh100", "--set", "layout.microbatch=5")
+    assert done.code == 2 and "cluster of 8 x h100: this machine has no GPU" in done.err
 
 
 def test_more_ranks_than_devices(told, tmp_path: Path) -> None:

@@ -78,6 +78,8 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished: tuple[Path,
     assert "--set run.steps=16" in resumed.stderr
     forbidden = run("train", "--resume", run_folder, "--set", "data.sequence=8")
     assert forbidden.returncode == 2 and "cannot change in a run that has begun" in forbidden.stderr
+    slip = run("train", "--resume", run_folder, "--set", "run.stepz=20")
+    assert slip.returncode == 2 and "run.stepz: no such setting; nearest that works: run.steps" in slip.stderr
     assert (run_folder / "metrics.jsonl").read_bytes() == before
 
 

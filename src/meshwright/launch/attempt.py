@@ -8,7 +8,7 @@ from pathlib import Path
 from meshwright.plan import predict
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError, check_built
-from meshwright.spec.decode import encode_job, read_job
+from meshwright.spec.decode import check_setting, encode_job, read_job
 from meshwright.spec.pretrained import check_weights
 
 # What a resumed run may change; anything else would make it another run.
@@ -55,8 +55,10 @@ def forget_untrained(folder: RunFolder, attempt: int) -> None:
         shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cluster]) -> tuple[RunFolder, Job]:
-    """An existing run and its job with `settings` applied, for one more attempt.
+def reopen_run(
+    path: Path, settings: Sequence[str], *, local: Callable[[int], Cluster], admit: Callable[[Cluster], None]
+) -> tuple[RunFolder, Job]:
+    """An existing run and its job with `settings` applied, for one more attempt. local, admit: as for read_job.
 
     Raises SettingError for a setting that would make it another run, and for a run that has no steps left.
     """
@@ -64,9 +66,10 @@ def reopen_run(path: Path, settings: Sequence[str], *, local: Callable[[int], Cl
     for setting in settings:
         key = setting.partition("=")[0].strip()
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE):
+            check_setting(setting)  # what no job has is a slip, and not a change
             changeable = ", ".join(CHANGEABLE)
             raise SettingError(f"--set {setting}", "cannot change in a run that has begun", changeable)
-    job = read_job(folder.job, settings, local=local)
+    job = read_job(folder.job, settings, local=local, admit=admit)
     done = max(folder.saved_steps(), default=0)
     if done >= job.run.steps:
         more = f"--set run.steps={2 * job.run.steps}"
