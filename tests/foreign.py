@@ -71,7 +71,17 @@ class Foreign(nn.Module):
             layer.drop = nn.Dropout(drop)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.words(tokens) + self.places(torch.arange(tokens.shape[1]).expand_as(tokens))
+        x = self.words(tokens) + self.places(self.positions(tokens))
         for layer in self.stack:
             x = layer(x, scale=0.5)
         return self.guess(self.last(x))
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1]).expand_as(tokens)
+
+
+class Unbatched(Foreign):
+    """Its positions are [S], as nanoGPT's are."""
+
+    def positions(self, tokens: Tensor) -> Tensor:
+        return torch.arange(tokens.shape[1])

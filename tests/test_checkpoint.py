@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from meshwright.checkpoint import CheckpointError, load_checkpoint, read_manifes
 from meshwright.data import open_stream
 from meshwright.parallel import build_mesh, build_parallel_model, start_distributed, stop_distributed
 from meshwright.record import Evaluation, Fault, Metrics, RunFolder, read_events, read_lines, read_metrics
-from meshwright.spec import Job, SettingError, parameter_shapes
+from meshwright.spec import AXES, Job, SettingError, parameter_shapes
 from meshwright.train.optimizer import build_optimizer
 
 ADAMW = {"name": "adamw", "learning_rate": 0.01}
@@ -31,6 +32,8 @@ LAYOUTS: list[dict[str, int]] = [
     {"shard": 2, "zero": 2, "microbatch": 2},
     {"shard": 2, "zero": 3},
     {"replica": 2, "shard": 2, "zero": 3},
+    {"tensor": 2},
+    {"shard": 2, "tensor": 2, "zero": 2},
 ]
 
 
@@ -41,7 +44,7 @@ def name_of(layout: dict[str, int]) -> str:
 def a_job(folder: Path, layout: dict[str, int], name: str, **sections: dict[str, Any]) -> Job:
     sections = {"optimizer": ADAMW, "layout": layout} | sections
     sections["run"] = {"name": name} | sections.get("run", {})
-    return tiny_job(folder, processes=layout.get("replica", 1) * layout.get("shard", 1), **sections)
+    return tiny_job(folder, processes=prod(layout.get(axis, 1) for axis in AXES), **sections)
 
 
 def train(job: Job, folder: RunFolder, attempt: int) -> None:

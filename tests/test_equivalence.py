@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+import torch.nn.functional as F
 from jobs import tiny_job
+from ranks import run_ranks
 from verifying import References, assert_agrees, verdict_of
 
+from meshwright.data import open_stream, to_tensors
 from meshwright.launch.shrink import write_text
+from meshwright.models import build_model, initialize_
+from meshwright.parallel import build_loss, build_mesh, build_parallel_model, start_distributed, stop_distributed
 from meshwright.spec import BUILT_FAMILIES, FamilyName, Job
+from meshwright.train.evaluate import evaluate
 
 PROCESSES = range(2, 9)
 ACCUMULATIONS = (1, 4)
@@ -198,3 +205,39 @@ def test_a_window_over_documents(compare: Any) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_key_heads_shared_by_ranks_or_several_a_rank(compare: Any, kv_heads: int) -> None:
     compare(case_of(tensor=4), model={"kv_heads": kv_heads})
+
+
+# --- The held-out loss ----------------------------------------------------------------------------------------------
+
+
+def evaluate_rank(job: Job) -> float | None:
+    """The held-out loss of the initial model, as the trainer takes it."""
+    torch.set_num_threads(1)
+    device = start_distributed(job.cluster)
+    mesh = build_mesh(job.layout, device)
+    model = build_parallel_model(job, mesh, device)
+    found = evaluate(model, build_loss(job, mesh, device), open_stream(job), job, mesh, device)
+    stop_distributed()
+    return found
+
+
+@torch.no_grad()
+def held_out_alone(job: Job) -> float:
+    """The same sample by sample, in one process."""
+    model, stream = build_model(job.model, "cpu"), open_stream(job)
+    initialize_(model, job.model, job.run.seed)
+    total, counted = 0.0, 0
+    for index in range(job.evaluation.sequences):
+        batch = to_tensors(stream.held_out_batch(index, 1), torch.device("cpu"))
+        total += F.cross_entropy(model(batch.tokens)[0].double(), batch.targets[0], reduction="sum").item()
+        counted += int((batch.targets != -100).sum())
+    return total / counted
+
+
+@pytest.mark.parametrize("axes", [{"shard": 2}, {"replica": 2, "tensor": 2}, {"shard": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(("sequences", "accumulation"), [(3, 16), (3, 8), (3, 4), (8, 4)])
+def test_held_out_loss_equals_one_process(folder: Path, axes: Any, sequences: int, accumulation: int) -> None:
+    """Where samples do not fill the last batch of all ranks, or not even one of a rank's own, and where they do."""
+    job = build_job(folder, case_of(accumulation=accumulation, **axes), evaluation={"sequences": sequences})
+    expected = pytest.approx(held_out_alone(job), rel=1e-6)
+    assert run_ranks(job.layout.world_size, evaluate_rank, job) == [expected] * job.layout.world_size

@@ -27,8 +27,11 @@ from commands import (
     wait_until,
     write_job,
 )
+from jobs import cpu_cluster
 
+from meshwright.launch import begin_attempt
 from meshwright.record import Ended, Metrics, RunFolder, Span, read_events, read_lines
+from meshwright.spec.decode import read_job
 
 ENDLESS = {"name": "tiny", "steps": 1_000_000}
 
@@ -36,6 +39,16 @@ ENDLESS = {"name": "tiny", "steps": 1_000_000}
 def losses_of(run_folder: Path) -> list[tuple[int, float | None]]:
     """Every line of metrics, repeated steps and all."""
     return [(line.step, line.loss) for line in read_lines(run_folder / "metrics.jsonl", Metrics)]
+
+
+def test_what_convert_will_refuse_is_said_before_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begin_attempt(None, read_job(write_job(tmp_path), ["run.name=plain"], local=cpu_cluster))
+    assert capsys.readouterr().err == ""
+    begin_attempt(None, read_job(write_job(tmp_path), ["model.attention_window=8"], local=cpu_cluster))
+    assert capsys.readouterr().err == (
+        "warning: meshwright convert will refuse this run: model.attention_window = 8: LlamaForCausalLM of "
+        "transformers has no word for it; nearest that works: model.attention_window = 0\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +261,25 @@ def test_an_external_torchrun_is_joined(tmp_path: Path) -> None:
     assert run_folder.ranks(0) == [0, 1] and run_folder.attempt_numbers() == [0]
     assert run("explain", run_folder.path).returncode == 0
     nothing_left(tmp_path)
+
+
+def test_ranks_of_an_external_torchrun_have_their_tokens_before_they_wait_for_one_another(tmp_path: Path) -> None:
+    """Tokenising may take longer than a process group waits for its slowest rank."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from meshwright.cli.machine import local\n"
+        "from meshwright.spec import SettingError\n"
+        "from meshwright.spec.decode import read_job\n"
+        "from meshwright.train.worker import join_ranks\n"
+        "def begin():  # what rank 0 does first, once all have joined\n"
+        "    raise SettingError('tokens', str(len(list(Path(sys.argv[2]).glob('*/tokens.bin')))))\n"
+        "join_ranks(read_job(Path(sys.argv[1]), local=local), begin, print, time.time())\n"
+    )
+    group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", script, write_job(tmp_path, ranks=1), tmp_path / "tokens"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment() | group)
+    assert ended.returncode == 2 and ended.stderr.endswith("error: tokens: 1\n"), ended.stderr
 
 
 def test_an_external_torchrun_with_other_ranks_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from meshwright.models import build_model, generate, initial_tensor, initialize_, rotary_tables, token_loss
 from meshwright.models.decoder import Decoder, rotate
-from meshwright.spec import ModelSpec, parameter_shapes
+from meshwright.spec import BUILT_FAMILIES, FamilyName, ModelSpec, parameter_shapes
 
 GROUPED = ModelSpec(layers=2, d_model=24, heads=4, kv_heads=2, head_dim=6, feed_forward=40, vocabulary=31)
 TIED = ModelSpec(
@@ -108,6 +109,60 @@ def test_a_later_token_never_changes_earlier_logits(spec: ModelSpec) -> None:
     before, after = model(tokens), model(changed)
     torch.testing.assert_close(after[:, :7], before[:, :7], rtol=0, atol=0)
     assert (after[:, 7:] != before[:, 7:]).any(dim=-1).all()
+
+
+def distinct(family: FamilyName, **numbers: Any) -> Decoder:
+    """A model whose weights are far from the initial ones, at which attention is all but uniform."""
+    more: dict[str, Any] = {"max_positions": 24} if family == "gpt2" else {}
+    spec = ModelSpec(
+        family=family,
+        layers=2,
+        d_model=24,
+        heads=4,
+        kv_heads=2,
+        head_dim=6,
+        feed_forward=40,
+        vocabulary=31,
+        **more,
+        **numbers,
+    )
+    model = built(spec)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
+    return model
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("family", BUILT_FAMILIES)
+def test_documents_of_a_sample_are_as_if_each_stood_alone(family: FamilyName, window: int) -> None:
+    """Neither attention nor positions reach over a document's edge; some documents are longer than the window."""
+    model = distinct(family, attention_window=window)
+    tokens = some_tokens(model.spec, sequence=19)
+    lengths = [[7, 1, 9, 2], [3, 16]]
+    documents = torch.tensor(
+        [[number for number, length in enumerate(row) for _ in range(length)] for row in lengths], dtype=torch.int32
+    )
+    alone = torch.cat(
+        [
+            torch.cat([model(part[None]) for part in row.split(parts)], dim=1)
+            for row, parts in zip(tokens, lengths, strict=True)
+        ]
+    )
+    torch.testing.assert_close(model(tokens, documents), alone)
+    # Without being told, later documents see earlier ones.
+    assert (model(tokens)[0, 7:] - alone[0, 7:]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", BUILT_FAMILIES)
+def test_a_window_ends_what_a_token_sees(family: FamilyName) -> None:
+    """Through two layers of window 4, a token's logits depend on itself and the 6 before."""
+    model = distinct(family, attention_window=4)
+    tokens = some_tokens(model.spec, sequence=19)
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % model.spec.vocabulary
+    differs = (model(tokens) != model(changed)).any(dim=-1).any(dim=0)
+    assert differs.nonzero().flatten().tolist() == list(range(5, 12))
 
 
 @each_spec

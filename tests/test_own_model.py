@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from foreign import HEAD_DIM, KV_HEADS, TABLE, TOKENS, Foreign
+from foreign import HEAD_DIM, KV_HEADS, TABLE, TOKENS, Foreign, Unbatched
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from meshwright.models import token_loss
 from meshwright.parallel import (
@@ -60,10 +61,10 @@ class Case:
         self.model, self.logits, self.told = model, logits, told
 
 
-def foreign() -> Case:
+def foreign(kind: type[Foreign] = Foreign) -> Case:
     torch.manual_seed(5)
     told = {"blocks": ["stack.*"], "tail": ["last", "guess"], "table": TABLE}
-    return Case(Foreign(), lambda model, tokens: model(tokens), **told, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
+    return Case(kind(), lambda model, tokens: model(tokens), **told, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
 
 
 def llama(**more: Any) -> Case:
@@ -178,6 +179,10 @@ def test_a_foreign_module_equals_one_process(layout: Layout) -> None:
     assert_equals_one_process(foreign(), layout)
 
 
+def test_positions_without_a_batch() -> None:
+    assert_equals_one_process(foreign(Unbatched), Layout(tensor=2, precision="fp32"))
+
+
 @pytest.mark.parametrize("layout", [*LAYOUTS, *MORE], ids=Layout.label)
 def test_a_transformers_model_equals_one_process(layout: Layout) -> None:
     assert_equals_one_process(llama(), layout)
@@ -212,18 +217,41 @@ def test_dropout_draws_the_same_again_when_a_block_is_recomputed() -> None:
     assert again == pytest.approx(plain, rel=BOUND)
 
 
+def made(**words: Any) -> Layout:
+    """A layout with words that it does not have: in Python nothing looks at them."""
+    return Layout(**words)
+
+
 TENSOR = Layout(tensor=2)
 REFUSALS: list[tuple[dict[str, Any], Layout, str]] = [
     ({"blocks": ["stak.*"]}, Layout(), r'blocks "stak\.\*": matches no module; nearest that works: "stack\.\*"'),
     ({"blocks": ["stack"]}, Layout(), r'blocks "stack": is a list .* nearest that works: "stack\.\*"'),
+    ({"blocks": "stack.*"}, Layout(), r'blocks = "stack\.\*": must be a list; .* blocks = \["stack\.\*"\]'),
     ({"tail": ["gues"]}, Layout(), r'tail "gues": is no module; nearest that works: guess'),
+    ({"tail": [""]}, Layout(), r'tail "": is no module'),
+    ({"tail": ["stack"]}, Layout(), r'tail "stack": is a list of modules'),
+    ({"tail": ["stack.1"]}, Layout(), r'tail "stack\.1": has modules of a block'),
+    ({"tail": ["stack.1.before"]}, Layout(), r'tail "stack\.1\.before": has modules of a block'),
+    ({"tail": ["last", "last"]}, Layout(), r'tail "last": has modules of "last", which is there too'),
+    ({"tail": "guess"}, Layout(), r'tail = "guess": must be a list'),
     ({"table": None}, TENSOR, r"layout\.tensor = 2: the model has no split table; .* layout\.tensor = 1"),
     ({"table": TABLE | {"lost": "sequence"}}, TENSOR, r'table "lost": matches no module; .* "last"'),
     ({"table": {k: w for k, w in TABLE.items() if k != "last"}}, TENSOR, r'table "last": has parameters .* no word'),
+    ({"table": TABLE | {"last": "sequnce"}}, TENSOR, r'table "last" = "sequnce": is no word .* works: sequence'),
+    (
+        {"table": {k: w for k, w in TABLE.items() if k != "stack.*.think"}},
+        TENSOR,
+        r'table "stack\.0\.think\.0" = "column": is inside no module .*; .* "stack\.0\.think" = "gather"',
+    ),
     ({"kv_heads": None}, TENSOR, r"needs to know the heads; .* kv_heads=\.\.\., head_dim=\.\.\."),
     ({}, Layout(tensor=3), r"layout\.tensor = 3: does not divide stack\.0\.look\.ask\.weight, 16 long"),
     ({}, Layout(context=2), r"layout\.context = 2: the context axis is not built yet"),
     ({}, Layout(recompute=3), r"layout\.recompute = 3: there are 2 blocks; .* layout\.recompute = 2"),
+    ({}, Layout(tensor=2, async_tensor=True), r"layout\.async_tensor = true: needs GPUs"),
+    ({}, made(recompute="half"), r'layout\.recompute = "half": .* layout\.recompute = "none"'),
+    ({}, made(precision="fp16"), r'layout\.precision = "fp16": .* layout\.precision = "bf16"'),
+    ({}, made(zero=4), r"layout\.zero = 4: .* layout\.zero = 3"),
+    ({}, made(order=("tensor",)), r"layout\.order = \['tensor'\]: must name each axis of the mesh once"),
     ({"initialize": torch.zeros}, Layout(), r"initialize: the model has values already"),
 ]
 
@@ -244,6 +272,50 @@ def refusal(told: dict[str, Any], layout: Layout) -> str:
 @pytest.mark.parametrize(("told", "layout", "line"), REFUSALS)
 def test_what_cannot_be_honoured_is_one_line(told: dict[str, Any], layout: Layout, line: str) -> None:
     assert re.search(line, run_ranks(1, refusal, told, layout)[0])
+
+
+def refused_ranks() -> str:
+    device = start_distributed()
+    with pytest.raises(SettingError) as caught:
+        build_mesh(Layout(shard=2), device)
+    return str(caught.value)
+
+
+def test_a_layout_of_other_ranks_than_there_are_is_refused() -> None:
+    assert run_ranks(1, refused_ranks) == [
+        "layout of 2 ranks: there are 1; nearest that works: sizes that multiply to 1"
+    ]
+
+
+def refused_tie() -> str:
+    case, tied = foreign(), Foreign()
+    tied.guess.weight = tied.words.weight
+    with pytest.raises(SettingError) as caught:
+        parallelize(tied, Layout(), build_mesh(Layout(), start_distributed()), **case.told)
+    return str(caught.value)
+
+
+def test_a_tail_that_shares_a_parameter_is_refused() -> None:
+    assert run_ranks(1, refused_tie)[0].startswith(
+        "guess.weight: is the same parameter as words.weight, and they would"
+    )
+
+
+def norms_in_bf16() -> tuple[float, float]:
+    """The norm of gradients that are themselves in bf16, ours and one summed in fp64."""
+    layout = Layout()
+    model = parallelize(Foreign().bfloat16(), layout, build_mesh(layout, start_distributed()), blocks=["stack.*"])
+    tokens, targets = a_batch()
+    begin_microbatch(model, layout, last=True)
+    token_loss(model(tokens), targets).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    wide = [gradient.full_tensor().double() for gradient in gradients if isinstance(gradient, DTensor)]
+    return squared_norm(model).item() ** 0.5, sum(gradient.square().sum().item() for gradient in wide) ** 0.5
+
+
+def test_the_norm_of_gradients_in_bf16_is_summed_in_fp32() -> None:
+    ours, exact = run_ranks(1, norms_in_bf16)[0]
+    assert ours == pytest.approx(exact, rel=1e-6)
 
 
 def refused_sequence() -> str:

@@ -1,7 +1,7 @@
 """Predicted activations against what the built model keeps: by family, by recompute policy, along the tensor axis."""
 
 import gc
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -52,8 +52,11 @@ def storage_of(tensor: Tensor) -> Any:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
-def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
-    more: dict[str, Any] = {"kv_heads": 2} | numbers
+Sees = Literal["all", "window", "documents"]
+
+
+def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: Any) -> Job:
+    more: dict[str, Any] = {"kv_heads": 2, "attention_window": 17 if sees == "window" else 0} | numbers
     if family == "gpt2":
         more |= {"kv_heads": 4, "max_positions": SEQUENCE, "tied_embeddings": True}
     model = ModelSpec(
@@ -70,7 +73,9 @@ def a_job(family: FamilyName, layout: Layout, **numbers: Any) -> Job:
     return Job(
         run=RunSettings(name="test", steps=1),
         model=model,
-        data=DataSettings(sequence=SEQUENCE, global_batch=MICROBATCH),
+        data=DataSettings(
+            sequence=SEQUENCE, global_batch=MICROBATCH, attention="document" if sees == "documents" else "sample"
+        ),
         layout=layout,
         cluster=cpu_cluster(layout.world_size),
     )
@@ -82,9 +87,10 @@ def kept_bytes(model: nn.Module, job: Job) -> int:
         block.forward = block_forward(block.forward, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
     tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
+    documents = (torch.arange(SEQUENCE, dtype=torch.int32) // 9).repeat(MICROBATCH, 1)
     with Made() as made:
-        logits = model(tokens)
-    return made.held_bytes(but=[logits, *model.parameters()]) + tokens.nbytes
+        logits = model(tokens, documents) if job.data.attention == "document" else model(tokens)
+    return made.held_bytes(but=[logits, documents, *model.parameters()]) + tokens.nbytes
 
 
 def kept_on_a_rank(job: Job) -> int:
@@ -105,16 +111,36 @@ def test_activations_are_what_the_built_model_keeps(family: FamilyName, recomput
     assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
 
 
+@each_policy
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("sees", ["window", "documents"])
+def test_and_what_it_keeps_of_masks(family: FamilyName, sees: Sees, recompute: Recompute | int) -> None:
+    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute), sees=sees)
+    assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
+
+
 def test_without_shared_key_heads() -> None:
     job = a_job("llama", Layout(microbatch=MICROBATCH, precision="fp32"), kv_heads=4)
     assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
 
 
 @each_policy
-@pytest.mark.parametrize(("family", "tensor"), [("llama", 2), ("llama", 4), ("qwen3", 2), ("gpt2", 2)])
-def test_and_what_it_keeps_along_tensor(family: FamilyName, tensor: int, recompute: Recompute | int) -> None:
+@pytest.mark.parametrize(
+    ("family", "tensor", "sees"),
+    [
+        ("llama", 2, "documents"),
+        ("llama", 4, "all"),
+        ("mistral", 2, "window"),
+        ("qwen3", 2, "all"),
+        ("gpt2", 2, "all"),
+    ],
+)
+def test_and_what_it_keeps_along_tensor(
+    family: FamilyName, tensor: int, sees: Sees, recompute: Recompute | int
+) -> None:
     """Four ranks share the two key heads."""
-    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor))
+    layout = Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor)
+    job = a_job(family, layout, sees=sees)
     assert set(run_ranks(tensor, kept_on_a_rank, job)) == {activation_bytes(job, build_part(job))}
 
 

@@ -1,4 +1,4 @@
-"""Conversations, masks, mixtures, files of tokens, and the commands that look at them."""
+"""Conversations, masks, mixtures, and the commands that look at them."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 import torch
 from commands import run
+from corpora import refusal
 from jobs import tiny_job
-from test_data import refusal
 from test_tokenizing import documents_of, prepared, write_job
 from tokenized import CHATML, END_TEXT, plain_ids, settings_for, trained, words, write_tokenizer
 from verifying import References, assert_agrees, verdict_of
@@ -58,16 +58,11 @@ def test_only_the_assistants_turns_are_learned(tmp_path: Path) -> None:
     assert folder.manifest.bigram_entropy is None
 
 
-@pytest.mark.parametrize("kind", ["file", "named", "content", "generation"])
+@pytest.mark.parametrize("kind", ["file", "named", "content"])
 def test_where_a_template_may_stand(tmp_path: Path, kind: str) -> None:
     config: dict[str, Any] = {"eos_token": {"content": END_TEXT}, "chat_template": CHATML}
     if kind == "named":
         config["chat_template"] = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
-    elif kind == "generation":
-        said = "{{ message['content'] + '<|im_end|>\n' }}"
-        marked = "{% generation %}" + said + "{% endgeneration %}"
-        head = "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}" + marked + "{% endfor %}"
-        config["chat_template"] = head + CHATML.partition("{% endfor %}")[2]
     elif kind == "file":
         config["chat_template"] = "not this one"
     write_tokenizer(tmp_path / "tokenizer", **config)
@@ -76,6 +71,33 @@ def test_where_a_template_may_stand(tmp_path: Path, kind: str) -> None:
     write_lines(tmp_path, {"messages": CONVERSATION})
     folder = prepared(settings_for(tmp_path))
     assert counted_text(folder) == SAID
+
+
+# Qwen3's own, less its tools: reasoning stands in the last turn only, so that earlier turns change when one is added.
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}"
+    "{{ ('<think>\n\n</think>\n\n' if loop.last else '') + message.content + '<|im_end|>\n' }}"
+    "{% endgeneration %}{% else %}{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_turns_that_change_are_learned_where_the_template_marks_them(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer", chat_template=THINKING)
+    file = write_lines(tmp_path, {"messages": CONVERSATION})
+    folder = prepared(settings_for(tmp_path))
+    assert counted_text(folder) == [SAID[0], "<think>\n\n</think>\n\n" + SAID[1]]
+    plain = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in CONVERSATION)
+    whole = plain.replace("so on", "<think>\n\n</think>\n\nso on")
+    assert documents_of(folder) == [[*plain_ids(whole), trained().token_to_id(END_TEXT)]]
+
+    unmarked = THINKING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    write_tokenizer(tmp_path / "tokenizer", chat_template=unmarked)
+    assert refusal(lambda: prepare(settings_for(tmp_path))) == (
+        f"{file} line 1: the chat template writes turns before turn 3 otherwise than without it; "
+        "nearest that works: a chat template with {% generation %} around the assistant's words, or lines with a prompt"
+    )
 
 
 def test_a_turn_that_ends_with_the_end_token_needs_no_second_one(tmp_path: Path) -> None:
@@ -120,6 +142,12 @@ def test_tokens_of_one_character_are_learned_together(tmp_path: Path) -> None:
         ),
         ("{{ messages.pop() }}", CONVERSATION, "cannot render it"),
         ("{{ ''.__class__.__mro__ }}", CONVERSATION, "cannot render it"),
+        (
+            "{% generation %}{% generation %}a{% endgeneration %}{% endgeneration %}",
+            CONVERSATION,
+            "{% generation %} is inside another one",
+        ),
+        (CHATML, [{"role": "user", "content": "a \ufdd0 b"}], "it holds U+FDD0"),
         (CHATML, [{"role": "user"}], 'a message has no "role" or "content" that is a string'),
         (None, CONVERSATION, "is a conversation, and the tokenizer has no chat template"),
     ],
@@ -225,79 +253,6 @@ def test_other_weights_are_other_data(tmp_path: Path) -> None:
     assert len(checksums) == 2
 
 
-# Files of tokens
-
-
-def in_place(folder: Path, kind: str, **changes: Any) -> DataSettings:
-    tokens = np.random.default_rng(0).integers(0, 500, 4000)
-    tokens[99::100] = 500
-    file = folder / f"tokens{'.bin' if kind.startswith('bin') else '.npy'}"
-    if kind.startswith("bin"):
-        tokens.astype({"bin2": "<u2", "bin4": "<u4"}[kind]).tofile(file)
-        changes |= {"dtype": "uint32"} if kind == "bin4" else {}
-    else:
-        np.save(file, tokens.astype(kind))
-    settings = DataSettings(path=str(file), sequence=16, global_batch=4, cache=str(folder / "cache"))
-    return msgspec.structs.replace(settings, **changes)
-
-
-@pytest.mark.parametrize("kind", ["bin2", "bin4", "uint16", "uint32", "int32", "int64"])
-def test_tokens_are_read_where_they_are(tmp_path: Path, kind: str) -> None:
-    settings = in_place(tmp_path, kind, end_token="500")
-    (folder,) = prepare(settings)
-    assert folder.manifest.documents == 40 and folder.manifest.vocabulary == 501
-    assert folder.offsets.tolist() == list(range(0, 4001, 100))
-    assert not (folder.path / "tokens.bin").exists()
-    assert isinstance(folder.tokens, np.memmap) and folder.tokens.filename == Path(settings.path)
-    whole = np.load(settings.path) if settings.path.endswith("npy") else np.fromfile(settings.path, settings.dtype)
-    assert folder.tokens.tolist() == whole.tolist()
-    stream = Stream([folder], settings, 0)
-    assert stream.held_out_samples > 0 and stream.batch(0, 0, 4).tokens.dtype == np.int64
-    (again,) = prepare(settings)
-    assert again.manifest == folder.manifest
-
-
-def test_without_an_end_token_a_file_is_one_document(tmp_path: Path) -> None:
-    settings = in_place(tmp_path, "bin2", held_out=0.0)
-    (folder,) = prepare(settings)
-    assert folder.offsets.tolist() == [0, 4000]
-    assert Stream([folder], settings, 0).training_samples == 3999 // 16
-    held_out = msgspec.structs.replace(settings, held_out=0.1)
-    assert "the corpus is one document" in refusal(lambda: Stream(prepare(held_out), held_out, 0))
-
-
-def test_the_tokenizer_knows_the_end_token(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path / "tokenizer")
-    ids = np.array([*plain_ids("one"), 0, *plain_ids("the other"), 0], dtype=np.uint16)
-    np.save(tmp_path / "a.npy", ids)
-    (folder,) = prepare(settings_for(tmp_path, path=str(tmp_path / "a.npy")))
-    assert folder.manifest.documents == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (np.zeros((2, 3), np.uint16), "holds <u2 in shape (2, 3)"),
-        (np.zeros(3, np.float32), "holds <f4 in shape (3,)"),
-        (np.zeros(3, ">u2"), "holds >u2 in shape (3,)"),
-        (np.array([1, -1], np.int32), "holds a number below 0"),
-        (np.array([{}], dtype=object), "is not an array of numbers"),
-    ],
-)
-def test_files_that_hold_no_tokens(tmp_path: Path, content: np.ndarray, reason: str) -> None:
-    np.save(tmp_path / "a.npy", content, allow_pickle=True)
-    settings = DataSettings(path=str(tmp_path / "a.npy"), sequence=16, global_batch=4, cache=str(tmp_path / "cache"))
-    assert reason in refusal(lambda: prepare(settings))
-
-
-@pytest.mark.parametrize("name", ["a.bin", "a.npy"])
-@pytest.mark.parametrize("content", [b"", b"abc"])
-def test_files_that_are_cut(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    settings = DataSettings(path=str(tmp_path / name), sequence=16, global_batch=4, cache=str(tmp_path / "cache"))
-    assert "is not an array of numbers" in refusal(lambda: prepare(settings))
-
-
 # What cannot be honoured
 
 
@@ -345,8 +300,33 @@ def test_a_parquet_file_without_text(tmp_path: Path) -> None:
     file = tmp_path / "text" / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["a", None], "n": [1, 2]}), file)
     assert refusal(lambda: prepare(settings_for(tmp_path))).startswith(f"{file} row 2: has no ")
+    parquet.write_table(pyarrow.table({"messages": ["a"]}), file)
+    assert refusal(lambda: prepare(settings_for(tmp_path))).startswith(f"{file} row 1: has no ")
     file.write_bytes(b"PAR1")
     assert "is not a Parquet file" in refusal(lambda: prepare(settings_for(tmp_path)))
+
+
+def test_a_parquet_file_that_is_damaged(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    write_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "text").mkdir()
+    file = tmp_path / "text" / "a.parquet"
+    # A column of strings whose bytes are no text: pyarrow looks when it is asked for them.
+    held = pyarrow.array([b"fine", b"caf\xe9"], type=pyarrow.binary())
+    strings = pyarrow.Array.from_buffers(pyarrow.string(), 2, held.buffers())
+    parquet.write_table(pyarrow.table({"text": strings}), file)
+    line = refusal(lambda: prepare(settings_for(tmp_path)))
+    assert line.startswith(f"{file} from row 1 on: holds a string that is not UTF-8; ")
+    parquet.write_table(
+        pyarrow.table({"text": ["hello " * 999] * 99}), file, compression="snappy", use_dictionary=False
+    )
+    whole = bytearray(file.read_bytes())
+    whole[100 : len(whole) // 2] = bytes(len(whole) // 2 - 100)
+    file.write_bytes(whole)
+    line = refusal(lambda: prepare(settings_for(tmp_path)))
+    assert line.startswith(f"{file}: ") and "None" not in line and "napp" in line
 
 
 # Commands

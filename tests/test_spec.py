@@ -101,6 +101,10 @@ def written(folder: Path, text: str | bytes) -> Path:
         ("model.family=gpt2", "model.max_positions", "learns its positions", "1024"),
         ("model.max_positions=8", "data.sequence = 256", "8 positions", "data.sequence = 8"),
         ("model.rope_scaling.factor=0.5", "model.rope_scaling.factor = 0.5", "between", "factor = 1.0"),
+        *(
+            (f"model.rope_scaling={{factor=8.0, high_frequency={value}}}", "high_frequency", "above low_", "= 4.0")
+            for value in ("1.0", "nan", "inf")
+        ),
         ("model.experts.count=4", "model.experts", "", ""),
         ("layout.replica=all", 'layout.replica and layout.shard = "all"', "only one axis", "alone"),
         (

@@ -1,167 +1,64 @@
-"""`meshwright verify`: what it catches and what it calls it, what it makes of a job, and the command itself."""
+"""`meshwright verify`: what it makes of a job, what it makes of what ranks compared, and the command itself."""
 
 import json
 import os
 import signal
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import commands
+import msgspec
 import pytest
-from jobs import cpu_cluster
-from test_equivalence import Case, build_job
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from verifying import Fault, References, verdict_of
+from jobs import cpu_cluster, tiny_job
 
-from meshwright.data import StepBatches
-from meshwright.explain.verification import Cause
-from meshwright.launch.shrink import LARGEST_WORLD, shrink_job, write_text
-from meshwright.parallel import tensor
-from meshwright.parallel.reduce import local_gradients
+from meshwright.explain.verification import explain_trial
+from meshwright.launch import run_trials
+from meshwright.launch.shrink import LARGEST_WORLD, shrink_job
+from meshwright.record.verification import Comparison, RankReport, Reference, Trial
+from meshwright.report.verification import verification_json
 from meshwright.spec import BUILT_FAMILIES, ZOO, Job, SettingError
 from meshwright.spec.decode import planning_job
-from meshwright.train import loop, setup
 
-# --- Faults, each planted in the ranks of a layout that is right without it -----------------------------------------
-
-
-def gradients_averaged(_job: Job) -> AbstractContextManager[object]:
-    """Gradients are averaged over ranks, though the loss is divided by the whole global batch."""
-    return mock.patch.multiple(
-        FSDPModule,
-        set_gradient_divide_factor=lambda *_: None,
-        set_force_sum_reduction_for_comms=lambda *_: None,
-    )
+# What a rank compares tensor by tensor.
+KINDS = ("outputs", "gradients", "weights")
 
 
-def gradients_summed_twice(job: Job) -> AbstractContextManager[object]:
-    """Every gradient comes out as many times too large as there are ranks."""
-    forward_backward = loop.forward_backward
-
-    def multiplying(model: Any, *others: Any) -> Tensor:
-        loss = forward_backward(model, *others)
-        for gradient in local_gradients(model):
-            gradient *= job.layout.data_size
-        return loss
-
-    return mock.patch.object(loop, "forward_backward", multiplying)
+# --- What ranks compared --------------------------------------------------------------------------------------------
 
 
-def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
-    """The norm is of each rank's own part of the gradient."""
-    reduce_step = loop.reduce_step
-
-    def reducing(loss: Tensor, squared: Tensor, *layout: Any, stop: bool) -> Any:
-        totals = reduce_step(loss, squared, *layout, stop=stop)
-        totals.values[1] = squared
-        return totals
-
-    return mock.patch.object(loop, "reduce_step", reducing)
+def agreeing(folder: Path) -> Trial:
+    """A trial of two ranks that compared half of each tensor."""
+    half = Comparison(reference=1.0, ours=1.0, product=1.0, elements=2)
+    kinds: dict[str, Any] = {kind: {"a": half, "b": half} for kind in KINDS}
+    whole: dict[str, Any] = {kind: {"a": 4, "b": 4} for kind in KINDS}
+    ranks = [RankReport(rank=rank, foreign=-1, losses=[1.0], norms=[1.0], **kinds) for rank in range(2)]
+    reference = Reference(losses=[1.0], norms=[1.0], rounding=None, **whole)
+    return Trial(job=tiny_job(folder), bound=1e-5, reference=reference, ranks=ranks)
 
 
-def same_samples(_job: Job) -> AbstractContextManager[object]:
-    """Every rank takes the first share of the global batch."""
-    return mock.patch.object(setup, "data_rank", return_value=0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_only_some_ranks_compared_is_named(tmp_path: Path, kind: str) -> None:
+    """Whether a rank says nothing of a tensor or all have less than the whole."""
+    trial = agreeing(tmp_path)
+    assert explain_trial(trial).agrees
+    half = trial.ranks[0].outputs["a"]
+    for left in ({"a": half}, {"a": half, "b": msgspec.structs.replace(half, elements=1)}, {}):
+        ranks = [trial.ranks[0], msgspec.structs.replace(trial.ranks[1], **{kind: left})]
+        found = explain_trial(msgspec.structs.replace(trial, ranks=ranks))
+        assert not found.agrees
+        row = next(row for row in found.rows if row.what.startswith(kind))
+        assert row.where == ("b not compared" if left else "a not compared")
 
 
-def partial_results(_job: Job) -> AbstractContextManager[object]:
-    """A row-split module's partial results are cut along the sequence without being summed."""
-    give = tensor.give
-
-    def cutting(rule: Any, mesh: DeviceMesh, module: nn.Module, inputs: tuple[Any, ...], output: DTensor) -> Tensor:
-        if rule != tensor.RULES["row"]:
-            return give(rule, mesh, module, inputs, output)
-        return output.to_local().chunk(mesh.size(), 1)[mesh.get_local_rank()]
-
-    return mock.patch.object(tensor, "give", cutting)
-
-
-def mean_of_each_microbatch(job: Job) -> AbstractContextManager[object]:
-    """Each microbatch's loss is divided by what counts in one microbatch instead of in all of a step."""
-    forward_backward = loop.forward_backward
-    accumulation = job.layout.accumulation(job.data.global_batch)
-
-    def dividing(model: Any, share: StepBatches, *others: Any) -> Tensor:
-        return forward_backward(model, share._replace(counted=share.counted / accumulation), *others)
-
-    return mock.patch.object(loop, "forward_backward", dividing)
-
-
-@pytest.fixture(scope="module")
-def cause_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cause]:
-    """What verify makes of a fault in a layout."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_text(folder)
-    references = References(folder)
-
-    def find(fault: Fault, **settings: Any) -> Cause:
-        choices: dict[str, Any] = {
-            "replica": 1,
-            "shard": 1,
-            "tensor": 1,
-            "zero": 3,
-            "accumulation": 1,
-            "recompute": "none",
-        }
-        case = Case(**{**choices, "family": "llama", **settings})
-        job = build_job(folder, case, run={"name": f"{fault.__name__}-{case}"})
-        verdict = verdict_of(job, references, fault)
-        assert not verdict.agrees
-        assert verdict.cause is not None
-        return verdict.cause
-
-    return find
-
-
-@pytest.mark.parametrize("axes", [{"shard": 4}, {"replica": 2, "shard": 2}, {"replica": 2, "tensor": 2}], ids=str)
-def test_gradients_scaled_by_the_number_of_ranks_are_named(cause_of: Callable[..., Cause], axes: Any) -> None:
-    ranks = axes.get("replica", 1) * axes.get("shard", 1)
-    for fault, factor, words in (
-        (gradients_averaged, 1 / ranks, "averaged over them"),
-        (gradients_summed_twice, ranks, "once too often"),
-    ):
-        cause = cause_of(fault, **axes)
-        assert cause.factor == pytest.approx(factor, rel=1e-3)
-        assert f"the {ranks} ranks of replica x shard" in cause.likely and words in cause.likely
-
-
-@pytest.mark.parametrize("axes", [{"shard": 2}, {"tensor": 2}, {"shard": 2, "tensor": 2}], ids=str)
-def test_a_norm_over_local_parts_is_named(cause_of: Callable[..., Cause], axes: Any) -> None:
-    cause = cause_of(own_norm_alone, **axes)
-    assert cause.module == "gradient norm"
-    assert cause.factor is not None and cause.factor < 1
-    assert "parts on other ranks are left out" in cause.likely
-
-
-@pytest.mark.parametrize("axes", [{"replica": 2}, {"replica": 2, "shard": 2}, {"replica": 2, "tensor": 2}], ids=str)
-def test_a_sample_on_two_replicas_is_named(cause_of: Callable[..., Cause], axes: Any) -> None:
-    cause = cause_of(same_samples, **axes)
-    # The first rank of the second share, and that share's first sample.
-    rank = axes.get("tensor", 1)
-    sample = 32 // (axes["replica"] * axes.get("shard", 1))
-    assert cause.module == f"rank {rank}, sample {sample}"
-    assert "different parts of the global batch" in cause.likely
-
-
-@pytest.mark.parametrize("family", BUILT_FAMILIES)
-def test_a_missing_sum_behind_a_row_split_is_named(cause_of: Callable[..., Cause], family: str) -> None:
-    cause = cause_of(partial_results, tensor=2, family=family)
-    assert cause.module == "blocks.0.attention.output"
-    assert "must be summed along tensor" in cause.likely
-
-
-@pytest.mark.parametrize("axes", [{"replica": 2}, {"shard": 2, "zero": 1}, {"tensor": 2}], ids=str)
-def test_an_unscaled_loss_under_accumulation_is_named(cause_of: Callable[..., Cause], axes: Any) -> None:
-    cause = cause_of(mean_of_each_microbatch, accumulation=4, **axes)
-    assert cause.module == "loss"
-    assert cause.factor == pytest.approx(4, rel=1e-3)
-    assert "the 4 microbatches of a step" in cause.likely
+def test_trials_of_two_precisions_are_one_json(tmp_path: Path) -> None:
+    trial = agreeing(tmp_path)
+    broken = msgspec.structs.replace(trial.ranks[1], losses=[float("nan")])
+    trials = [trial, msgspec.structs.replace(trial, ranks=[trial.ranks[0], broken])]
+    found = json.loads(verification_json([(trial, explain_trial(trial)) for trial in trials]))
+    assert [entry["verdict"]["cause"] is None for entry in found] == [True, False]
+    assert found[1]["trial"]["ranks"][1]["losses"] == [None]
 
 
 # --- What a job is made into ----------------------------------------------------------------------------------------
@@ -211,6 +108,32 @@ def test_each_model_of_the_zoo_is_made_small(tmp_path: Path, name: str, tensor: 
     same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
 
 
+def splits() -> Iterator[tuple[int, int, int]]:
+    """Every tensor size, key heads and query heads that a layout may have, up to 16 of each."""
+    for size, kv_heads, group in product(range(1, 17), range(1, 17), (1, 2, 3, 7)):
+        if not kv_heads * group % size and not (kv_heads % size and size % kv_heads):
+            yield size, kv_heads, kv_heads * group
+
+
+def test_every_split_of_heads_is_made_small(tmp_path: Path) -> None:
+    """Also where half of a size divides nothing that the size did."""
+    for size, kv_heads, heads in splits():
+        job = tiny_job(
+            tmp_path,
+            processes=2 * size,
+            model={"d_model": 8 * heads, "heads": heads, "kv_heads": kv_heads, "head_dim": 8, "feed_forward": 4 * size},
+            data={"sequence": 8 * size},
+            layout={"shard": 2, "tensor": size},
+        )
+        same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
+
+
+def test_a_model_that_can_only_be_planned_is_refused_as_it_is() -> None:
+    job = planned("deepseek-v3", "1x8xh100", {"shard": 8})
+    with pytest.raises(SettingError, match=r'model.family = "deepseek-v3": can be planned'):
+        run_trials(job, local=cpu_cluster)
+
+
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +154,7 @@ def test_a_job_that_is_right_is_said_to_be(tmp_path: Path) -> None:
 def test_what_was_compared_is_json_too(tmp_path: Path) -> None:
     told = commands.run("verify", "--json", commands.write_job(tmp_path), "--set", "layout.zero=2")
     assert told.returncode == 0, told.stderr
-    found = json.loads(told.stdout)
+    (found,) = json.loads(told.stdout)
     assert found["trial"]["job"]["layout"]["zero"] == 2
     assert len(found["trial"]["ranks"]) == 2
     assert found["verdict"]["cause"] is None

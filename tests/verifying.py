@@ -12,12 +12,12 @@ from training import new_run
 from meshwright.explain.verification import Verdict, explain_trial
 from meshwright.parallel import start_distributed, stop_distributed
 from meshwright.record import RunFolder
-from meshwright.record.verification import RankReport, Reference, Trial
+from meshwright.record.verification import Reference, Trial, read_reports, read_trial, write_report, write_trial
 from meshwright.spec import Job
+from meshwright.verify.agent import BOUNDS
 from meshwright.verify.alone import train_alone
 from meshwright.verify.layout import run_layout
 
-BOUND = 1e-5
 Fault = Callable[[Job], AbstractContextManager[object]]
 
 
@@ -30,7 +30,9 @@ class References:
 
     def of(self, job: Job) -> tuple[Reference, Path]:
         """The job's reference, and the file of its tensors."""
-        key = msgspec.json.encode((job.model, job.data, job.optimizer, job.run.seed, job.run.steps))
+        key = msgspec.json.encode(
+            (job.model, job.data, job.optimizer, job.layout.precision, job.run.seed, job.run.steps)
+        )
         if key not in self._known:
             written = self._folder / f"reference-{len(self._known)}.safetensors"
             self._known[key] = (train_alone(job, torch.device("cpu"), written), written)
@@ -42,22 +44,23 @@ def no_fault(_job: Job) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def verify_rank(job: Job, folder: RunFolder, attempt: int, reference: Path, fault: Fault) -> RankReport:
+def verify_rank(job: Job, folder: RunFolder, attempt: int, reference: Path, fault: Fault) -> None:
     """One rank's whole life, with a fault planted in it."""
     torch.set_num_threads(1)
     device = start_distributed(job.cluster)
     with fault(job):
-        report = run_layout(job, folder, attempt, device, reference)
+        write_report(folder, run_layout(job, folder, attempt, device, reference))
     stop_distributed()
-    return report
 
 
 def verdict_of(job: Job, references: References, fault: Fault = no_fault) -> Verdict:
     """Train the job in its layout and judge it against one process."""
     reference, tensors = references.of(job)
     folder, attempt = new_run(job)
-    ranks = run_ranks(job.layout.world_size, verify_rank, job, folder, attempt, tensors, fault)
-    return explain_trial(Trial(job=job, bound=BOUND, reference=reference, ranks=ranks))
+    run_ranks(job.layout.world_size, verify_rank, job, folder, attempt, tensors, fault)
+    ranks = read_reports(folder, job.layout.world_size)
+    write_trial(folder, Trial(job=job, bound=BOUNDS["cpu"], reference=reference, ranks=ranks))
+    return explain_trial(read_trial(folder))
 
 
 def assert_agrees(verdict: Verdict) -> None:

@@ -129,13 +129,21 @@ def explain(run: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", default="def ", show_default=True, help="Text to continue.")
 @click.option("--tokens", type=click.IntRange(1), default=200, show_default=True, help="How many tokens to add.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True, help="0 takes the likeliest.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--temperature", type=float, default=0.8, show_default=True, help="0 takes the likeliest.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
 def sample(run: Path, prompt: str, tokens: int, temperature: float, seed: int) -> None:
     """Continue a text with the newest checkpoint of a RUN."""
     from meshwright import launch
     from meshwright.record import open_run
 
+    # Logits are divided by it: what is much smaller makes infinities of them. nan is in no range either.
+    if temperature != 0 and not 1e-6 <= temperature <= 1e6:
+        nearest = "--temperature 1e-6" if 0 < temperature < 1 else "--temperature 0"
+        raise SettingError(f"--temperature {temperature}", "must be 0, or lie between 1e-6 and 1e6", nearest)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no text come as halves of characters
+        raise SettingError("--prompt", "is not text in UTF-8", "--prompt with other characters") from None
     launch.needs_torch("sample")
     open_run(run)
     from meshwright.train.sample import sample_text
@@ -162,13 +170,13 @@ def verify(job: Path, as_json: bool, settings: tuple[str, ...]) -> None:
         trials = launch.run_trials(read(job, settings), local=here)
     except launch.VerificationEnded as ended:
         sys.exit(ended.code)
-    verdicts = [explain_trial(trial) for trial in trials]
-    for trial, verdict in zip(trials, verdicts, strict=True):
-        if as_json:
-            click.echo(verification_json(trial, verdict))
-        else:
+    judged = [(trial, explain_trial(trial)) for trial in trials]
+    if as_json:
+        click.echo(verification_json(judged))
+    else:
+        for trial, verdict in judged:
             verification_text(trial, verdict, console())
-    sys.exit(0 if all(verdict.agrees for verdict in verdicts) else 1)
+    sys.exit(0 if all(verdict.agrees for _, verdict in judged) else 1)
 
 
 @cli.command(hidden=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from meshwright.data.folder import END, VOCABULARY, Manifest, TokenFolder, is_prepared, open_folder
 from meshwright.data.prepare import prepare
 from meshwright.data.stream import Batch, Stream, Tokens, open_stream
-from meshwright.data.tokenizer import Tokenizer, open_tokenizer
+from meshwright.data.tokenizer import Tokenizer, open_reader, open_tokenizer
 
 if TYPE_CHECKING:
     from meshwright.data.loader import Batches, StepBatches, to_tensors
@@ -23,6 +23,7 @@ __all__ = [
     "Tokens",
     "is_prepared",
     "open_folder",
+    "open_reader",
     "open_stream",
     "open_tokenizer",
     "prepare",

@@ -10,6 +10,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 ASSISTANT = "assistant"
+# Around what a template marks as the assistant's, until it is told apart: characters that Unicode keeps for a program's
+# own use, so that no text has them.
+BEGINS, STOPS = "\ufdd0", "\ufdd1"
 Message = dict[str, Any]
 
 
@@ -25,14 +28,16 @@ class Rendered(NamedTuple):
 
 
 class Generation(Extension):
-    """`{% generation %}`, which some templates put around the assistant's words: what is inside, as it is."""
+    """`{% generation %}`, which some templates put around the assistant's words: what is inside, between marks."""
 
     tags = {"generation"}  # noqa: RUF012  what jinja2 calls it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements up to `{% endgeneration %}`."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        begins, stops = (nodes.Output([nodes.TemplateData(mark)]).set_lineno(line) for mark in (BEGINS, STOPS))
+        return [begins, *inside, stops]
 
 
 class ChatTemplate:
@@ -62,11 +67,16 @@ class ChatTemplate:
             raise ChatError(f"the chat template cannot render it ({error})") from None
 
     def render_marked(self, messages: Sequence[Message]) -> Rendered:
-        """A whole conversation. The assistant's part is what each of its turns adds to the text that asks for it.
+        """A whole conversation. The assistant's part is what the template marks or, where it marks nothing, what each
+        of the assistant's turns adds to the text that asks for it.
 
-        Raises ChatError where the template changes earlier text when a turn is added.
+        Raises ChatError where the template marks nothing and changes earlier text when a turn is added.
         """
+        if any(mark in message["content"] for message in messages for mark in (BEGINS, STOPS)):
+            raise ChatError("it holds U+FDD0 or U+FDD1, which stand for no character")
         whole = self.render(messages)
+        if BEGINS in whole:
+            return without_marks(whole)
         spans: list[tuple[int, int]] = []
         for number, message in enumerate(messages):
             if message["role"] != ASSISTANT:
@@ -76,6 +86,20 @@ class ChatTemplate:
                 raise ChatError(f"the chat template writes turns before turn {number + 1} otherwise than without it")
             spans.append((len(asked), len(said)))
         return Rendered(whole, spans)
+
+
+def without_marks(text: str) -> Rendered:
+    """A text without its marks, and what was between them."""
+    first, *marked = text.split(BEGINS)
+    parts, spans = [first], list[tuple[int, int]]()
+    for part in marked:
+        said, stop, rest = part.partition(STOPS)
+        if not stop or STOPS in rest:
+            raise ChatError("the chat template's {% generation %} is inside another one")
+        begins = sum(map(len, parts))
+        spans.append((begins, begins + len(said)))
+        parts += [said, rest]
+    return Rendered("".join(parts), spans)
 
 
 def to_json(

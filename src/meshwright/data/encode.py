@@ -115,7 +115,8 @@ def encode_conversation(document: Document, tokenizer: Tokenizer) -> Piece:
     try:
         text, spans = tokenizer.template.render_marked(document.messages or [])
     except ChatError as error:
-        raise SettingError(document.place(), str(error), "another chat template, or lines with a prompt") from None
+        nearest = "a chat template with {% generation %} around the assistant's words, or lines with a prompt"
+        raise SettingError(document.place(), str(error), nearest) from None
     ids, starts = tokenizer.encode_placed([text])[0]
     counted = np.zeros(len(ids), dtype=np.bool_)
     for first, last in spans:

@@ -31,6 +31,8 @@ def map_tokens(setting: str, file: Path, dtype: str) -> tuple[NDArray[Any], int]
     little = tokens.dtype.newbyteorder("<") == tokens.dtype
     if not isinstance(tokens, np.memmap) or tokens.ndim != 1 or tokens.dtype.name not in KINDS or not little:
         raise SettingError(f'{setting} = "{file}"', f"holds {tokens.dtype.str} in shape {tokens.shape}", nearest)
+    if not tokens.size:
+        raise SettingError(f'{setting} = "{file}"', "holds no tokens", nearest)
     return tokens, tokens.offset
 
 

@@ -113,6 +113,8 @@ def read_line(line: bytes, place: Callable[[], str]) -> Document:
         raise SettingError(place(), NO_DOCUMENT, EXAMPLE_LINE) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise SettingError(place(), "is not JSON in UTF-8", EXAMPLE_LINE) from None
+    except RecursionError:
+        raise SettingError(place(), "is nested too deeply to be read", EXAMPLE_LINE) from None
 
 
 def document_of(line: Line, place: Callable[[], str]) -> Document:
@@ -136,19 +138,37 @@ def read_rows(part: Part) -> Iterator[Document]:
     wanted = [name for name in Line.__struct_fields__ if name in parquet.schema_arrow.names]
     groups = [parquet.metadata.row_group(number).num_rows for number in range(part.stop)]
     number = sum(groups[: part.start])
-    rows: dict[str, Any]
-    for batch in parquet.iter_batches(ROWS, row_groups=list(range(part.start, part.stop)), columns=wanted):
-        for rows in batch.to_pylist():
+    batches = parquet.iter_batches(ROWS, row_groups=list(range(part.start, part.stop)), columns=wanted)
+    for rows in row_lists(part.file, number, batches):
+        for row in rows:
             number += 1
             place = f"{part.file} row {number}"
-            # A list of tables is filled up with what other rows have: a template would take None for a value.
-            for message in rows.get("messages") or []:
-                for key in [key for key, value in message.items() if value is None]:
-                    del message[key]
             try:
-                yield document_of(msgspec.convert(rows, Line), lambda place=place: place)
+                line = msgspec.convert(row, Line)
             except msgspec.ValidationError:
                 raise SettingError(place, NO_DOCUMENT, "a column of strings named text") from None
+            # A list of tables is filled up with what other rows have: a template would take None for a value.
+            messages = line.messages and [{k: v for k, v in m.items() if v is not None} for m in line.messages]
+            yield document_of(msgspec.structs.replace(line, messages=messages), lambda place=place: place)
+
+
+def row_lists(file: str, before: int, batches: Iterator[Any]) -> Iterator[list[Any]]:
+    """The rows of each batch, of which `before` come before. pyarrow reads and checks what it is asked for only now."""
+    import pyarrow
+
+    while True:
+        try:
+            rows = next(batches, None)
+            if rows is None:
+                return
+            found = rows.to_pylist()
+        except UnicodeDecodeError:
+            where = f"{file} from row {before + 1} on"
+            raise SettingError(where, "holds a string that is not UTF-8", "strings in UTF-8") from None
+        except pyarrow.ArrowException as error:
+            raise SettingError(file, f"is damaged ({error})", "the whole file, or a folder without it") from None
+        before += len(found)
+        yield found
 
 
 def read_module(part: Part) -> Iterator[Document]:

@@ -11,7 +11,7 @@ from meshwright.data.folder import TokenFolder
 from meshwright.data.mixture import count_before
 from meshwright.data.prepare import prepare
 from meshwright.data.stream import SourceSplits, Stream, check_vocabulary
-from meshwright.data.tokenizer import Tokenizer, open_tokenizer
+from meshwright.data.tokenizer import Tokenizer, open_reader
 from meshwright.spec import Job, SettingError
 
 # Around what is read but not learned.
@@ -28,6 +28,7 @@ def sample_lines(job: Job, step: int, index: int) -> Iterator[str]:
     if not 0 <= index < settings.global_batch:
         reason = f"data.global_batch is {settings.global_batch}"
         raise SettingError(f"--index {index}", reason, f"--index {min(max(index, 0), settings.global_batch - 1)}")
+    tokenizer = open_reader(settings)
     stream = Stream(prepare(settings), settings, job.run.seed)
     place, batch = stream.place(step, index), stream.batch(step, index, 1)
     assert batch.documents is not None
@@ -40,7 +41,6 @@ def sample_lines(job: Job, step: int, index: int) -> Iterator[str]:
     )
     if masked.any():
         yield f"{int(masked.sum())} tokens are not learned, and stand in {MASKED[0]} {MASKED[1]}"
-    tokenizer = open_tokenizer(settings)
     documents = batch.documents[0]
     for number in range(int(documents[-1]) + 1):
         chosen = documents == number

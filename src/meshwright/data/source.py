@@ -2,7 +2,7 @@
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,14 +50,26 @@ def list_files(setting: str, source: str) -> tuple[Path, list[Path]]:
         reason = "is not a file of text or tokens" if root.exists() else "no such file or folder"
         nearest = f"{setting} = a folder, or a file that ends in {', '.join(SUFFIXES)}, .npy or .bin"
         raise SettingError(f'{setting} = "{source}"', reason, nearest if root.exists() else f'{setting} = "stdlib"')
-    found: list[Path] = []
-    for folder, inner, names in os.walk(root, onerror=_refuse):
-        inner[:] = [name for name in inner if name not in NOT_THE_LIBRARY] if source == STANDARD_LIBRARY else inner
-        found += [Path(folder, name) for name in names if name.endswith(suffixes)]
+    without = NOT_THE_LIBRARY if source == STANDARD_LIBRARY else ()
+    found = [file for file in walk(root, without) if file.name.endswith(suffixes)]
     if not found:
         kinds = " or ".join((", ".join(suffixes[:-1]), suffixes[-1]) if len(suffixes) > 1 else suffixes)
         raise SettingError(f'{setting} = "{source}"', f"holds no {kinds} file", "a folder of .txt or .jsonl files")
     return root, sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def walk(root: Path, without: Collection[str]) -> Iterator[Path]:
+    """Every file under a folder, also through links, but for folders of some names. No folder twice."""
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, names in os.walk(root, onerror=_refuse, followlinks=True):
+        # A link may lead back to where it is. In order, so that of several ways to a folder it is always the same one.
+        place = Path(folder).stat()
+        inner[:] = sorted(name for name in inner if name not in without)
+        if (place.st_dev, place.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        yield from (Path(folder, name) for name in names)
 
 
 def plan_chunks(files: list[Path], divides: Literal["anywhere", "words", "never"]) -> Iterator[Chunk]:
@@ -111,7 +123,9 @@ def open_parquet(file: Path) -> Any:
 
 def unreadable(file: Path | str, error: OSError) -> SettingError:
     """A source file that cannot be read."""
-    return SettingError(str(file), f"cannot be read ({error.strerror})", "a readable file, or a folder without it")
+    # pyarrow's own errors carry their words elsewhere.
+    reason = error.strerror or str(error)
+    return SettingError(str(file), f"cannot be read ({reason})", "a readable file, or a folder without it")
 
 
 def _refuse(error: OSError) -> None:

@@ -11,8 +11,9 @@ import tokenizers
 from numpy.typing import NDArray
 
 from meshwright.data.chat import ChatError, ChatTemplate
-from meshwright.data.folder import END, VOCABULARY
+from meshwright.data.folder import END, VOCABULARY, is_prepared, open_folder
 from meshwright.spec import DataSettings, SettingError, nearest_choice
+from meshwright.spec.job import TOKEN_FILES
 
 BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
@@ -149,11 +150,25 @@ def open_tokenizer(settings: DataSettings) -> Tokenizer:
         raise SettingError(setting, str(error), f"the folder without {TEMPLATE_FILE}") from None
 
 
+def open_reader(settings: DataSettings) -> Tokenizer:
+    """The tokenizer that turns the job's tokens into text again.
+
+    Raises SettingError for tokens that somebody else made, where the job does not say with which one.
+    """
+    for setting, source in settings.named_sources() if settings.tokenizer == BYTES else ():
+        path = Path(source.path).expanduser()
+        foreign = is_prepared(path) and open_folder(path).manifest.vocabulary != VOCABULARY
+        if foreign or path.suffix in TOKEN_FILES:
+            nearest = "data.tokenizer = the one that made them"
+            raise SettingError(f'{setting} = "{source.path}"', "its tokens are not bytes", nearest)
+    return open_tokenizer(settings)
+
+
 def identity_of(settings: DataSettings) -> str:
     """Changes when the same text would give other tokens, whatever the tokenizer's path."""
     if settings.tokenizer == BYTES:
         return "bytes-1"
-    identity = hashlib.sha256(f"tokenizer-1\n{settings.end_token}\n".encode())
+    identity = hashlib.sha256(f"tokenizer-2\n{settings.end_token}\n".encode())
     for name, content in sorted(read_files(settings.tokenizer).items()):
         identity.update(f"{name}\0{len(content)}\0".encode() + content)
     return identity.hexdigest()

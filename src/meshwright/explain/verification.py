@@ -5,17 +5,17 @@ from collections.abc import Iterable
 
 import msgspec
 
-from meshwright.record.verification import Comparison, RankReport, Trial
+from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
 from meshwright.spec import SPLIT_TABLES, Layout, Split, split_of
 
-# A tensor's difference counts against this share of the whole gradient where its own norm is smaller.
-SMALLEST_SHARE = 1e-4
-# A layout rounds once more where it sums over ranks.
-ANGLE_SLACK = 2.0
-# Losses and norms in a rounding precision: bf16 keeps 8 bits, and sums over many elements round less.
+# In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
+# A layout rounds in other places than one process, and once more where it sums over ranks.
+ROUNDING_SLACK = 2.0
 # What is left of a tensor after a constant factor, relative, up to which the factor is the explanation.
 FACTOR_SPREAD = 1e-2
+NOT_COMPARED = "not compared"
+NOT_FINITE = "is nan or inf, and nothing that was compared before it is"
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,28 +55,29 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 def explain_trial(trial: Trial) -> Verdict:
     """Judge a trial and name the first thing that differs."""
-    outputs, gradients, weights = (merge(rank, trial.ranks) for rank in ("outputs", "gradients", "weights"))
-    rounded = trial.angle is not None
-    bound = ROUNDED_BOUND if rounded else trial.bound
-    tensors = gradient_rows(gradients, trial)
+    rounding = trial.reference.rounding
+    exact = rounding is None
+    # In a rounding precision what modules give and what training makes of it differ by more than any fault shows.
+    outputs = tensor_rows("outputs", trial) if exact else []
+    weights = tensor_rows("weights", trial) if exact else []
+    gradients = tensor_rows("gradients", trial)
+    loss_bound = trial.bound if rounding is None else rounded_bound(rounding.loss)
+    norm_bound = trial.bound if rounding is None else rounded_bound(rounding.norm)
     rows = [
         samples_row(trial.ranks),
-        series_row("loss", [rank.losses for rank in trial.ranks], trial.reference.losses, bound),
-        series_row("gradient norm", [rank.norms for rank in trial.ranks], trial.reference.norms, bound),
-        worst("gradients of step 1", tensors),
+        *([worst("outputs of step 1", outputs)] if exact else []),
+        series_row("loss", [rank.losses for rank in trial.ranks], trial.reference.losses, loss_bound),
+        series_row("gradient norm", [rank.norms for rank in trial.ranks], trial.reference.norms, norm_bound),
+        worst("gradients of step 1", gradients),
+        *([worst(f"weights after step {len(trial.reference.losses)}", weights)] if exact else []),
     ]
-    if not rounded:
-        # In a rounding precision what modules give and what training makes of it differ by more than any fault shows.
-        rows[1:1] = [worst("outputs of step 1", tensor_rows(outputs, trial.bound))]
-        rows.append(worst(f"weights after step {len(trial.reference.losses)}", tensor_rows(weights, trial.bound)))
-    verdict = Verdict(rows=tuple(rows), tensors=tuple(tensors), cause=None)
-    if verdict.agrees:
-        return verdict
-    return msgspec.structs.replace(verdict, cause=find_cause(trial, verdict, outputs, gradients))
+    agrees = all(row.agrees for row in rows)
+    cause = None if agrees else find_cause(trial, rows, wrong_of(outputs), wrong_of(gradients))
+    return Verdict(rows=tuple(rows), tensors=tuple(gradients), cause=cause)
 
 
 def merge(field: str, ranks: Iterable[RankReport]) -> dict[str, Comparison]:
-    """Sums over ranks, in the order in which the first rank saw them."""
+    """Sums over ranks."""
     merged: dict[str, Comparison] = {}
     for rank in ranks:
         comparisons: dict[str, Comparison] = getattr(rank, field)
@@ -85,28 +86,37 @@ def merge(field: str, ranks: Iterable[RankReport]) -> dict[str, Comparison]:
     return merged
 
 
-def tensor_rows(tensors: dict[str, Comparison], bound: float) -> list[Row]:
-    """The relative difference of each."""
-    floor = SMALLEST_SHARE * math.sqrt(sum(part.reference for part in tensors.values()))
-    return [Row(what=name, difference=part.relative(floor), bound=bound) for name, part in tensors.items()]
+def tensor_rows(field: str, trial: Trial) -> list[Row]:
+    """The relative difference of each tensor of one kind, in the reference's order; one that a rank has nothing of, or
+    that all have not the whole of, is as far off as can be."""
+    rounding = trial.reference.rounding
+    merged = merge(field, trial.ranks)
+    differences = relative_differences(merged)
+    elements: dict[str, int] = getattr(trial.reference, field)
+    rows: list[Row] = []
+    for name, whole in elements.items():
+        bound = trial.bound if rounding is None else rounded_bound(rounding.gradients[name])
+        if all(name in getattr(rank, field) for rank in trial.ranks) and merged[name].elements >= whole:
+            rows.append(Row(what=name, difference=differences[name], bound=bound))
+        else:
+            rows.append(Row(what=name, difference=math.inf, bound=bound, where=NOT_COMPARED))
+    return rows
 
 
-def gradient_rows(gradients: dict[str, Comparison], trial: Trial) -> list[Row]:
-    """The relative difference of each gradient; in a rounding precision, the angle it is off by."""
-    if trial.angle is None:
-        return tensor_rows(gradients, trial.bound)
-    floor = SMALLEST_SHARE**2 * sum(part.reference for part in gradients.values())
-    return [
-        # A gradient that is truly zero has no direction.
-        Row(what=name, difference=1 - part.cosine if part.reference > floor else 0.0, bound=ANGLE_SLACK * trial.angle)
-        for name, part in gradients.items()
-    ]
+def rounded_bound(alone: float) -> float:
+    """What a layout may differ from fp32 by, where one process in its precision differs by `alone`."""
+    return max(ROUNDED_BOUND, ROUNDING_SLACK * alone)
+
+
+def wrong_of(rows: Iterable[Row]) -> list[Row]:
+    """Those beyond their bounds."""
+    return [row for row in rows if not row.agrees]
 
 
 def worst(what: str, rows: list[Row]) -> Row:
-    """The row with the largest difference, one that is not a number above all."""
-    row = max(rows, key=lambda row: math.inf if math.isnan(row.difference) else row.difference)
-    return Row(what=what, difference=row.difference, bound=row.bound, where=row.what)
+    """The row that is farthest beyond its own bound, or nearest to it."""
+    row = max(rows, key=lambda row: row.difference / row.bound)
+    return Row(what=what, difference=row.difference, bound=row.bound, where=f"{row.what} {row.where}".strip())
 
 
 def samples_row(ranks: list[RankReport]) -> Row:
@@ -119,51 +129,63 @@ def samples_row(ranks: list[RankReport]) -> Row:
 def series_row(what: str, ours: list[list[float]], theirs: list[float], bound: float) -> Row:
     """The largest relative difference over steps and ranks."""
     found = [
-        (abs(value - wanted) / abs(wanted) if math.isfinite(value) else math.inf, step)
+        (abs(off_by(value, wanted) - 1), -step)
         for series in ours
         for step, (value, wanted) in enumerate(zip(series, theirs, strict=True), start=1)
     ]
     difference, step = max(found)
-    return Row(what=what, difference=difference, bound=bound, where=f"step {step}")
+    return Row(what=what, difference=difference, bound=bound, where=f"step {-step}")
 
 
-def find_cause(
-    trial: Trial, verdict: Verdict, outputs: dict[str, Comparison], gradients: dict[str, Comparison]
-) -> Cause:
-    """The first difference in the order in which a step computes: samples, outputs, loss, gradients, norm, weights."""
-    rows = {row.what.partition(" of ")[0]: row for row in verdict.rows}
-    layout = trial.job.layout
-    if not rows["samples"].agrees:
-        return Cause(
-            module=rows["samples"].where,
-            factor=None,
-            likely="ranks along replica and shard do not take different parts of the global batch",
-        )
-    wrong = [row.what for row in tensor_rows(outputs, trial.bound) if not row.agrees]
-    if wrong and not ("outputs" in rows and rows["outputs"].agrees) and trial.angle is None:
-        return output_cause(trial, wrong[0], outputs[wrong[0]])
-    loss = trial.ranks[0].losses[0] / trial.reference.losses[0]
-    if abs(loss - 1) > rows["loss"].bound:
-        return Cause(module="loss", factor=loss, likely=likely_factor(loss, layout, trial))
-    wrong = [row.what for row in verdict.tensors if not row.agrees]
-    if wrong:
-        return gradient_cause(trial, wrong, gradients)
-    norm = trial.ranks[0].norms[0] / trial.reference.norms[0]
-    if abs(norm - 1) > rows["gradient norm"].bound:
-        return Cause(
-            module="gradient norm",
-            factor=norm,
-            likely="every gradient agrees and their norm does not: parts on other ranks are left out or counted twice",
-        )
-    return Cause(
-        module="update",
-        factor=None,
-        likely="loss, gradients and norm of step 1 agree: clipping, the learning rate or the optimizer's step differ",
-    )
+def off_by(value: float, wanted: float) -> float:
+    """The factor between the two; inf where one is nan or inf."""
+    if not (math.isfinite(value) and math.isfinite(wanted)):
+        return math.inf
+    return value / wanted if wanted else 1.0 if value == 0 else math.inf
 
 
-def output_cause(trial: Trial, module: str, part: Comparison) -> Cause:
+def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: list[Row]) -> Cause:
+    """The first difference in the order in which a step computes: samples, outputs, loss, gradients, norm, weights.
+
+    outputs, gradients: those that differ.
+    """
+    by_kind = {row.what.partition(" of ")[0]: row for row in rows}
+    if not all(map(math.isfinite, (*trial.reference.losses, *trial.reference.norms))):
+        words = "its own loss or gradient norm is nan or inf: there is nothing to hold the layout to"
+        return Cause(module="one process", factor=None, likely=words)
+    if not by_kind["samples"].agrees:
+        words = "ranks along replica and shard do not take different parts of the global batch"
+        return Cause(module=by_kind["samples"].where, factor=None, likely=words)
+    if outputs:
+        return output_cause(trial, outputs[0])
+    loss = off_by(trial.ranks[0].losses[0], trial.reference.losses[0])
+    if abs(loss - 1) > by_kind["loss"].bound:
+        return series_cause("loss", loss, likely_factor(loss, trial.job.layout, trial))
+    if gradients:
+        return gradient_cause(trial, gradients)
+    norm = off_by(trial.ranks[0].norms[0], trial.reference.norms[0])
+    if abs(norm - 1) > by_kind["gradient norm"].bound:
+        words = "every gradient agrees and their norm does not: parts on other ranks are left out or counted twice"
+        return series_cause("gradient norm", norm, words)
+    words = "loss, gradients and norm of step 1 agree: clipping, the learning rate or the optimizer's step differ"
+    return Cause(module="update", factor=None, likely=words)
+
+
+def series_cause(what: str, factor: float, likely: str) -> Cause:
+    """Of a number a step, off by a factor."""
+    if not math.isfinite(factor):
+        return Cause(module=what, factor=None, likely=f"it {NOT_FINITE}")
+    return Cause(module=what, factor=factor, likely=likely)
+
+
+def output_cause(trial: Trial, row: Row) -> Cause:
     """A module whose inputs agree and whose output does not."""
+    if row.where == NOT_COMPARED:
+        words = "a rank does not run it, or the ranks' parts are not the whole of its output"
+        return Cause(module=row.what, factor=None, likely=words)
+    part = merge("outputs", trial.ranks)[row.what]
+    if not part.finite:
+        return Cause(module=row.what, factor=None, likely=f"its output {NOT_FINITE}")
     likely: dict[Split | None, str] = {
         "row": "its matrix is split by rows: the ranks' partial results must be summed along tensor",
         "vocabulary": "each rank looks up its own tokens: the ranks' results must be summed along tensor",
@@ -172,31 +194,33 @@ def output_cause(trial: Trial, module: str, part: Comparison) -> Cause:
         "column": "its input must be gathered along the sequence, and each rank has its own outputs",
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
-    word = split_of(SPLIT_TABLES[trial.job.model.family], module)
-    return Cause(
-        module=module, factor=constant_factor(part), likely=likely.get(word, "its parts are put together wrong")
-    )
+    words = likely.get(split_of(SPLIT_TABLES[trial.job.model.family], row.what), "its parts are put together wrong")
+    return Cause(module=row.what, factor=part.factor(FACTOR_SPREAD), likely=words)
 
 
-def gradient_cause(trial: Trial, wrong: list[str], gradients: dict[str, Comparison]) -> Cause:
+def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
     """Outputs and loss agree, gradients do not. Gradients come from the loss backwards, so the last of the wrong ones
     in the model's order was the first to go wrong."""
-    module = wrong[-1].rpartition(".")[0]
-    factors = [constant_factor(gradients[name]) for name in wrong]
-    first = factors[-1]
-    same = first is not None and all(f is not None and math.isclose(f, first, rel_tol=FACTOR_SPREAD) for f in factors)
+    missing = [row.what for row in wrong if row.where == NOT_COMPARED]
+    if missing:
+        words = "a rank has no gradient of it, or the ranks' parts are not the whole of it"
+        return Cause(module=missing[-1], factor=None, likely=words)
+    merged = merge("gradients", trial.ranks)
+    module, parts = wrong[-1].what.rpartition(".")[0], [merged[row.what] for row in wrong]
+    if not parts[-1].finite:
+        return Cause(module=module, factor=None, likely=f"its gradient {NOT_FINITE}")
+    spreads = [max(FACTOR_SPREAD, row.bound) for row in wrong]
+    factors = [part.factor(spread) for part, spread in zip(parts, spreads, strict=True)]
+    # The largest's is least rounded.
+    first, _ = max(zip(factors, parts, strict=True), key=lambda pair: pair[1].reference)
+    same = all(
+        factor is not None and first is not None and math.isclose(factor, first, rel_tol=spread)
+        for factor, spread in zip(factors, spreads, strict=True)
+    )
     if same and first is not None:
         return Cause(module=module, factor=first, likely=likely_factor(first, trial.job.layout, trial))
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
     return Cause(module=module, factor=None, likely=words)
-
-
-def constant_factor(part: Comparison) -> float | None:
-    """The factor between ours and the reference, if it is the same for all elements."""
-    if not part.ours or not part.reference:
-        return None
-    left = max(0.0, part.ours - part.product**2 / part.reference)
-    return part.ratio if math.sqrt(left / part.ours) < FACTOR_SPREAD else None
 
 
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:

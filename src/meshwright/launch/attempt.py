@@ -9,6 +9,7 @@ from meshwright.plan import build_plan, predict, share_machine
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
 from meshwright.spec import Cluster, Job, SettingError, check_built
 from meshwright.spec.decode import check_setting, encode_job, read_job
+from meshwright.spec.huggingface import config_of_model
 from meshwright.spec.pretrained import check_weights
 
 # Measured peaks are within 15% of the prediction (tests/test_plan_memory.py): what is predicted to need this many times
@@ -20,8 +21,8 @@ GIB_OVER_GB = 2**30 / 1e9
 CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "trace")
 
 
-def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
-    """The next attempt at `job`, in its run folder or in a new one.
+def begin_attempt(folder: RunFolder | None, job: Job, *, warn: bool = True) -> tuple[RunFolder, int]:
+    """The next attempt at `job`, in its run folder or in a new one. warn: of what may go wrong later.
 
     Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that cannot be
     trained or is far too large.
@@ -37,7 +38,9 @@ def begin_attempt(folder: RunFolder | None, job: Job) -> tuple[RunFolder, int]:
         # A resumed job may have changed; only now is it sure to run.
         replace_text(folder.job, encode_job(job))
         prediction = predict(job)
-        warn_of_memory(job, prediction)
+        if warn:
+            warn_of_memory(job, prediction)
+            warn_of_weights(job)
         return folder, start_attempt(folder, prediction)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
@@ -72,6 +75,14 @@ def warn_of_memory(job: Job, prediction: Prediction) -> None:
     if needed > there:
         sizes = f"{needed / 1e9:.1f} GB predicted of {there / 1e9:.1f} GB a device"
         print(f"warning: may run out of memory ({sizes}); meshwright plan shows what fits", file=sys.stderr)
+
+
+def warn_of_weights(job: Job) -> None:
+    """Say on standard error that convert will refuse what the run trains. No refusal: it may be for no other use."""
+    try:
+        config_of_model(job.model)
+    except SettingError as error:
+        print(f"warning: meshwright convert will refuse this run: {error}", file=sys.stderr)
 
 
 def forget_untrained(folder: RunFolder, attempt: int) -> None:

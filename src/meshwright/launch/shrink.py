@@ -78,7 +78,6 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
     sizes = {axis: layout.size(axis) for axis in AXES}
     while prod(sizes.values()) > LARGEST_WORLD and max(sizes.values()) > 2:
         largest = max(sizes, key=lambda axis: sizes[axis])
-        # To the next even number below, so that sizes that divide the rest still do.
         sizes[largest] = max(2, sizes[largest] // 2)
     share = global_batch // layout.data_size
     microbatch = min(layout.microbatch, LARGEST_MICROBATCH)
@@ -90,11 +89,13 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
 def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) -> ModelSpec:
     """Two layers of small widths; heads and key heads stand to each other, and to tensor, as they did."""
     tensor = layout.tensor
-    # Fewer key heads than ranks stay fewer, in proportion; enough of them are two a rank, if there were as many.
-    shared = model.kv_heads < wide.tensor
-    kv_heads = (
-        max(1, tensor * model.kv_heads // wide.tensor) if shared else tensor * min(2, model.kv_heads // wide.tensor)
-    )
+    # Fewer key heads than ranks stay fewer, near their proportion, and each is shared by equally many ranks; enough of
+    # them are two a rank, if there were as many.
+    if model.kv_heads < wide.tensor:
+        most = max(1, tensor * model.kv_heads // wide.tensor)
+        kv_heads = max(number for number in range(1, most + 1) if tensor % number == 0)
+    else:
+        kv_heads = tensor * min(2, model.kv_heads // wide.tensor)
     group = min(2, model.heads // model.kv_heads)
     heads = max(tensor, kv_heads * group)
     scaling = model.rope_scaling

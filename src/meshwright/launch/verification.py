@@ -16,7 +16,7 @@ from meshwright.launch.attempt import begin_attempt
 from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.shrink import shrink_job, write_text
 from meshwright.record.verification import Trial, read_trial
-from meshwright.spec import Cluster, Job, Precision
+from meshwright.spec import Cluster, Job, Precision, check_built
 
 # 39 s for 8 processes on 2 cores, 10 s for 2; most of it each process's start.
 DURATION = "some 5 s for each of them on two cores"
@@ -35,6 +35,8 @@ def run_trials(job: Job, *, local: Callable[[int], Cluster]) -> list[Trial]:
 
     Raises SettingError where the layout cannot be made small, and VerificationEnded where a run did not end well.
     """
+    # Before the job is made small: what it cannot be made into is said of numbers that nobody wrote.
+    check_built(job.model)
     trials = [run_trial(job, "fp32", local)]
     if job.layout.precision != "fp32" and trials[0].job.cluster.device.kind == "cuda":
         trials.append(run_trial(job, job.layout.precision, local))
@@ -50,12 +52,12 @@ def run_trial(job: Job, precision: Precision, local: Callable[[int], Cluster]) -
         ranks = small.layout.world_size
         print(f"verifying in {precision}: one process, then {ranks} ranks; {DURATION}", file=sys.stderr, flush=True)
         write_text(folder)
-        run, attempt = begin_attempt(None, small)
+        run, attempt = begin_attempt(None, small, warn=False)
         arguments = ["verify-agent", str(run.path), str(attempt), str(os.getpid())]
         code = wait_for(subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True))
         if code:
             raise VerificationEnded(code)
-        return read_trial(run.path / "trial.json")
+        return read_trial(run)
 
 
 def wait_for(child: subprocess.Popen[bytes]) -> int:

@@ -9,7 +9,6 @@ from meshwright.parallel.reduce import (
     reduce_step,
     squared_norm,
     sum_over_ranks,
-    wait_for_all,
 )
 from meshwright.parallel.shard import begin_microbatch, free_gathered
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
@@ -35,5 +34,4 @@ __all__ = [
     "stop_distributed",
     "sum_over_ranks",
     "tell_all",
-    "wait_for_all",
 ]

@@ -77,7 +77,8 @@ def parallelize(
     initialize: fills a model built on the meta device. Without, the model has values, the same on every rank.
     """
     units = find_units(model, blocks)
-    check_units(model, layout, mesh, units)
+    last = find_tail(model, tail, units)
+    check_units(model, layout, mesh, units, last)
     empty = needs_values(model, initialize)
     if layout.tensor > 1:
         heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
@@ -88,7 +89,7 @@ def parallelize(
     compiled = mesh.device_type == "cuda"
     for index, unit in enumerate(units):
         unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
-    apply_shard(model, mesh, layout, units, find_tail(model, tail))
+    apply_shard(model, mesh, layout, units, last)
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)
         fill(model, initialize)

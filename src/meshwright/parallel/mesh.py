@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.spec import AXES, Cluster, Layout, SettingError
+from meshwright.spec.decode import check_made
 
 T = TypeVar("T")
 
@@ -38,7 +39,12 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 
     Ranks are laid along `layout.order`, outermost first, so the last axis has neighbouring ranks; the mesh itself
     always names its dimensions in the order of AXES, so that code may slice it without knowing the placement.
+    Raises SettingError for a layout that is none, or of another number of ranks than there are.
     """
+    check_made(layout)
+    if layout.world_size != dist.get_world_size():
+        setting, ranks = f"layout of {layout.world_size} ranks", dist.get_world_size()
+        raise SettingError(setting, f"there are {ranks}", f"sizes that multiply to {ranks}")
     sizes = [layout.size(axis) for axis in layout.order]
     ranks = torch.arange(layout.world_size).reshape(sizes)
     ranks = ranks.permute([layout.order.index(axis) for axis in AXES]).contiguous()

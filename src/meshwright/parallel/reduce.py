@@ -53,8 +53,9 @@ def squared_norm(model: nn.Module) -> torch.Tensor:
             grad = parameter.grad
             local = grad.to_local() if isinstance(grad, DTensor) else grad
             by_copies.setdefault(copies(grad), []).append(local)
+    # In fp32 whatever the gradients are in: sums in bf16 are off by more than clipping should be.
     parts = [
-        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).square() / count
+        torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32))).square() / count
         for count, tensors in by_copies.items()
     ]
     return torch.stack(parts).sum()
@@ -95,8 +96,3 @@ def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
     """`value` summed over all ranks, in place."""
     dist.all_reduce(value)
     return value
-
-
-def wait_for_all() -> None:
-    """Return when every rank has come here."""
-    dist.barrier()

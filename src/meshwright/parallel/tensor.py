@@ -20,7 +20,7 @@ from meshwright.spec import SettingError, Split, SplitTable, split_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
-WHOLE, SEQUENCE, HEADS, LAST = Replicate(), Shard(1), Shard(2), Shard(-1)
+WHOLE, SEQUENCE, HEADS, LAST, BEFORE_LAST = Replicate(), Shard(1), Shard(2), Shard(-1), Shard(-2)
 
 
 class Rule(NamedTuple):
@@ -40,7 +40,8 @@ class Rule(NamedTuple):
 
 RULES: dict[Split, Rule] = {
     "vocabulary": Rule(weight=Shard(0), bias=WHOLE, given=WHOLE, wanted=WHOLE, made=SEQUENCE),
-    "positions": Rule(weight=WHOLE, bias=WHOLE, given=WHOLE, wanted=SEQUENCE, made=SEQUENCE),
+    # Positions may come without a batch: [S] gives [S, D].
+    "positions": Rule(weight=WHOLE, bias=WHOLE, given=WHOLE, wanted=LAST, made=BEFORE_LAST),
     "sequence": Rule(weight=WHOLE, bias=WHOLE, given=SEQUENCE, wanted=SEQUENCE, made=SEQUENCE),
     # Handed on as a DTensor: gradients of the modules inside are summed once, on their way back through here.
     "gather": Rule(weight=WHOLE, bias=WHOLE, given=SEQUENCE, wanted=WHOLE, made=None),
@@ -112,9 +113,10 @@ def give(rule: Rule, mesh: DeviceMesh, _module: nn.Module, _inputs: tuple[Any, .
     if rule.made == WHOLE:
         # What each rank makes of a whole output differs, so its gradients are parts of a sum.
         return output.to_local(grad_placements=[Partial()])
-    if rule.made == SEQUENCE and output.shape[1] % mesh.size():
+    sequence = output.shape[-2] if rule.made == BEFORE_LAST else output.shape[1]
+    if rule.made in (SEQUENCE, BEFORE_LAST) and sequence % mesh.size():
         # From here on a rank's part is taken for as long as every other rank's.
-        reason = f"does not divide the sequence, {output.shape[1]} long"
+        reason = f"does not divide the sequence, {sequence} long"
         raise SettingError(f"layout.tensor = {mesh.size()}", reason, "a padded sequence")
     if output.placements != (rule.made,):
         output = output.redistribute(placements=[rule.made])

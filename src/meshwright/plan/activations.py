@@ -137,19 +137,28 @@ def activation_bytes(job: Job, part: Part) -> float:
     """
     layout, model = job.layout, job.model
     compiled = job.cluster.device.kind == "cuda"
-    size, layers = BYTES[layout.precision], model.layers
-    whole = mean_block(part, selective=False, compiled=compiled).bytes_at(layout.precision)
+    size, layers, tokens = BYTES[layout.precision], model.layers, layout.microbatch * job.data.sequence
+    # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
+    mask = 0 if compiled else mask_elements(job)
+    whole = tokens * mean_block(part, selective=False, compiled=compiled).bytes_at(layout.precision) + size * mask
     if layout.recompute == "selective":
-        kept = layers * mean_block(part, selective=True, compiled=compiled).bytes_at(layout.precision)
-        again = kept + whole - kept / layers
+        kept = layers * tokens * mean_block(part, selective=True, compiled=compiled).bytes_at(layout.precision) + mask
+        again = kept + whole - (kept - mask) / layers
     else:
         recomputed = layout.recomputed_layers(layers)
-        inputs = recomputed * size * model.d_model / part.tensor
+        # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
+        inputs = recomputed * tokens * size * model.d_model / part.tensor + (mask if recomputed else 0)
         kept = inputs + (layers - recomputed) * whole
         again = inputs + whole if recomputed else 0.0
-    tokens = layout.microbatch * job.data.sequence
-    again -= logits_bytes(job) / tokens
-    return tokens * (max(kept, again) + outside_bytes(job, part)) + tables_bytes(job)
+    return max(kept, again - logits_bytes(job)) + tokens * outside_bytes(job, part) + tables_bytes(job)
+
+
+def mask_elements(job: Job) -> int:
+    """Of the table of what each token sees of the others; 0 where it sees all of the past."""
+    square = job.data.sequence**2
+    if job.data.attention == "document":
+        return job.layout.microbatch * square
+    return square if 0 < job.model.attention_window < job.data.sequence else 0
 
 
 def outside_bytes(job: Job, part: Part) -> float:
@@ -167,11 +176,13 @@ def outside_bytes(job: Job, part: Part) -> float:
 
 
 def tables_bytes(job: Job) -> float:
-    """cos and sin in fp32, or int64 positions, once for all blocks and sequences."""
+    """cos and sin in fp32, or int64 positions, once for all blocks; for all sequences too, unless each counts from its
+    own documents' starts."""
+    places = job.data.sequence * (job.layout.microbatch if job.data.attention == "document" else 1)
     if job.model.parts.positions == "learned":
-        return 8.0 * job.data.sequence
+        return 8.0 * places
     rotated = job.model.latent.rope_head_dim if job.model.latent else job.model.head_dim
-    return 2 * job.data.sequence * rotated // 2 * 4.0
+    return 2 * places * rotated // 2 * 4.0
 
 
 def logits_bytes(job: Job) -> float:

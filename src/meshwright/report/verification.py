@@ -8,9 +8,10 @@ from meshwright.explain.verification import Row, Verdict
 from meshwright.record.verification import Trial
 
 
-def verification_json(trial: Trial, verdict: Verdict) -> str:
-    """Both as JSON."""
-    return msgspec.json.format(msgspec.json.encode({"trial": trial, "verdict": verdict})).decode()
+def verification_json(judged: list[tuple[Trial, Verdict]]) -> str:
+    """A list, one entry a precision; nan and inf, for which JSON has no word, are null."""
+    entries = [{"trial": trial, "verdict": verdict} for trial, verdict in judged]
+    return msgspec.json.format(msgspec.json.encode(entries)).decode()
 
 
 def verification_text(trial: Trial, verdict: Verdict, console: Console) -> None:
@@ -20,8 +21,7 @@ def verification_text(trial: Trial, verdict: Verdict, console: Console) -> None:
     layout = f"{job.layout.label()}, {job.layout.precision}"
     console.print(f"The job, shrunk to: {layout}, against one process ({job.model.family}, {small})")
     console.print(build_table("compared", list(verdict.rows)))
-    measure = "gradient (1 - cosine)" if trial.angle is not None else "gradient (relative)"
-    console.print(build_table(measure, list(verdict.tensors)))
+    console.print(build_table("gradient", list(verdict.tensors)))
     if verdict.cause is None:
         console.print(f"The layout equals one process: every difference is within {largest_bound(verdict):.0e}.")
         return

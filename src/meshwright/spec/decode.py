@@ -15,7 +15,7 @@ from meshwright.spec.cluster import Cluster, Device, check_cluster
 from meshwright.spec.errors import SettingError, as_toml, closest, in_words, nearest_choice
 from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
-from meshwright.spec.layout import AXES, Axis
+from meshwright.spec.layout import AXES, Axis, Layout, check_axes
 from meshwright.spec.model import ModelSpec
 from meshwright.spec.pretrained import check_weights, expand_pretrained, no_hub
 from meshwright.spec.zoo import expand_model
@@ -220,6 +220,12 @@ def convert(table: Table, kind: type[T], prefix: str = "") -> T:
         reason, _, where = str(error).partition(" - at `$")
         path = [part for part in where.rstrip("`").split(".") if part]
         raise explain_invalid(table, kind, reason, path, prefix) from None
+
+
+def check_made(layout: Layout) -> None:
+    """Raise SettingError for a layout that no job file could give: made in Python, its words are not checked yet."""
+    convert(msgspec.to_builtins(layout), Layout, "layout")
+    check_axes(layout)
 
 
 def explain_invalid(table: Table, kind: type, reason: str, path: list[str], prefix: str) -> SettingError:

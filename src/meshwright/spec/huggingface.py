@@ -175,7 +175,7 @@ def model_of_config(config: Config, where: str = "config.json") -> ModelSpec:
     except msgspec.ValidationError as error:
         reason, _, ours = str(error).lower().replace("`", "").partition(" - at $.")
         name = ours.rpartition(".")[2]
-        theirs = (form.numbers | form.experts | form.latent).get(name, name)
+        theirs = ({"attention_window": "sliding_window"} | form.numbers | form.experts | form.latent).get(name, name)
         raise SettingError(f"{where}: {theirs}", reason, "a value of that kind") from None
 
 
@@ -198,6 +198,14 @@ def number(config: Config, key: str, form: ConfigFormat, where: str) -> Any:
         value = config.get(ALSO.get(key, ""), form.omitted.get(key))
     if value is None and key not in DERIVED:
         raise SettingError(f"{where}: {key}", "is missing", f"a config.json of {form.architecture}")
+    return value
+
+
+def whole_number(config: Config, key: str, form: ConfigFormat, where: str) -> int:
+    """What `number` finds, where it is compared before the model's types are checked."""
+    value = number(config, key, form, where)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise refusal(where, key, value, "is no whole number", "a whole number")
     return value
 
 
@@ -246,7 +254,10 @@ def rope_of(config: Config, family: FamilyName, where: str) -> dict[str, Any]:
 
 def window_of(config: Config, form: ConfigFormat, where: str) -> int:
     """Tokens back that every layer attends to; 0: all. Layers that differ in it are refused."""
-    kinds: list[str] = sorted(set(map(str, config.get("layer_types") or ())))
+    types = config.get("layer_types")
+    if types is not None and not isinstance(types, list):
+        raise refusal(where, "layer_types", types, "is no list", "one word for each layer")
+    kinds: list[str] = sorted(set(map(str, cast(list[Any], types or []))))
     if kinds not in ([], ["full_attention"], ["sliding_attention"]):
         reason = f"are {' and '.join(kinds)}; layers that differ are not built"
         raise SettingError(f"{where}: layer_types", reason, "all layers alike")
@@ -258,9 +269,8 @@ def window_of(config: Config, form: ConfigFormat, where: str) -> int:
         return window
     if not config.get("use_sliding_window") or not window:
         return 0
-    whole = config.get("max_window_layers", form.omitted["max_window_layers"])
-    layers = number(config, form.numbers["layers"], form, where)
-    if not kinds and 0 < whole < layers:
+    whole = whole_number(config, "max_window_layers", form, where)
+    if not kinds and 0 < whole < whole_number(config, form.numbers["layers"], form, where):
         reason = "gives only the later layers a window, which is not built"
         raise refusal(where, "max_window_layers", whole, reason, "max_window_layers = 0")
     return 0 if not kinds and whole else window

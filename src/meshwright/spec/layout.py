@@ -88,7 +88,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def check_axes(layout: Layout) -> None:
-    """Raise SettingError for an axis size that is not offered."""
+    """Raise SettingError for an axis size that is not offered, or an order that leaves an axis out."""
     for axis in (*AXES, "expert"):
         size: int = getattr(layout, axis)
         if size < 1:
@@ -99,6 +99,12 @@ def check_axes(layout: Layout) -> None:
                 f"the {axis} axis is not built yet",
                 f"layout.{axis} = 1 with layout.shard = {layout.shard * size}",
             )
+    if sorted(layout.order) != sorted(AXES):
+        raise SettingError(
+            f"layout.order = {list(layout.order)}",
+            "must name each axis of the mesh once",
+            f"layout.order = {list(AXES)}",
+        )
 
 
 def check_layout(layout: Layout, global_batch: int) -> None:
@@ -106,12 +112,6 @@ def check_layout(layout: Layout, global_batch: int) -> None:
     check_axes(layout)
     if layout.microbatch < 1:
         raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
-    if sorted(layout.order) != sorted(AXES):
-        raise SettingError(
-            f"layout.order = {list(layout.order)}",
-            "must name each axis of the mesh once",
-            f"layout.order = {list(AXES)}",
-        )
     if global_batch % layout.data_size:
         near = nearest_divisor(global_batch, layout.data_size)
         up = -(-global_batch // layout.data_size) * layout.data_size

@@ -146,10 +146,11 @@ def check_rotary(model: ModelSpec) -> None:
     check_range("model.rope_scaling.factor", scaling.factor, 1.0, 1e6)
     check_range("model.rope_scaling.original_positions", scaling.original_positions, 1, LARGEST)
     check_range("model.rope_scaling.low_frequency", scaling.low_frequency, 1e-6, 1e6)
-    if scaling.high_frequency <= scaling.low_frequency:
+    # Written so that nan, which is above nothing, is refused too.
+    if not scaling.low_frequency < scaling.high_frequency <= 1e7:
         raise SettingError(
             f"model.rope_scaling.high_frequency = {scaling.high_frequency}",
-            f"must be above low_frequency = {scaling.low_frequency}",
+            f"must be above low_frequency = {scaling.low_frequency}, and at most 1e7",
             f"model.rope_scaling.high_frequency = {4 * scaling.low_frequency}",
         )
 

@@ -5,12 +5,11 @@ from pathlib import Path
 import torch
 
 from meshwright.checkpoint import read_model_weights
-from meshwright.data import VOCABULARY, is_prepared, open_folder, open_tokenizer
+from meshwright.data import open_reader
 from meshwright.models import build_model, generate
 from meshwright.record import open_run
-from meshwright.spec import Job, SettingError
+from meshwright.spec import SettingError
 from meshwright.spec.decode import read_job
-from meshwright.spec.job import TOKEN_FILES
 from meshwright.train.worker import no_machine
 
 
@@ -21,8 +20,7 @@ def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: i
     saved = folder.saved_steps()
     if not saved:
         raise SettingError(f"run folder {run}", "has no checkpoint yet", "a run with checkpoint.every_steps set")
-    refuse_unknown_tokens(job)
-    tokenizer = open_tokenizer(job.data)
+    tokenizer = open_reader(job.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(job.model, device=device)
     read_model_weights(folder.checkpoint(saved[-1]), model)
@@ -31,15 +29,3 @@ def sample_text(run: Path, prompt: str, tokens: int, temperature: float, seed: i
     made = generate(model, start, tokens, temperature, seed, window=job.data.sequence)[0, 1:].tolist()
     end = made.index(tokenizer.end) if tokenizer.end in made else len(made)
     return tokenizer.decode(made[:end])
-
-
-def refuse_unknown_tokens(job: Job) -> None:
-    """Refuse tokens that somebody else made of text, where the job does not say with which tokenizer."""
-    if job.data.tokenizer != "bytes":
-        return
-    for setting, source in job.data.named_sources():
-        path = Path(source.path).expanduser()
-        foreign = is_prepared(path) and open_folder(path).manifest.vocabulary != VOCABULARY
-        if foreign or path.suffix in TOKEN_FILES:
-            nearest = "a run with data.tokenizer, or on text"
-            raise SettingError(f'{setting} = "{source.path}"', "its tokens are not bytes", nearest)

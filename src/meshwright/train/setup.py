@@ -1,11 +1,10 @@
-"""What surrounds the loop: data on one rank first, restoring, saving, and the wish to stop."""
+"""What surrounds the loop: data, restoring, saving, and the wish to stop."""
 
 import signal
 import sys
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -13,7 +12,7 @@ from torch.optim import Optimizer
 from meshwright.checkpoint import CheckpointError, load_checkpoint, load_pretrained, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
 from meshwright.models import Decoder
-from meshwright.parallel import data_rank, tell_all, wait_for_all
+from meshwright.parallel import data_rank, tell_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
@@ -37,13 +36,8 @@ class StopRequest:
 
 
 def open_data(job: Job) -> Stream:
-    """The job's stream; rank 0 prepares the tokens while the others wait. Every rank must have found the same."""
-    if dist.get_rank() == 0:
-        stream = open_stream(job)
-        wait_for_all()
-    else:
-        wait_for_all()
-        stream = open_stream(job)
+    """The job's stream, whose tokens are prepared before ranks join. Every rank must have found the same."""
+    stream = open_stream(job)
     if tell_all(lambda: stream.checksum) != stream.checksum:
         setting, source = job.data.named_sources()[0]
         raise SettingError(f'{setting} = "{source.path}"', "holds other text here than on rank 0", "the same files")

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from meshwright.data import prepare
 from meshwright.parallel import start_distributed, stop_distributed, tell_all
 from meshwright.record import RunFolder, replace_text
 from meshwright.spec import Cluster, Job, SettingError
@@ -85,6 +86,9 @@ def join_ranks(
         return begun[0]
 
     try:
+        # Before any rank waits for another, for tokenising a large corpus takes longer than a collective may. Of ranks
+        # that share a cache one does it, and the others wait for its lock as long as it takes.
+        prepare(job.data)
         settle_process(job)
         device = start_distributed(job.cluster)
         run, attempt = tell_all(begin_here)

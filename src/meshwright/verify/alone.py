@@ -7,6 +7,7 @@ own loss, clipping and update. What it saw is written down whole; a rank reads o
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
 from meshwright.models import build_model, initialize_
-from meshwright.record.verification import Reference
+from meshwright.record.verification import Comparison, Reference, Rounding, relative_differences
 from meshwright.spec import Job, Precision
 from meshwright.train.evaluate import logits_of
 from meshwright.train.optimizer import learning_rate
@@ -73,24 +74,48 @@ class Alone:
             parameter.copy_(weight)
         return norm
 
+    def train(self) -> "Training":
+        """All steps."""
+        losses: list[float] = []
+        norms: list[float] = []
+        first: dict[str, Tensor] = {}
+        for step in range(self.job.run.steps):
+            loss, gradients = self.gradients(step)
+            first = first or gradients
+            losses.append(loss)
+            norms.append(self.update(step, gradients))
+        return Training(losses, norms, first)
+
+
+class Training(NamedTuple):
+    """Every step's loss and gradient norm, and the first one's gradients."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+
 
 def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
-    """The job's steps; what the ranks will compare with goes into a safetensors file at `written`."""
-    alone = Alone(job, device)
-    tensors = {SAMPLES: alone.batch(0).tokens}
-    tensors |= {OUTPUT + name: output for name, output in alone.outputs().items()}
-    losses: list[float] = []
-    norms: list[float] = []
-    for step in range(job.run.steps):
-        loss, gradients = alone.gradients(step)
-        if step == 0:
-            tensors |= {GRADIENT + name: gradient for name, gradient in gradients.items()}
-        losses.append(loss)
-        norms.append(alone.update(step, gradients))
+    """The job's steps in fp32; what the ranks will compare with goes into a safetensors file at `written`.
+
+    A rounding precision is judged by how far it takes one process from fp32, so fp32 is what everything is held to.
+    """
+    alone = Alone(variant(job, job.run.seed, "fp32"), device)
+    outputs = alone.outputs()
+    training = alone.train()
+    tensors = {SAMPLES: alone.batch(0).tokens} | {OUTPUT + name: output for name, output in outputs.items()}
+    tensors |= {GRADIENT + name: gradient for name, gradient in training.gradients.items()}
     tensors |= {WEIGHT + name: weight for name, weight in alone.weights.items()}
     whole = torch.contiguous_format
     save_file({name: tensor.cpu().clone(memory_format=whole) for name, tensor in tensors.items()}, written)
-    return Reference(losses=losses, norms=norms)
+    return Reference(
+        losses=training.losses,
+        norms=training.norms,
+        outputs={name: output.numel() for name, output in outputs.items()},
+        gradients={name: gradient.numel() for name, gradient in training.gradients.items()},
+        weights={name: weight.numel() for name, weight in alone.weights.items()},
+        rounding=measure_rounding(job, device) if job.layout.precision != "fp32" else None,
+    )
 
 
 @contextmanager
@@ -115,15 +140,30 @@ def watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None]:
             hook.remove()
 
 
-def measure_angle(job: Job, device: torch.device, seeds: int = 5) -> float:
-    """The largest 1 - cosine between a gradient in the job's precision and in fp32, in one process, over tensors and
-    seeds: what rounding alone does."""
-    worst = 0.0
+def measure_rounding(job: Job, device: torch.device, seeds: int = 5) -> Rounding:
+    """What the job's precision does to its training in one process."""
+    loss, norm = 0.0, 0.0
+    gradients: dict[str, float] = {}
     for seed in range(seeds):
-        rounded, exact = (Alone(variant(job, seed, p), device) for p in (job.layout.precision, "fp32"))
-        for ours, theirs in zip(rounded.gradients(0)[1].values(), exact.gradients(0)[1].values(), strict=True):
-            worst = max(worst, 1 - F.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item())
-    return worst
+        ours, exact = (Alone(variant(job, seed, p), device).train() for p in (job.layout.precision, "fp32"))
+        parts = {name: compare(ours.gradients[name], gradient) for name, gradient in exact.gradients.items()}
+        for name, difference in relative_differences(parts).items():
+            gradients[name] = max(difference, gradients.get(name, 0.0))
+        loss = max(loss, *(abs(a / b - 1) for a, b in zip(ours.losses, exact.losses, strict=True)))
+        norm = max(norm, *(abs(a / b - 1) for a, b in zip(ours.norms, exact.norms, strict=True)))
+    return Rounding(loss=loss, norm=norm, gradients=gradients)
+
+
+def compare(ours: Tensor, theirs: Tensor) -> Comparison:
+    """Two tensors of one shape, in double precision."""
+    ours, theirs = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    return Comparison(
+        difference=(ours - theirs).square().sum().item(),
+        reference=theirs.square().sum().item(),
+        ours=ours.square().sum().item(),
+        product=(ours * theirs).sum().item(),
+        elements=ours.numel(),
+    )
 
 
 def variant(job: Job, seed: int, precision: Precision) -> Job:

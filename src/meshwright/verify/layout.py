@@ -25,7 +25,7 @@ from meshwright.train import loop
 from meshwright.train.evaluate import logits_of
 from meshwright.train.optimizer import build_optimizer
 from meshwright.train.setup import build_batches, open_data
-from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, watching
+from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, compare, watching
 
 Offset = tuple[int, ...]
 
@@ -47,16 +47,8 @@ class ReferenceFile:
         return self._file.get_slice(name)[block] if shape else self._file.get_tensor(name)
 
     def compare(self, name: str, ours: Tensor, offset: Offset) -> Comparison:
-        """A part of ours against the same part of the reference, in double precision."""
-        ours = ours.detach().cpu().double()
-        theirs = self.read(name, offset, tuple(ours.shape)).double()
-        return Comparison(
-            difference=(ours - theirs).square().sum().item(),
-            reference=theirs.square().sum().item(),
-            ours=ours.square().sum().item(),
-            product=(ours * theirs).sum().item(),
-            elements=ours.numel(),
-        )
+        """A part of ours against the same part of the reference."""
+        return compare(ours, self.read(name, offset, tuple(ours.shape)))
 
     def compare_parts(self, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Comparison]:
         """This rank's parts of whole tensors."""
