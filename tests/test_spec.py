@@ -242,10 +242,6 @@ def test_set_changes_one_key(setting: str, of: Any, value: object) -> None:
     assert of(read_job(QUICKSTART, [setting], local=cpu_cluster)) == value
 
 
-def test_the_later_set_wins() -> None:
-    assert read_job(QUICKSTART, ["run.steps=7", "run.steps=8"], local=cpu_cluster).run.steps == 8
-
-
 @pytest.mark.parametrize(
     ("gpus", "says"),
     [("8xh1000", "h100"), ("0xh100", "holds no device"), ("h100", "8xh100"), ("8 of h100", "must look like")],
@@ -374,51 +370,6 @@ def test_no_slip_of_the_pen_gives_anything_but_a_job_or_a_line() -> None:
             assert decode_job(tomllib.loads(encode_job(job)), local=no_machine) == job, table
     # Both ends are reached, or the loop tests nothing.
     assert refused > 1000 and read > 200
-
-
-def test_a_word_for_a_whole_cluster_replaces_the_one_in_the_file() -> None:
-    job = read_job(QUICKSTART, ["cluster.gpus=8xh100"], local=no_machine)
-    assert (job.cluster.devices, job.layout.shard, job.layout.microbatch, job.layout.precision) == (8, 8, 4, "bf16")
-    with pytest.raises(SettingError, match=r"beside cluster\.gpus"):
-        decode_job({"cluster": {"gpus": "8xh100", "processes": 2}}, local=no_machine)
-
-
-def test_a_word_for_a_whole_model_replaces_the_one_in_the_file() -> None:
-    zoo = ZOO["llama3-8b"].spec
-    assert read_job(QUICKSTART, ["model.name=llama3-8b"], local=cpu_cluster).model == zoo
-    # Whatever comes first: what else is set changes the model that is named.
-    for settings in (["model.name=llama3-8b", "model.layers=4"], ["model.layers=4", "model.name=llama3-8b"]):
-        job = read_job(QUICKSTART, settings, local=cpu_cluster)
-        assert job.model == msgspec.structs.replace(zoo, layers=4)
-    assert read_job(QUICKSTART, ["model.name=custom"], local=cpu_cluster).model.layers == 4
-
-
-def test_tokens_come_from_the_key_that_was_set(tmp_path: Path) -> None:
-    sources = 'data.sources=[{path = "a"}, {path = "b"}]'
-    job = read_job(QUICKSTART, [sources], local=cpu_cluster)
-    assert (job.data.path, [source.path for source in job.data.sources]) == ("", ["a", "b"])
-    mixed = written(tmp_path, QUICKSTART.read_text().replace('path = "stdlib"', 'sources = [{path = "a"}]'))
-    assert read_job(mixed, ["data.path=b"], local=cpu_cluster).data.named_sources()[0][1].path == "b"
-    # Given both, neither can be meant to replace the other.
-    assert "data.sources is given too" in str(refusal(QUICKSTART, sources, "data.path=b"))
-
-
-def test_a_cluster_that_is_not_here_is_refused_before_its_layout() -> None:
-    def admit(cluster: Cluster) -> None:
-        raise SettingError(cluster.label(), "is not here")
-
-    with pytest.raises(SettingError, match="8 x h100"):
-        read_job(QUICKSTART, ["cluster.gpus=8xh100", "layout.microbatch=5"], local=no_machine, admit=admit)
-
-
-def test_only_jobs_are_named_in_the_place_of_a_file_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
-    missing = tmp_path / "nofile.toml"
-    assert refusal(missing).nearest == "examples/quickstart.toml"
-    job = written(tmp_path, QUICKSTART.read_text())
-    assert refusal(missing).nearest == str(job)
-    folder = refusal(tmp_path)
-    assert folder.nearest == str(job) and "Is a directory" in folder.reason
 
 
 def test_settings_of_another_optimizer_are_refused() -> None:

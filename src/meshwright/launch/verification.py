@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -81,7 +81,7 @@ def wait_for(child: subprocess.Popen[bytes]) -> int:
 
 
 @contextmanager
-def telling_of_interrupts() -> Iterator[None]:
+def telling_of_interrupts() -> Generator[None]:
     """Say what an interrupt means, wherever it comes."""
     try:
         yield

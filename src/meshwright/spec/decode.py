@@ -32,8 +32,15 @@ NEEDED = {"run", "model", "data"}
 WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path")
 RIVALS = {"data.path": "sources", "data.sources": "path"}
 # What values are called in docs/job.md, by what msgspec calls them.
-KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
-KINDS |= {"object": "a section", "null": "nothing"}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a section",
+    "null": "nothing",
+}
 
 
 def read_job(
@@ -255,7 +262,7 @@ def in_our_words(reason: str) -> str:
     return reason.lower().replace("`", "")
 
 
-def nearest_of(name: str, value: object, kind: Any) -> str:
+def nearest_of(name: str, value: Any, kind: Any) -> str:
     """What `name` may be instead, where only some values are allowed."""
     choices = choices_of(kind)
     if all(isinstance(choice, str) for choice in choices):
