@@ -2,7 +2,7 @@
 
 from meshwright.spec.cluster import Cluster, Device, Link
 from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, end_shapes, parameter_shapes
-from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.errors import SettingError, closest, nearest_choice
 from meshwright.spec.family import (
     BUILT_FAMILIES,
     FAMILIES,
@@ -83,6 +83,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "nearest_choice",
     "nearest_divisor",
     "parameter_shapes",
     "split_of",

@@ -168,9 +168,10 @@ def check_job(job: Job) -> None:
         raise SettingError(name, "nothing is held out to evaluate on", "data.held_out = 0.05")
     check_sequence(job.model, job.data.sequence)
     check_layout(job.layout, job.data.global_batch)
-    check_split(job.layout, job.model, job.data.sequence)
+    # Before what else it needs: no size of the tensor axis would help here.
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
+    check_split(job.layout, job.model, job.data.sequence)
     check_cluster(job.cluster, job.layout.world_size)
 
 
