@@ -3,6 +3,15 @@
 from meshwright.plan.machine import local_cluster
 from meshwright.plan.memory import predict_memory
 from meshwright.plan.search import Plan, Rejected, build_plan, predict
-from meshwright.plan.time import predict_step
+from meshwright.plan.time import predict_step, share_machine
 
-__all__ = ["Plan", "Rejected", "build_plan", "local_cluster", "predict", "predict_memory", "predict_step"]
+__all__ = [
+    "Plan",
+    "Rejected",
+    "build_plan",
+    "local_cluster",
+    "predict",
+    "predict_memory",
+    "predict_step",
+    "share_machine",
+]

@@ -8,14 +8,12 @@ import msgspec
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
 from meshwright.record import Prediction
+from meshwright.report.text import labelled, show
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-# Where no terminal says how wide it is.
-PLAIN_WIDTH = 100
 # Rows of the ranking and of the rejections on the screen; JSON has more.
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
@@ -33,26 +31,15 @@ def plan_json(plan: Plan) -> str:
 
 def plan_text(plan: Plan, console: "Console") -> None:
     """Print the verdict, the job's own layout in detail, the ranking and the rejections."""
-    width = None if console.is_terminal else max(console.width, PLAIN_WIDTH)
-    console.print(headline(plan), width=width)
-    for part in (job_table(plan), ranking(plan), rejections(plan.rejected)):
-        if part is not None:
-            console.print("")
-            console.print(part, width=width)
-    console.print("")
-    console.print(notes(plan.job), width=width)
+    parts = [headline(plan), job_table(plan), ranking(plan), rejections(plan.rejected), notes(plan.job)]
+    show([part for part in parts if part is not None], console)
 
 
-def headline(plan: Plan) -> "Text":
-    """What is planned, and the verdict. Text, not markup: names come from files."""
-    from rich.text import Text
-
+def headline(plan: Plan) -> "Table":
+    """What is planned, and the verdict."""
     tokens = plan.global_batch * plan.sequence
     what = f"{plan.model} on {plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
-    text = Text()
-    text.append("Plan     ", style="bold").append(f"{what}, {tokens:,} tokens a step\n")
-    text.append("Verdict  ", style="bold").append(plan.verdict)
-    return text
+    return labelled([("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)])
 
 
 def job_table(plan: Plan) -> "Table":
@@ -155,14 +142,14 @@ def rejections(rejected: Sequence[Rejected]) -> "Table | None":
     return table
 
 
-def notes(prediction: Prediction) -> "Text":
+def notes(prediction: Prediction) -> "Table":
     """How far to trust the numbers, and what the largest words mean."""
-    from rich.text import Text
-
     lines = list(prediction.notes)
     largest = max(prediction.step.rows(), key=lambda row: row[1])
     lines += [f"{name}: {MEANINGS[name]}" for name in dict.fromkeys(("useful", "inefficiency", largest[0]))]
-    return Text("Notes  " + "\n       ".join(lines), style="dim")
+    table = labelled([("" if number else "Notes", line) for number, line in enumerate(lines)])
+    table.style = "dim"
+    return table
 
 
 def new_table(words: Sequence[str], numbers: Sequence[str]) -> "Table":

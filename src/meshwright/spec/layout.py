@@ -90,7 +90,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def label(self) -> str:
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
         zero = f", zero {self.zero}" if self.parameter_shards > 1 or self.zero < 3 else ""
-        first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
+        first = (
+            f"of {self.recompute} layer{'' if self.recompute == 1 else 's'}"
+            if isinstance(self.recompute, int)
+            else self.recompute
+        )
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
         form = f", {self.context_form}" if self.context > 1 and self.context_form != "ring" else ""
         return f"{self.placement()}{form}{zero}, microbatch {self.microbatch}{recompute}"
