@@ -152,7 +152,7 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
     layout, compiled = job.layout, is_compiled(job)
     size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
-    recomputed = min(max(0, layout.recomputed_layers(job.model.layers) - stage.start), stage.layers)
+    recomputed = stage.first(layout.recomputed_layers(job.model.layers))
     kept, done, again, start = 0.0, 0.0, float("-inf"), 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0

@@ -42,13 +42,7 @@ def tell_apart(job: Job, frame: Frame) -> list[Part]:
     kinds: dict[tuple[object, ...], list[Part]] = {}
     for part in frame.parts:
         kind = tuple(
-            (
-                stage.root,
-                stage.head,
-                stage.layers,
-                min(max(0, again - stage.start), stage.layers),
-                min(max(0, frame.cut.dense - stage.start), stage.layers),
-            )
+            (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
             for stage in part.stages
         )
         others = kinds.setdefault(kind, [])

@@ -74,9 +74,13 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
         """Number of blocks."""
         return self.stop - self.start
 
+    def first(self, blocks: int) -> int:
+        """How many of the model's first `blocks` it holds."""
+        return min(max(0, blocks - self.start), self.layers)
+
     def runs(self, cut: Cut) -> list[tuple[int, Group]]:
         """(number, group) of its blocks that are alike, in order."""
-        dense = max(0, min(cut.dense, self.stop) - self.start)
+        dense = self.first(cut.dense)
         return [run for run in ((dense, cut.first), (self.layers - dense, cut.others)) if run[0]]
 
     def groups(self, cut: Cut) -> list[tuple[int, Group]]:

@@ -5,9 +5,10 @@ import msgspec
 from meshwright.plan.frame import Frame
 from meshwright.plan.part import Part, Stage, sharding
 from meshwright.plan.rates import rates_of
+from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
 from meshwright.plan.work import Moves, Piece, build_pieces, stage_pieces
-from meshwright.spec import SPLIT_BACKWARD, Action, Job
+from meshwright.spec import SPLIT_BACKWARD, Job
 
 
 class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,17 +28,14 @@ class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
     launch_s: float
     hidden: Moves
 
-    def seconds(self, action: Action, microbatches: int) -> float:
-        """How long a pass keeps its rank; microbatches: of the step."""
-        kind, _, each = action
-        if kind == "F":
-            return (self.forward if each else self.first).busy_s() + self.launch_s
-        if kind == "W":
-            return self.weights_s + (self.closing_s if each == microbatches - 1 else 0.0)
-        whole_s = (self.backward if each < microbatches - 1 else self.last).busy_s() + self.launch_s
-        if kind == "B":
-            return whole_s
-        return whole_s - self.weights_s - (self.closing_s if each == microbatches - 1 else 0.0)
+    def seconds(self) -> Seconds:
+        """How long each kind of pass keeps its rank."""
+        first, forward, backward, last = (
+            walk.busy_s() + self.launch_s for walk in (self.first, self.forward, self.backward, self.last)
+        )
+        weights_s, closing_s = self.weights_s, self.closing_s
+        inputs = (backward - weights_s, last - weights_s - closing_s)
+        return (first, forward, backward, last, *inputs, weights_s, weights_s + closing_s)
 
 
 def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
@@ -48,8 +46,7 @@ def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
     again = job.layout.recomputed_layers(job.model.layers)
     for stage in (stage for part in frame.parts for stage in part.stages):
         # Stages in the middle are alike.
-        alike = (stage.root, stage.head, stage.layers, min(max(0, again - stage.start), stage.layers))
-        alike = (*alike, min(max(0, frame.cut.dense - stage.start), stage.layers))
+        alike = (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
         if alike not in known:
             known[alike] = walk_stage(job, stage_pieces(job, frame.cut, pieces, stage), stage)
         walks[stage.index] = known[alike]
@@ -73,6 +70,7 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
             all_reduces=reduces and last and layout.replica > 1,
             accumulates=holds and microbatches > 1,
             overlaps=overlaps,
+            last=last,
         )
 
     first = walk_forward(pieces, gathers=True, overlaps=overlaps)
@@ -113,7 +111,7 @@ def rank_launches(job: Job, part: Part) -> float:
 def stage_launches(job: Job, stage: Stage) -> float:
     """The same of one stage. FSDP wraps each block, the head and the root; what runs again is launched again."""
     rates = rates_of(job.cluster.device)
-    again = min(max(0, job.layout.recomputed_layers(job.model.layers) - stage.start), stage.layers)
+    again = stage.first(job.layout.recomputed_layers(job.model.layers))
     launches_s = rates.block_host_s * (stage.layers + again / 2)
     launches_s += rates.group_host_s * (stage.layers + 1 + stage.head)
     ends = (stage.root + stage.head) / 2

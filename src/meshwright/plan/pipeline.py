@@ -1,6 +1,5 @@
 """What a pipeline's ranks wait for, and when they run what."""
 
-from collections import Counter
 from itertools import pairwise
 
 import msgspec
@@ -11,9 +10,9 @@ from meshwright.plan.frame import Frame
 from meshwright.plan.part import STATE_BYTES
 from meshwright.plan.passes import StageWalks
 from meshwright.plan.rates import rates_of
-from meshwright.plan.replay import Replay, replay
+from meshwright.plan.replay import KINDS, Seconds, replay, replay_steadily
 from meshwright.record import PlannedPass, PlannedPipeline
-from meshwright.spec import Action, Job, rank_of_stage, stage_count
+from meshwright.spec import Job, rank_of_stage, stage_count
 
 
 class Idle(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,49 +32,40 @@ class Idle(msgspec.Struct, frozen=True, kw_only=True):
         return self.bubble_s + self.imbalance_s + self.transfers_s
 
 
-def explain_idle(job: Job, frame: Frame, stages: list[StageWalks]) -> Idle:
-    """Replay the schedule as it is, with free transfers, and with equal stages too: steps differ by what waits."""
+def explain_idle(job: Job, frame: Frame, stages: list[StageWalks], busy_s: float, *, brief: bool) -> Idle:
+    """Replay the schedule as it is, with free transfers, and with equal stages too: steps differ by what waits.
+
+    busy_s: of the mean rank, all the same in each of them. brief: all waiting as bubble, for one replay alone.
+    """
     if job.layout.pipeline == 1:
         return Idle()
-    timetable, ranks = frame.timetable, job.layout.pipeline
-    hops = stage_hops(job)
-    seconds = pass_seconds(frame, stages)
-    actual = replay(job.layout, timetable, seconds.__getitem__, hops)
-    free = [0.0] * len(hops)
-    unequal = replay(job.layout, timetable, seconds.__getitem__, free)
-    means = mean_seconds(seconds)
-    equal = replay(job.layout, timetable, lambda action: means[action.kind], free)
-    # Each rank is busy as long in all of them: over the rounds left out as well as in the table.
-    busy_s = sum(seconds.values()) / ranks
-    round_s = sum(stage.middle.busy_s() + 2 * stage.launch_s for stage in stages) / ranks
-    busy_s += timetable.repeats * timetable.per_round * round_s
-    bubble_s = min(equal.finish_s, unequal.finish_s) - busy_s
-    microbatches = job.layout.accumulation(job.data.global_batch)
+    timetable, hops = frame.timetable, stage_hops(job)
+    seconds = [stage.seconds() for stage in stages]
     tied_s = sum_tied(job, frame)
+    if brief:
+        return Idle(bubble_s=replay(job.layout, timetable, seconds, hops).finish_s - busy_s + tied_s)
+    actual_s = replay_steadily(job.layout, timetable, seconds, hops).finish_s
+    free = [0.0] * len(hops)
+    unequal_s = replay_steadily(job.layout, timetable, seconds, free).finish_s
+    means = mean_seconds(frame, seconds)
+    equal_s = replay_steadily(job.layout, timetable, [means] * len(seconds), free).finish_s
+    microbatches = job.layout.accumulation(job.data.global_batch)
     return Idle(
-        bubble_s=max(0.0, bubble_s),
-        imbalance_s=max(0.0, unequal.finish_s - equal.finish_s),
-        transfers_s=actual.finish_s - unequal.finish_s + tied_s,
-        sent_s=2 * microbatches * sum(hops) / ranks + tied_s,
+        bubble_s=min(equal_s, unequal_s) - busy_s,
+        imbalance_s=max(0.0, unequal_s - equal_s),
+        transfers_s=actual_s - unequal_s + tied_s,
+        sent_s=2 * microbatches * sum(hops) / job.layout.pipeline + tied_s,
     )
 
 
-def pass_seconds(frame: Frame, stages: list[StageWalks]) -> dict[Action, float]:
-    """How long each pass of the table takes."""
-    microbatches = frame.timetable.microbatches
-    return {
-        action: stages[action.stage].seconds(action, microbatches) for rank in frame.timetable.table for action in rank
-    }
-
-
-def mean_seconds(seconds: dict[Action, float]) -> dict[str, float]:
-    """The mean of each kind of pass."""
-    sums: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for action, value in seconds.items():
-        sums[action.kind] += value
-        counts[action.kind] += 1
-    return {kind: sums[kind] / counts[kind] for kind in sums}
+def mean_seconds(frame: Frame, seconds: list[Seconds]) -> Seconds:
+    """The mean of each kind of pass over the table, those of a step's first and last microbatch among them."""
+    sums, counts = [0.0] * len(KINDS), [0] * len(KINDS)
+    for rank in frame.timetable.steps:
+        for stage, _, kind in rank:
+            sums[kind] += seconds[stage][kind]
+            counts[kind] += 1
+    return [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
 
 
 def stage_hops(job: Job) -> list[float]:
@@ -101,22 +91,20 @@ def sum_tied(job: Job, frame: Frame) -> float:
 
 def draw_pipeline(job: Job, frame: Frame, stages: list[StageWalks]) -> PlannedPipeline:
     """When each rank runs which pass, as predicted."""
-    seconds = pass_seconds(frame, stages)
-    times = replay(job.layout, frame.timetable, seconds.__getitem__, stage_hops(job))
+    seconds = [stage.seconds() for stage in stages]
+    drawn = replay_steadily(job.layout, frame.timetable, seconds, stage_hops(job))
+    timetable = drawn.timetable
     held = {stage.index: stage.layers for part in frame.parts for stage in part.stages}
     return PlannedPipeline(
         schedule=job.layout.schedule,
         stage_layers=tuple(held[index] for index in sorted(held)),
         stage_ranks=tuple(rank_of_stage(job.layout, index) for index in sorted(held)),
-        left_out=frame.timetable.repeats * frame.timetable.per_round,
-        ranks=tuple(drawn_rank(frame, times, rank) for rank in range(job.layout.pipeline)),
-    )
-
-
-def drawn_rank(frame: Frame, times: Replay, rank: int) -> tuple[PlannedPass, ...]:
-    """One rank's passes."""
-    rows = zip(frame.timetable.table[rank], times.begins_s[rank], times.ends_s[rank], strict=True)
-    return tuple(
-        PlannedPass(kind=kind, stage=stage, microbatch=each, begin_s=begin_s, end_s=end_s)
-        for (kind, stage, each), begin_s, end_s in rows
+        left_out=timetable.repeats * timetable.per_round,
+        ranks=tuple(
+            tuple(
+                PlannedPass(kind=kind, stage=stage, microbatch=each, begin_s=end - seconds[stage][place], end_s=end)
+                for (kind, stage, each), (_, _, place), end in zip(actions, steps, ends, strict=True)
+            )
+            for actions, steps, ends in zip(timetable.table, timetable.steps, drawn.ends_s, strict=True)
+        ),
     )

@@ -1,6 +1,7 @@
 """Predictions, and the plan that is made of them."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -62,10 +63,10 @@ def predict(job: Job) -> Prediction:
     return msgspec.structs.replace(prediction, pipeline=draw_pipeline(job, frame, walk_stages(job, frame)))
 
 
-def predict_framed(job: Job, frame: Frame) -> Prediction:
-    """The same without what a pipeline runs when. frame: what build_frame gives for the job."""
+def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction:
+    """The same without what a pipeline runs when. frame: what build_frame gives for the job. brief: as predict_step."""
     job = share_machine(job)
-    step, overlapped = predict_step(job, frame)
+    step, overlapped = predict_step(job, frame, brief=brief)
     step_s = step.total()
     tokens = job.data.global_batch * job.data.sequence
     return Prediction(
@@ -88,7 +89,7 @@ def notes_on(job: Job, *, known: bool) -> list[str]:
 
 def build_plan(job: Job) -> Plan:
     """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
-    found, rejected = search_layouts(job, predict_framed)
+    found, rejected = search_layouts(job, partial(predict_framed, brief=True))
     own = predict(job)
     ranked = rank_predictions(found)
     one = next((p for p in ranked if p.layout.world_size == 1), None)
@@ -103,10 +104,18 @@ def build_plan(job: Job) -> Plan:
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(ranked[:LISTED]),
+        ranked=tuple(rank_predictions(in_full(job, one) for one in ranked[:LISTED])),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
     )
+
+
+def in_full(job: Job, prediction: Prediction) -> Prediction:
+    """A prediction that the search made in brief, with what its pipeline waits for told apart."""
+    if prediction.layout.pipeline == 1 or not prediction.step_s:
+        return prediction
+    job = msgspec.structs.replace(job, layout=prediction.layout)
+    return predict_framed(job, build_frame(job))
 
 
 def rank_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:

@@ -1,15 +1,15 @@
 """The layouts a job could have: which fit, how fast they are, and which of them are worth trying."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import gcd
 
 import msgspec
 
-from meshwright.plan.compute import has_known_peak
 from meshwright.plan.fit import Rejected, fit_recompute, with_layout
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.part import Cut, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
+from meshwright.plan.time import bound_step
 from meshwright.record import Prediction
 from meshwright.spec import (
     Axis,
@@ -30,12 +30,14 @@ LARGEST_MICROBATCH = 64
 LARGEST_DIVIDED_MICROBATCH = 4
 # A rank's piece of a sequence is no shorter than this: attention's kernels and the ring's messages become too small.
 SHORTEST_PIECE = 1024
-# Of pipeline, context and tensor together, as many are tried in every variant; and the most stages that a rank is given.
+# Of pipeline, context and tensor together, as many are tried in every variant.
 GRIDS = 6
-MOST_STAGES = 8
+# No longer pipelines are tried; and none that cannot come this near to the fastest found.
+LONGEST_PIPELINE = 32
+SLACK = 1.25
 # gpipe holds more and is never faster than 1f1b, which is what a grid is tried with first.
 SCHEDULES: tuple[tuple[Schedule, tuple[int, ...]], ...] = (
-    ("interleaved", (2, 4, MOST_STAGES)),
+    ("interleaved", (2, 4)),
     ("zero-bubble", (2,)),
     ("zbv", (2,)),
     ("dualpipev", (2,)),
@@ -68,6 +70,16 @@ class Search:
             self._timetables[order] = build_timetable(layout, microbatches)
         return build_frame(job, self._cuts[axes], self._timetables[order])
 
+    def is_promising(self, bound_s: float) -> bool:
+        """Whether a step that is no shorter than this could be among the fastest."""
+        return not self.found or bound_s <= SLACK * min(p.step_s for p in self.found)
+
+    def add(self, candidates: Iterable[Job], frame: Frame) -> None:
+        """Predict these, but for pipelines that would be left far behind."""
+        for job in candidates:
+            if job.layout.pipeline == 1 or self.is_promising(bound_step(job, frame)):
+                self.found.append(self.predict(job, frame))
+
     def refuse(self, layout: Layout, error: SettingError) -> None:
         """Remember why no layout of this kind can run."""
         self.rejected.append(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
@@ -81,15 +93,18 @@ def search_layouts(job: Job, predict: Predict) -> tuple[list[Prediction], list[R
     return search.found, sorted(search.rejected, key=lambda r: r.layout.world_size)
 
 
-def plainest(job: Job, **sizes: int) -> Layout:
+def plainest(job: Job, *, pipeline: int = 1, shard: int = 1, context: int = 1, tensor: int = 1) -> Layout:
     """The job's layout with these axes and none other. What means something along one of the others is left out."""
     base = job.layout
     return Layout(
+        pipeline=pipeline,
+        shard=shard,
+        context=context,
+        tensor=tensor,
         order=base.order,
         precision=base.precision,
-        context_form=base.context_form if sizes.get("context", 1) > 1 else "ring",
-        async_tensor=base.async_tensor and sizes.get("tensor", 1) > 1,
-        **sizes,
+        context_form=base.context_form if context > 1 else "ring",
+        async_tensor=base.async_tensor and tensor > 1,
     )
 
 
@@ -132,7 +147,7 @@ def search_split(search: Search, split: Layout) -> None:
             candidate = with_layout(job, msgspec.structs.replace(split, zero=zero, microbatch=microbatch))
             frame = search.frame(candidate)
             fitting, missing = fit_recompute(candidate, frame)
-            search.found += [search.predict(each, frame) for each in fitting]
+            search.add(fitting, frame)
             if missing is not None:
                 # Larger microbatches need more still.
                 search.rejected.append(missing)
@@ -143,15 +158,11 @@ def search_split(search: Search, split: Layout) -> None:
 
 
 def search_grids(search: Search) -> None:
-    """Pipelines and divided sequences, on all devices: each grid in one way, then the fastest in every way."""
-    tried: list[Prediction] = []
-    for grid in grids(search.job):
-        best = try_grid(search, grid)
-        tried += [best] if best is not None else []
-    known = has_known_peak(search.job.cluster.device, search.job)
-    for best in sorted(tried, key=lambda p: p.step_s)[: GRIDS if known else 0]:
-        vary_grid(search, best.layout)
-    search.found += [one for one in tried if all(one.layout != other.layout for other in search.found)]
+    """Pipelines and divided sequences, on all devices: each grid by a bound, then the most promising in every way."""
+    tried = [(bound_s, candidate) for grid in grids(search.job) for bound_s, candidate in try_grid(search, grid)]
+    for bound_s, candidate in sorted(tried, key=lambda pair: pair[0])[:GRIDS]:
+        if search.is_promising(bound_s):
+            vary_grid(search, candidate.layout)
 
 
 def grids(job: Job) -> Iterator[Layout]:
@@ -161,7 +172,7 @@ def grids(job: Job) -> Iterator[Layout]:
         # Ranks that share a machine's cores are no faster for being more; what fits a rank fits one process.
         return
     for tensor in axis_sizes(job.cluster.devices_per_node):
-        for pipeline in axis_sizes(devices):
+        for pipeline in axis_sizes(min(devices, LONGEST_PIPELINE)):
             for context in axis_sizes(devices):
                 inner = pipeline * context * tensor
                 long = job.data.sequence // (context * tensor) >= SHORTEST_PIECE or context == 1
@@ -189,13 +200,16 @@ def check_grid(job: Job, layout: Layout) -> None:
     check_schedule(layout, layout.accumulation(job.data.global_batch), job.model.layers)
 
 
-def try_grid(search: Search, grid: Layout) -> Prediction | None:
-    """The grid sharded over all its data ranks, a sequence at a time, with as little freed between passes as fits."""
+def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:
+    """The grid sharded over all its data ranks, a sequence at a time, with as little freed between passes as fits.
+
+    With a bound on its step; nothing where it cannot run or does not fit.
+    """
     try:
         check_grid(search.job, grid)
     except SettingError as error:
         search.refuse(grid, error)
-        return None
+        return []
     missing: Rejected | None = None
     for experts in reversed(expert_sizes(search.job, grid)):
         for zero in (1, 3) if grid.shard * grid.context > 1 else (1,):
@@ -203,9 +217,9 @@ def try_grid(search: Search, grid: Layout) -> Prediction | None:
             frame = search.frame(candidate)
             fitting, missing = fit_recompute(candidate, frame)
             if fitting:
-                return min((search.predict(each, frame) for each in fitting), key=lambda p: p.step_s)
+                return [min(((bound_step(each, frame), each) for each in fitting), key=lambda pair: pair[0])]
     search.rejected += [missing] if missing is not None else []
-    return None
+    return []
 
 
 def vary_grid(search: Search, grid: Layout) -> None:
@@ -230,7 +244,7 @@ def vary_grid(search: Search, grid: Layout) -> None:
             continue
         candidate = with_layout(job, layout)
         frame = search.frame(candidate)
-        search.found += [search.predict(each, frame) for each in fit_recompute(candidate, frame)[0]]
+        search.add(fit_recompute(candidate, frame)[0], frame)
 
 
 def manners(best: Layout) -> Iterator[Layout]:

@@ -16,11 +16,11 @@ from meshwright.spec import Job, count_flops
 CONTROL_BYTES = 12
 
 
-def predict_step(job: Job, frame: Frame | None = None) -> tuple[StepAccount, dict[str, float]]:
+def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -> tuple[StepAccount, dict[str, float]]:
     """Seconds of one step by bucket, the mean over a pipeline's ranks, and transfers hidden under compute by purpose.
 
     All zero where the device's peak is not known: a step time would be a guess. frame: what build_frame gives for the
-    job, where the caller has it already.
+    job, where the caller has it already. brief: for the step's sum alone, with all that a pipeline waits for as bubble.
     """
     device = job.cluster.device
     if not has_known_peak(device, job):
@@ -29,13 +29,14 @@ def predict_step(job: Job, frame: Frame | None = None) -> tuple[StepAccount, dic
     rates, microbatches, ranks = rates_of(device), accumulation_of(job), job.layout.pipeline
     stages = walk_stages(job, frame)
     walk = mean_walk(stages, microbatches, ranks)
-    idle = explain_idle(job, frame, stages)
+    launches_s = sum(rank_launches(job, part) for part in frame.parts) * microbatches / ranks
+    eager_s = launches_s if device.kind == "cpu" else 0.0
+    idle = explain_idle(job, frame, stages, walk.busy_s() + eager_s, brief=brief)
     useful_s = useful_seconds(job)
     optimizers = [predict_optimizer(job, part.local) for part in frame.parts]
     optimizer_s = sum(optimizers) / ranks
-    launches_s = sum(rank_launches(job, part) for part in frame.parts) * microbatches / ranks
     # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
-    late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - walk.busy_s() - idle.total_s())
+    late_s = eager_s if device.kind == "cpu" else max(0.0, launches_s - walk.busy_s() - idle.total_s())
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,
@@ -53,6 +54,23 @@ def predict_step(job: Job, frame: Frame | None = None) -> tuple[StepAccount, dic
         host=late_s + rates.step_s,
     )
     return account, hidden_seconds(stages, walk, idle, microbatches, ranks)
+
+
+def bound_step(job: Job, frame: Frame) -> float:
+    """Seconds that a 1F1B step cannot be shorter than, but for what all layouts have alike; 0 without known peaks.
+
+    A stage begins when the first microbatch has come through those before it, and when it ends the last one's gradient
+    has to go back through them.
+    """
+    if not has_known_peak(job.cluster.device, job):
+        return 0.0
+    microbatches = accumulation_of(job)
+    before_s = bound_s = 0.0
+    for stage in walk_stages(job, frame):
+        whole_s = stage.first.busy_s() + stage.last.busy_s() + (microbatches - 1) * stage.middle.busy_s()
+        bound_s = max(bound_s, before_s + whole_s)
+        before_s += stage.middle.busy_s()
+    return bound_s
 
 
 def hidden_seconds(stages: list[StageWalks], walk: Walk, idle: Idle, microbatches: int, ranks: int) -> dict[str, float]:

@@ -33,7 +33,7 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
         names = self.__struct_fields__
         return Walk(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def repeated(self, times: int) -> "Walk":
+    def repeated(self, times: float) -> "Walk":
         """The same passes `times` over."""
         return Walk(**{name: getattr(self, name) * times for name in self.__struct_fields__})
 
@@ -63,13 +63,21 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
 
 
 def walk_backward(
-    pieces: Sequence[Piece], *, gathers: bool, scatters: bool, all_reduces: bool, accumulates: bool, overlaps: bool
+    pieces: Sequence[Piece],
+    *,
+    gathers: bool,
+    scatters: bool,
+    all_reduces: bool,
+    accumulates: bool,
+    overlaps: bool,
+    last: bool = True,
 ) -> Walk:
     """A backward pass, from the last piece to the first.
 
     Gathers and reductions share the links and are sent in the order in which FSDP issues them: the next piece's
     gather when a piece begins, a piece's reduction when it ends. FSDP keeps one reduction in flight: a piece that
-    ends before the previous one's reduction waits for it. The last reduction is exposed.
+    ends before the previous one's reduction waits for it. Only in a step's last backward pass is the last reduction
+    waited for.
     """
     order = list(reversed(pieces))
     # The head stays whole between the passes; the root is gathered first of all, when the backward pass begins.
@@ -101,7 +109,8 @@ def walk_backward(
     )
     if not overlaps:
         return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s, exposed_replica_s=replica_s)
-    gather_wait_s, reduce_wait_s = overlap_backward(stretches)
+    gather_wait_s, reduce_wait_s, left_s = overlap_backward(stretches)
+    reduce_wait_s += left_s if last else 0.0
     replica_share = replica_s / reduced_s if replica_s else 0.0
     return msgspec.structs.replace(
         whole,
@@ -147,8 +156,8 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         return all(abs(max(0.0, one) - max(0.0, two)) <= 1e-12 for one, two in pairs)
 
 
-def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float]:
-    """Seconds that compute waits for gathers and for reductions, the tail included."""
+def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float, float]:
+    """Seconds that compute waits for gathers and for reductions, and what is left of the last one at the end."""
     clock = Clock(links_s=stretches[-1].gather_s)
     for index, stretch in enumerate(stretches):
         # The root, last, is whole since the pass began.
@@ -166,7 +175,7 @@ def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float]:
                 )
                 left = 1
         clock = pass_piece(clock, stretch, following_s)
-    return clock.gather_wait_s, clock.reduce_wait_s + max(0.0, clock.in_flight_s)
+    return clock.gather_wait_s, clock.reduce_wait_s, max(0.0, clock.in_flight_s)
 
 
 def pass_piece(clock: Clock, piece: Stretch, following_s: float) -> Clock:
