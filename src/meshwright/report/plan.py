@@ -8,6 +8,7 @@ import msgspec
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
 from meshwright.record import Prediction
+from meshwright.report.pipeline import blocks_held
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +41,8 @@ def plan_text(plan: Plan, console: "Console") -> None:
             console.print("")
             console.print(part, width=width)
     console.print("")
+    if plan.job.pipeline is not None:
+        console.print(f"Stages {blocks_held(plan.job.pipeline)}", width=width, markup=False)
     console.print(notes(plan.job), width=width)
 
 
@@ -125,8 +128,8 @@ def ranking(plan: Plan) -> "Table | None":
 def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
     """A row of the ranking; the job's own layout is marked."""
     layout, size = prediction.layout, gb(prediction.memory.total())
-    where = layout.placement() + (" <- this job" if own else "")
-    zero = str(layout.zero) if layout.shard > 1 or layout.zero < 3 else "-"
+    where = layout.placement() + layout.manner() + (" <- this job" if own else "")
+    zero = str(layout.zero) if layout.shard * layout.context > 1 or layout.zero < 3 else "-"
     recompute = {"none": "-", 0: "-"}.get(layout.recompute, f"{layout.recompute}")
     first = " layers" if isinstance(layout.recompute, int) and layout.recompute else ""
     cells = [where, zero, str(layout.microbatch), recompute + first, str(layout.world_size)]
