@@ -36,7 +36,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
     it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
-    of `considered` that fit. capacity_bytes: of one device, for the job's own number of ranks.
+    of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
+    the job's own number of ranks.
     """
 
     verdict: str
@@ -104,10 +105,17 @@ def build_plan(job: Job) -> Plan:
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(rank_predictions(in_full(job, one) for one in ranked[:LISTED])),
+        ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
     )
+
+
+def list_of(ranked: Sequence[Prediction]) -> list[Prediction]:
+    """The fastest, and of each axis that divides models or sequences the fastest with it, however far behind."""
+    axes = ("pipeline", "context", "tensor", "expert")
+    firsts = [next((p for p in ranked if getattr(p.layout, axis) > 1), None) for axis in axes]
+    return [p for place, p in enumerate(ranked) if place < LISTED or any(p is first for first in firsts)]
 
 
 def in_full(job: Job, prediction: Prediction) -> Prediction:

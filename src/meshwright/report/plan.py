@@ -112,17 +112,27 @@ def ranking(plan: Plan) -> "Table | None":
     """The fastest layouts that fit; the job's own is marked."""
     if not plan.ranked:
         return None
-    shown = plan.ranked[:LISTED_LAYOUTS]
-    known = bool(shown[0].step_s)
-    order = f"{'Fastest' if known else 'First'} {len(shown)}"
-    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first)"
+    fastest = plan.ranked[:LISTED_LAYOUTS]
+    shown = [p for place, p in enumerate(plan.ranked) if place < LISTED_LAYOUTS or leads(plan.ranked, place)]
+    order = f"{'Fastest' if fastest[0].step_s else 'First'} {len(fastest)}"
+    others = " and the first with each other axis" if len(shown) > len(fastest) else ""
+    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
-    for position, prediction in enumerate(shown, 1):
+    for prediction in shown:
         own = prediction.layout == plan.job.layout
-        table.add_row(f"{position}", *layout_cells(prediction, own=own), style="bold" if own else "")
+        table.add_row(
+            f"{plan.ranked.index(prediction) + 1}", *layout_cells(prediction, own=own), style="bold" if own else ""
+        )
     if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
         table.add_row("...", *layout_cells(plan.job, own=True), style="bold")
     return titled(title, table)
+
+
+def leads(ranked: Sequence[Prediction], place: int) -> bool:
+    """Whether a layout is the first with an axis that divides models or sequences."""
+    axes = ("pipeline", "context", "tensor", "expert")
+    used = [axis for axis in axes if getattr(ranked[place].layout, axis) > 1]
+    return any(all(getattr(before.layout, axis) == 1 for before in ranked[:place]) for axis in used)
 
 
 def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
