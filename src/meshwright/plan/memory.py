@@ -8,7 +8,6 @@ from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.part import STATE_BYTES, Groups, Part, sharding
-from meshwright.plan.replay import within
 from meshwright.spec import Job
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
@@ -32,24 +31,25 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     frame = frame or build_frame(job)
     alive = frame.timetable.alive
     account = max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
-    account = msgspec.structs.replace(account, framework=framework_bytes(job))
-    return msgspec.structs.replace(account, fragmentation=fragmentation_bytes(job, account))
+    return msgspec.structs.replace(
+        account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
+    )
 
 
 def tell_apart(job: Job, frame: Frame) -> list[Part]:
-    """One part of each kind: ranks in the middle of a pipeline differ by how many microbatches are alive alone."""
-    again, alive = job.layout.recomputed_layers(job.model.layers), frame.timetable.alive
-    kinds: dict[tuple[object, ...], list[Part]] = {}
-    for part in frame.parts:
-        kind = tuple(
+    """The parts that could be the fullest: ranks in the middle of a pipeline differ by the microbatches alive alone."""
+    again, apart = job.layout.recomputed_layers(job.model.layers), list(frame.parts[:1])
+    kinds = [
+        [
             (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
             for stage in part.stages
-        )
-        others = kinds.setdefault(kind, [])
-        # The ranks of a schedule that come first have most alive.
-        if not any(all(any(within(one, most) for most in alive[o.rank]) for one in alive[part.rank]) for o in others):
-            others.append(part)
-    return [part for parts in kinds.values() for part in parts]
+        ]
+        for part in frame.parts
+    ]
+    for part, before, kind in zip(frame.parts[1:], kinds, kinds[1:], strict=False):
+        if kind != before or not frame.timetable.emptier[part.rank]:
+            apart.append(part)
+    return apart
 
 
 def sum_held(account: MemoryAccount) -> float:
@@ -119,8 +119,8 @@ def framework_bytes(job: Job) -> float:
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
-def fragmentation_bytes(job: Job, account: MemoryAccount) -> float:
+def fragmentation_bytes(job: Job, held: float) -> float:
     """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
     if job.cluster.device.kind == "cpu":
         return CPU_SCRATCH_BYTES
-    return FRAGMENTATION_SHARE * (account.total() - account.framework)
+    return FRAGMENTATION_SHARE * held

@@ -1,6 +1,7 @@
 """A pipeline's schedule replayed pass by pass: when each begins, waits included, and when the last one ends."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -24,7 +25,7 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
 
     steps: the table with each pass's place in KINDS. microbatches: of the table; repeats: rounds left out, of
     `per_round` microbatches each. alive: for each rank the microbatches between their passes, one number for each of
-    its stages, at each moment that could be the fullest.
+    its stages, at each moment that could be the fullest; emptier: whether the rank before it never has fewer.
     """
 
     table: Table
@@ -33,6 +34,7 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
     per_round: int
     repeats: int
     alive: tuple[tuple[tuple[int, ...], ...], ...]
+    emptier: tuple[bool, ...]
 
 
 def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> Timetable:
@@ -49,13 +51,16 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
         repeats = microbatches - 1
     shortened = microbatches - repeats * per_round
     table = build_schedule(layout, shortened)
+    alive = tuple(fullest_moments(rank) for rank in table)
+    covered = (all(any(within(one, most) for most in before) for one in here) for before, here in pairwise(alive))
     return Timetable(
         table=table,
         steps=tuple(tuple(step_of(action, shortened) for action in rank) for rank in table),
         microbatches=shortened,
         per_round=per_round,
         repeats=repeats,
-        alive=tuple(fullest_moments(rank) for rank in table),
+        alive=alive,
+        emptier=(False, *covered),
     )
 
 

@@ -35,6 +35,8 @@ GRIDS = 6
 # No longer pipelines are tried; and none that cannot come this near to the fastest found.
 LONGEST_PIPELINE = 32
 SLACK = 1.25
+# Of the step, what a pipeline must wait for other schedules to be worth a try.
+WORTH_A_TRY = 0.02
 # gpipe holds more and is never faster than 1f1b, which is what a grid is tried with first.
 SCHEDULES: tuple[tuple[Schedule, tuple[int, ...]], ...] = (
     ("interleaved", (2, 4)),
@@ -235,8 +237,10 @@ def vary_grid(search: Search, grid: Layout) -> None:
     found = search.found[before:]
     if not found:
         return
-    best = min(found, key=lambda p: p.step_s).layout
-    for layout in manners(best):
+    best = min(found, key=lambda p: p.step_s)
+    # In brief, all that a pipeline waits for is bubble.
+    waits = best.step.bubble > WORTH_A_TRY * best.step_s
+    for layout in manners(best.layout, schedules=waits):
         try:
             check_grid(job, layout)
         except SettingError:
@@ -247,13 +251,13 @@ def vary_grid(search: Search, grid: Layout) -> None:
         search.add(fit_recompute(candidate, frame)[0], frame)
 
 
-def manners(best: Layout) -> Iterator[Layout]:
+def manners(best: Layout, *, schedules: bool) -> Iterator[Layout]:
     """The layout with other schedules and, where it divides sequences, with heads exchanged for tokens."""
     best = msgspec.structs.replace(best, recompute="none")
     if best.context > 1:
         other = "ring" if best.context_form == "all-to-all" else "all-to-all"
         yield msgspec.structs.replace(best, context_form=other)
-    if best.pipeline > 1:
+    if best.pipeline > 1 and schedules:
         for schedule, held in SCHEDULES:
             for stages in held:
                 # Weights' gradients that come late need parameters that stay.
