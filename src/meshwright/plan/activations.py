@@ -150,27 +150,41 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
 
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
-    layout, compiled = job.layout, is_compiled(job)
+    layout, compiled, tokens = job.layout, is_compiled(job), tokens_of(job)
     size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
+    # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
+    mask = 0 if job.cluster.device.kind == "cuda" else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))
     kept, done, again, start = 0.0, 0.0, float("-inf"), 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0
         whole = keep_block(cut, dense=dense, selective=False, compiled=compiled).bytes_at(layout.precision)
+        whole = tokens * whole + size * mask
         if layout.recompute == "selective":
             part = keep_block(cut, dense=dense, selective=True, compiled=compiled).bytes_at(layout.precision)
-            kept, again = kept + count * part, max(again, whole - part)
+            kept, again = kept + count * tokens * part, max(again, whole - tokens * part)
             continue
         inputs = min(max(0, recomputed - start), count)
-        kept += inputs * size * split + (count - inputs) * whole
+        kept += inputs * tokens * size * split + (count - inputs) * whole
         done = 0.0 if inputs else done
         again = whole if inputs else again
         done += (count - inputs) * whole
         start += count
+    # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
+    kept += mask if recomputed or layout.recompute == "selective" else 0
     # A stage's output is there until its gradient comes back.
-    kept += outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split)
-    tokens = tokens_of(job)
-    return Activations(kept=tokens * kept + tables_bytes(job), again=tokens * (again - done))
+    kept += tokens * (outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split))
+    return Activations(kept=kept + tables_bytes(job), again=again - done)
+
+
+def mask_elements(job: Job) -> int:
+    """Of the table of what each token sees of the others; 0 where it sees all of the past, or a ring goes by tiles."""
+    square = job.data.sequence**2
+    if job.layout.context > 1 and job.layout.context_form == "ring":
+        return 0
+    if job.data.attention == "document":
+        return job.layout.microbatch * square
+    return square if 0 < job.model.attention_window < job.data.sequence else 0
 
 
 def activation_bytes(job: Job, part: Part) -> float:
@@ -216,11 +230,13 @@ def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:
 
 
 def tables_bytes(job: Job) -> float:
-    """cos and sin in fp32, or int64 positions, once for all blocks and sequences."""
+    """cos and sin in fp32, or int64 positions, once for all blocks; for all sequences too, unless each counts from its
+    own documents' starts."""
+    places = local_sequence(job) * (job.layout.microbatch if job.data.attention == "document" else 1)
     if job.model.parts.positions == "learned":
-        return 8.0 * local_sequence(job)
+        return 8.0 * places
     rotated = job.model.latent.rope_head_dim if job.model.latent else job.model.head_dim
-    return 2 * local_sequence(job) * rotated // 2 * 4.0
+    return 2 * places * rotated // 2 * 4.0
 
 
 def logits_bytes(job: Job) -> float:
