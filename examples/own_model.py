@@ -1,4 +1,4 @@
-"""A model of your own, sharded or split: torchrun --nproc-per-node 2 examples/own_model.py shard (or: tensor)."""
+"""A model of your own: torchrun --nproc-per-node 2 examples/own_model.py AXIS (replica, shard or tensor)."""
 
 import sys
 from collections import OrderedDict
@@ -36,6 +36,8 @@ def build_net() -> nn.Module:
     return nn.Sequential(OrderedDict(**parts, head=nn.Linear(WIDTH, TOKENS, bias=False)))
 
 
+if sys.argv[1:] not in (["replica"], ["shard"], ["tensor"]) or not dist.is_torchelastic_launched():
+    sys.exit(__doc__)
 device = mp.start_distributed()
 layout = Layout(**{sys.argv[1]: dist.get_world_size()}, precision="fp32")
 mesh = mp.build_mesh(layout, device)

@@ -13,6 +13,7 @@ from commands import MESHWRIGHT, TIMEOUT_S, environment, run, write_job
 from synthetic import a_run
 
 from meshwright import cli
+from meshwright.plan import machine
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
 
@@ -80,9 +81,9 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         (["train", str(QUICKSTART), "--set", "model.name=mixtral-8x7b"], "training it is not built yet"),
         (["train"], "takes either a job file or --resume RUN"),
         (["train", str(QUICKSTART), "--resume", "runs/x"], "takes either a job file or --resume RUN"),
-        (["train", "--resume", "runs/nowhere"], "holds no job.toml"),
+        (["train", "--resume", "runs/nowhere"], "does not exist"),
         (["explain", str(QUICKSTART.parent)], "holds no job.toml"),
-        (["sample", "runs/nowhere"], "holds no job.toml"),
+        (["sample", "runs/nowhere"], "does not exist"),
     ],
 )
 def test_a_slip_is_one_line(
@@ -123,9 +124,29 @@ def test_more_devices_than_are_here(told, tmp_path: Path, monkeypatch: pytest.Mo
     assert told("plan", job).code == 0
 
 
+def test_devices_that_are_not_here_come_before_the_layout(told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = told("train", QUICKSTART, "--set", "cluster.gpus=8xh100", "--set", "layout.microbatch=5")
+    assert done.code == 2 and "cluster of 8 x h100: this machine has no GPU" in done.err
+
+
 def test_more_ranks_than_devices(told, tmp_path: Path) -> None:
     done = told("train", write_job(tmp_path), "--set", "layout.shard=4")
     assert done.code == 2 and "more ranks than devices" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_job_that_is_far_too_large_is_refused_with_what_fits(told, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 2e9)
+    few = ("--set", "cluster.processes=1", "--set", "data.global_batch=64", "--set", "data.sequence=4096")
+    wide = ("--set", "model.vocabulary=32000", "--set", "layout.microbatch=64")
+    done = told("train", write_job(tmp_path), *few, *wide)
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "GB of the 2.0 GB a device has" in done.err and "--set layout.microbatch=" in done.err
+    # Parameters, gradients and optimizer states are no matter of prediction: whatever the layout, they are there.
+    done = told("train", write_job(tmp_path), "--set", "cluster.processes=1", "--set", "model.name=llama3-8b")
+    assert done.code == 2 and "nearest that works: a smaller model" in done.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -147,6 +168,16 @@ def test_the_plan_as_json(told) -> None:
     assert best["memory"]["parameters"] > 0 and best["tokens_per_s"] > 0
     assert all(rejected["reason"] and rejected["nearest"] for rejected in plan["rejected"])
     assert plan["sequence"] == 8192 and plan["global_batch"] == 128
+
+
+def test_a_plan_is_indented_under_its_labels_and_ends_no_line_with_spaces(told) -> None:
+    lines = told("plan", "--model", "llama3-8b", "--gpus", "8xh100").out.splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    for label in ("Verdict", "Notes"):
+        first = next(number for number, line in enumerate(lines) if line.startswith(label))
+        rest = [*lines[first + 1 :], ""]
+        wrapped = rest[: rest.index("")]
+        assert wrapped and all(line.startswith(" " * (len(label) + 2)) for line in wrapped)
 
 
 def test_options_of_planning_are_taken(told) -> None:

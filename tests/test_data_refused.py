@@ -192,7 +192,7 @@ def test_model_with_too_small_a_vocabulary(corpus: Path) -> None:
     job = read_job(QUICKSTART, ["model.vocabulary=256", f"data.path={corpus}"], local=one_process)
     job = msgspec.structs.replace(job, data=settings_for(corpus))
     assert refusal(lambda: open_stream(job)) == (
-        "model.vocabulary = 256: the data has 257 different tokens; nearest that works: model.vocabulary = 257"
+        "model.vocabulary = 256: the data's vocabulary is 257 tokens; nearest that works: model.vocabulary = 257"
     )
 
 

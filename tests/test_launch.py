@@ -91,6 +91,8 @@ def test_a_finished_run_is_neither_overwritten_nor_resumed(finished: tuple[Path,
     assert "--set run.steps=16" in resumed.stderr
     forbidden = run("train", "--resume", run_folder, "--set", "data.sequence=8")
     assert forbidden.returncode == 2 and "cannot change in a run that has begun" in forbidden.stderr
+    slip = run("train", "--resume", run_folder, "--set", "run.stepz=20")
+    assert slip.returncode == 2 and "run.stepz: no such setting; nearest that works: run.steps" in slip.stderr
     assert (run_folder / "metrics.jsonl").read_bytes() == before
 
 
@@ -134,6 +136,40 @@ def test_ctrl_c_before_the_first_step(tmp_path: Path, moment: str) -> None:
     nothing_left(tmp_path)
     # Nothing was trained, so nothing stands in the way of the next try.
     assert not run_folder.exists()
+
+
+SLOW_EVALUATION = """
+import sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "meshwright.train.loop":
+            sys.meta_path.remove(self)
+            from meshwright.train import evaluate
+            evaluate.evaluate = lambda *arguments: time.sleep(60)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_ctrl_c_in_the_first_evaluation_stops_at_once(tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    run_folder = tmp_path / "runs" / "tiny"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_EVALUATION)
+    with running("train", job, MARK=str(tmp_path), PYTHONPATH=with_this(tmp_path)) as train:
+        wait_until(lambda: lines_in(run_folder / "attempts/0/events/rank-1.jsonl") > 0, train)
+        train.send_signal(signal.SIGINT)
+        out, err = train.communicate(timeout=30)
+    assert train.returncode == 130
+    assert out.endswith("evaluating before step 1: up to 2 held-out samples\n")
+    assert err == "stopped before the first step; nothing to save\n"
+    nothing_left(tmp_path)
+    assert not run_folder.exists()
+
+
+def with_this(folder: Path) -> str:
+    """A PYTHONPATH with a folder in front."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 CRASH = """

@@ -330,6 +330,15 @@ def test_a_sequence_that_does_not_divide_is_refused() -> None:
     assert "layout.tensor = 2: does not divide the sequence, 7 long" in run_ranks(2, refused_sequence)[0]
 
 
+@pytest.mark.parametrize("arguments", [[], ["shrad"], ["shard"]], ids=["no axis", "a slip", "no torchrun"])
+def test_the_example_says_how_it_is_used(arguments: list[str]) -> None:
+    command = [sys.executable, ROOT / "examples" / "own_model.py", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 1
+    assert "torchrun --nproc-per-node 2 examples/own_model.py AXIS" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("axis", ["shard", "tensor"])
 def test_the_example_of_the_page(axis: str) -> None:
     example = ROOT / "examples" / "own_model.py"

@@ -278,11 +278,21 @@ def test_a_run_that_cannot_be_made_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_opening_what_is_no_run_names_one_that_is(tmp_path):
-    create_run(tmp_path / "good", "x = 1\n")
-    with pytest.raises(SettingError) as caught:
-        open_run(tmp_path / "god")
-    assert str(tmp_path / "good") in caught.value.nearest
-    assert open_run(tmp_path / "good").path == tmp_path / "good"
+    def refused(path: Path) -> tuple[str, str]:
+        with pytest.raises(SettingError) as caught:
+            open_run(path)
+        return caught.value.reason, caught.value.nearest
+
+    runs = tmp_path / "runs"
+    for name in ("good", "tiny"):
+        start_attempt(create_run(runs / name, "x = 1\n"), a_prediction(a_job()))
+    # Where somebody keeps a job file of their own.
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "job.toml").write_text("x = 1\n")
+    assert refused(runs / "god") == ("does not exist", str(runs / "good"))
+    assert refused(runs) == ("holds no job.toml", f"{runs / 'good'}, {runs / 'tiny'}")
+    assert refused(tmp_path / "mine") == ("does not exist", "a folder that meshwright train made")
+    assert open_run(runs / "good").path == runs / "good"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -354,6 +354,9 @@ def test_the_commands_show_what_is_there(tmp_path: Path) -> None:
     assert f"vocabulary used           {used} of 300\n" in stats
     assert f"masked tokens             {folder.manifest.masked / folder.manifest.tokens:.1%}\n" in stats
     assert f"{24 / stream.training_samples:.2f} (24 samples)" in stats
+    small = run("data", "stats", tmp_path / "job.toml", "--set", "model.vocabulary=299")
+    assert small.returncode == 2 and small.stdout == stats
+    assert "model.vocabulary = 299: the data's vocabulary is 300 tokens" in small.stderr
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,10 @@ def test_a_job_that_is_right_is_said_to_be(tmp_path: Path) -> None:
     assert "shard 2" in told.stdout
     for what in ("samples", "outputs of step 1", "loss", "gradients of step 1", "weights after step 5", "blocks.0"):
         assert what in told.stdout
+    assert told.stdout.startswith(
+        "The job, shrunk to: shard 2, zero 3, microbatch 1, fp32, against one process (llama,"
+    )
+    assert told.stderr.startswith("verifying in fp32: one process, then 2 ranks;")
     assert "The layout equals one process" in told.stdout
     assert not list(tmp_path.glob("meshwright-verify-*"))
 
@@ -189,7 +193,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, training: bool) -> N
         if training:
             commands.wait_until(lambda: any(tmp_path.glob(pattern)), process)
         os.kill(process.pid, signal.SIGINT)
-        process.communicate(timeout=commands.TIMEOUT_S)
+        _, err = process.communicate(timeout=commands.TIMEOUT_S)
     assert process.returncode == 130
+    assert err.endswith("\nstopped; nothing was compared\n")
     commands.nothing_left(tmp_path)
     assert not list(tmp_path.glob("meshwright-verify-*"))

@@ -41,7 +41,7 @@ def train(job: "Job") -> Path:
     from meshwright.cli import check_devices
 
     launch.needs_torch("train")
-    check_devices(job)
+    check_devices(job.cluster)
     folder, attempt = launch.begin_attempt(None, job)
     code = launch.run_attempt(folder, attempt, time.time())
     if code:

@@ -14,7 +14,7 @@ CLOSING_TOLERANCE = 0.02
 
 # What each bucket means, in the words that tables and reports print: short enough for a line of 100 columns.
 MEANINGS: dict[str, str] = {
-    "useful": "model FLOPs at the device's datasheet peak",
+    "useful": "model FLOPs at the device's peak rate",
     "contention": "compute slowed by transfers that overlap it",
     "inefficiency": "the rest of compute: kernels below peak",
     "recompute": "forward redone for activation checkpointing",

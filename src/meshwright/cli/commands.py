@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright import __version__
-from meshwright.cli.machine import as_setting, check_devices, described, here, local, read, under_torchrun
+from meshwright.cli.machine import (
+    as_setting,
+    check_devices,
+    described,
+    here,
+    local,
+    read,
+    read_runnable,
+    under_torchrun,
+)
 from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
@@ -78,11 +87,10 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
         raise SettingError("meshwright train", "takes either a job file or --resume RUN", "meshwright train JOB.toml")
     launch.needs_torch("train")
     if resume is not None:
-        folder, resolved = launch.reopen_run(resume, settings, local=local)
+        folder, resolved = launch.reopen_run(resume, settings, local=local, admit=check_devices)
     else:
         assert job is not None
-        folder, resolved = None, read(job, settings)
-    check_devices(resolved)
+        folder, resolved = None, read_runnable(job, settings)
     # The profiler prints a line for each step it watches, and only the environment can silence it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if under_torchrun():

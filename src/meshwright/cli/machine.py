@@ -34,6 +34,13 @@ def read(job: Path, settings: Sequence[str]) -> "Job":
     return read_job(job, settings, local=local, find=find)
 
 
+def read_runnable(job: Path, settings: Sequence[str]) -> "Job":
+    """The job file, resolved for this machine, which has the devices to run it."""
+    from meshwright.spec.decode import read_job
+
+    return read_job(job, settings, local=local, find=find, admit=check_devices)
+
+
 def described(
     model: str | None, gpus: str | None, sequence: int | None, global_batch: int | None, settings: tuple[str, ...]
 ) -> "Job":
@@ -85,9 +92,9 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def check_devices(job: "Job") -> None:
+def check_devices(wanted: "Cluster") -> None:
     """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
-    wanted, here = job.cluster, local(job.cluster.devices_per_node)
+    here = local(wanted.devices_per_node)
     # Under torchrun every node starts its own ranks; without it all of them start here.
     needed = wanted.devices_per_node if under_torchrun() else wanted.devices
     if wanted.device.kind == "cuda" and (here.device.kind != "cuda" or here.devices < needed):

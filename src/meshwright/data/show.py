@@ -10,7 +10,7 @@ from meshwright.data.build import COUNT_TOKENS, LARGEST_BIGRAM_VOCABULARY
 from meshwright.data.folder import TokenFolder
 from meshwright.data.mixture import count_before
 from meshwright.data.prepare import prepare
-from meshwright.data.stream import SourceSplits, Stream
+from meshwright.data.stream import SourceSplits, Stream, check_vocabulary
 from meshwright.data.tokenizer import Tokenizer, open_reader
 from meshwright.spec import Job, SettingError
 
@@ -84,6 +84,8 @@ def stats_lines(job: Job) -> Iterator[str]:
         yield f"  documents                 {sum(folder.manifest.documents for folder in folders):,}"
         yield f"  tokens                    {tokens:,}"
         yield f"  held-out samples          {stream.held_out_samples:,}, in the same shares"
+    # Last: whoever asks may be looking for the number.
+    check_vocabulary(job, folders)
 
 
 def folder_lines(folder: TokenFolder) -> Iterator[str]:

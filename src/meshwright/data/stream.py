@@ -150,14 +150,16 @@ def checksum_of(folders: Sequence[TokenFolder], shares: Sequence[int]) -> str:
 def open_stream(job: Job) -> Stream:
     """Prepare the job's data where needed and open its stream."""
     folders = prepare(job.data)
+    check_vocabulary(job, folders)
+    return Stream(folders, job.data, job.run.seed)
+
+
+def check_vocabulary(job: Job, folders: Sequence[TokenFolder]) -> None:
+    """Raise SettingError where the data may hold tokens that the model has not, whether or not one of them occurs."""
     needed = max(folder.manifest.vocabulary for folder in folders)
     if job.model.vocabulary < needed:
-        raise SettingError(
-            f"model.vocabulary = {job.model.vocabulary}",
-            f"the data has {needed} different tokens",
-            f"model.vocabulary = {needed}",
-        )
-    return Stream(folders, job.data, job.run.seed)
+        reason = f"the data's vocabulary is {needed:,} tokens"
+        raise SettingError(f"model.vocabulary = {job.model.vocabulary}", reason, f"model.vocabulary = {needed}")
 
 
 def too_short(settings: DataSettings, which: str, tokens: int, besides: str) -> SettingError:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from meshwright.data.chat import ChatError, ChatTemplate
 from meshwright.data.folder import END, VOCABULARY, is_prepared, open_folder
-from meshwright.spec import DataSettings, SettingError, closest
+from meshwright.spec import DataSettings, SettingError, nearest_choice
 from meshwright.spec.job import TOKEN_FILES
 
 BYTES = "bytes"
@@ -204,7 +204,7 @@ def find_end(settings: DataSettings, inner: tokenizers.Tokenizer, config: Mappin
         end = inner.token_to_id(settings.end_token)
         if end is None:
             added = [token.content for token in inner.get_added_tokens_decoder().values()]
-            nearest = f'data.end_token = "{closest(settings.end_token, added)}"' if added else "a token that it has"
+            nearest = nearest_choice("data.end_token", settings.end_token, added) if added else "a token that it has"
             raise SettingError(f'data.end_token = "{settings.end_token}"', "the tokenizer has no such token", nearest)
         return end
     for name in (text_of(config.get("eos_token")), *USUAL_ENDS):

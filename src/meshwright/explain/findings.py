@@ -40,19 +40,23 @@ def largest_loss(account: StepAccount) -> Finding | None:
 
 
 def straggling_rank(step: MeasuredSteps) -> Finding | None:
-    """The rank that others waited for, if it cost one of them more than WORTH_SAYING of the step."""
+    """The rank that others waited for, if it cost one of them more than WORTH_SAYING of the step.
+
+    Where only all waits together cost as much, it is no single rank's doing.
+    """
     total = step.account.total()
     culprits = sorted(step.waited_for(), key=step.longest_wait_for, reverse=True)
     waits = [step.longest_wait_for(rank) for rank in culprits]
-    if not waits or total <= 0 or waits[0] <= WORTH_SAYING * total:
+    least = WORTH_SAYING * total
+    if not waits or total <= 0 or max(waits[0], step.account.straggler) <= least:
         return None
     worst = culprits[0]
-    if len(waits) > 1 and waits[1] > IN_TURN * waits[0]:
-        late = [rank for rank, wait in zip(culprits, waits, strict=True) if wait > IN_TURN * waits[0]]
+    late = [rank for rank, wait in zip(culprits, waits, strict=True) if wait > IN_TURN * waits[0]]
+    if len(late) > 1 or waits[0] <= least:
+        among = f"waits of similar length for {ranks_text(sorted(late))}" if len(late) > 1 else f"most for rank {worst}"
         return Finding(
             what="Ranks are late in turn, and the others wait: no single rank is at fault.",
-            evidence=f"{of_step(step.account.straggler, total)} on average; waits of similar length for "
-            f"{ranks_text(sorted(late))}",
+            evidence=f"{of_step(step.account.straggler, total)} on average; {among}",
         )
     others = [rank for rank, waited in step.blame.items() if waited.get(worst, 0.0) > 0]
     return Finding(
@@ -90,8 +94,9 @@ def wrong_predictions(predicted: StepAccount, measured: StepAccount) -> list[Fin
         worth = max(guess, seconds)
         if name not in NOT_PREDICTED and worth > least and abs(guess - seconds) > PREDICTION_OFF * max(seconds, 1e-12):
             text = f"The plan was off on {name}: it predicted {seconds_text(guess)}, measured {seconds_text(seconds)}."
-            by = (guess - seconds) / seconds if seconds > 0 else None
-            evidence = f"{by:+.0%} of the measured time" if by is not None else "nothing of it was measured"
+            way = "Too high" if guess > seconds else "Too low"
+            by = abs(guess - seconds) / seconds if seconds > 0 else None
+            evidence = f"{way} by {by:.0%} of the measured time" if by is not None else "nothing of it was measured"
             off.append((abs(guess - seconds), Finding(what=text, evidence=evidence)))
     return [finding for _, finding in sorted(off, key=lambda item: -item[0])]
 

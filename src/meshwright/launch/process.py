@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import FrameType
 
 from meshwright.launch.attempt import forget_untrained
-from meshwright.record import RunFolder
+from meshwright.record import RunFolder, Span, read_events
 from meshwright.spec import SettingError
 
 # Exit codes: of a setting that cannot be honoured, and of a program that Ctrl-C ended.
@@ -34,7 +34,8 @@ def needs_torch(verb: str) -> None:
 def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
     """Train one attempt on this node, in a child process, and return the exit code.
 
-    Ctrl-C is passed on: ranks that train finish their step, save and end; before that there is nothing to save.
+    Ctrl-C is passed on: ranks that train finish their step, save and end. Before the first step, in the evaluation that
+    comes before it too, there is nothing to save.
     """
     arguments = ["agent", str(folder.path), str(attempt), str(began_s), str(os.getpid())]
     # In a session of its own, so that the terminal's Ctrl-C comes to this process alone and is passed on once.
@@ -44,7 +45,7 @@ def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
     def pass_on(_number: int, _frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        if any((folder.attempt(attempt) / "events").glob("rank-*.jsonl")):
+        if has_begun_steps(folder, attempt):
             print("\nstopping after this step, then saving; Ctrl-C again to stop at once", file=sys.stderr)
             os.killpg(child.pid, signal.SIGINT)
         else:
@@ -61,6 +62,12 @@ def run_attempt(folder: RunFolder, attempt: int, began_s: float) -> int:
     if code in (REFUSED, INTERRUPTED):
         forget_untrained(folder, attempt)
     return code
+
+
+def has_begun_steps(folder: RunFolder, attempt: int) -> bool:
+    """Whether an attempt's ranks are past the evaluation that comes before their first step."""
+    lines = (line for events in read_events(folder, attempt).values() for line in events)
+    return any(isinstance(line, Span) and line.name == "evaluation" for line in lines)
 
 
 def become_agent(parent: int) -> None:

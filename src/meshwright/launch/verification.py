@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -16,6 +17,9 @@ from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.shrink import shrink_job, write_text
 from meshwright.record.verification import Trial, read_trial
 from meshwright.spec import Cluster, Job, Precision, check_built
+
+# 39 s for 8 processes on 2 cores, 10 s for 2; most of it each process's start.
+DURATION = "some 5 s for each of them on two cores"
 
 
 class VerificationEnded(Exception):
@@ -41,10 +45,12 @@ def run_trials(job: Job, *, local: Callable[[int], Cluster]) -> list[Trial]:
 
 def run_trial(job: Job, precision: Precision, local: Callable[[int], Cluster]) -> Trial:
     """One precision, in a folder that is removed afterwards."""
-    with tempfile.TemporaryDirectory(prefix="meshwright-verify-") as name:
+    with telling_of_interrupts(), tempfile.TemporaryDirectory(prefix="meshwright-verify-") as name:
         folder = Path(name)
         job = msgspec.structs.replace(job, layout=msgspec.structs.replace(job.layout, precision=precision))
         small = shrink_job(job, folder, local=local)
+        ranks = small.layout.world_size
+        print(f"verifying in {precision}: one process, then {ranks} ranks; {DURATION}", file=sys.stderr, flush=True)
         write_text(folder)
         run, attempt = begin_attempt(None, small, warn=False)
         arguments = ["verify-agent", str(run.path), str(attempt), str(os.getpid())]
@@ -55,7 +61,7 @@ def run_trial(job: Job, precision: Precision, local: Callable[[int], Cluster]) -
 
 
 def wait_for(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit code. Ctrl-C ends it and its ranks at once: there is nothing to save."""
+    """The child's exit code. Ctrl-C ends it and its ranks at once, and raises: there is nothing to save."""
     interrupted = False
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -69,4 +75,16 @@ def wait_for(child: subprocess.Popen[bytes]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return INTERRUPTED if interrupted else code
+    if interrupted:
+        raise KeyboardInterrupt
+    return code
+
+
+@contextmanager
+def telling_of_interrupts() -> Generator[None]:
+    """Say what an interrupt means, wherever it comes."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was compared", file=sys.stderr)
+        raise VerificationEnded(INTERRUPTED) from None

@@ -25,7 +25,7 @@ from torch.profiler import record_function
 from meshwright.models import Decoder, View
 from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
 from meshwright.parallel.later import Later
-from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, reduce_gradients
+from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, free_gathered, reduce_gradients
 from meshwright.record.kineto import message_label
 from meshwright.spec import (
     Action,
@@ -124,6 +124,11 @@ class Stages(nn.Module):
                 mail.put(message, made)
         mail.close()
         return made if self.last in self.parts else None
+
+    def free(self) -> None:
+        """Free what forward passes without backward passes left gathered."""
+        for part in self.parts.values():
+            free_gathered(part)
 
     def tied_copy(self) -> nn.Parameter | None:
         """The last stage's copy of a tied embedding's weight, if this rank has that stage and it is not the first."""

@@ -1,8 +1,20 @@
 """Predict what a layout needs and how fast it is, and search for the best. Loads no torch."""
 
+from meshwright.plan.fit import Rejected
+from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
 from meshwright.plan.memory import predict_memory
-from meshwright.plan.search import Plan, Rejected, build_plan, predict
-from meshwright.plan.time import predict_step
+from meshwright.plan.plan import Plan, build_plan, predict
+from meshwright.plan.time import predict_step, share_machine
 
-__all__ = ["Plan", "Rejected", "build_plan", "local_cluster", "predict", "predict_memory", "predict_step"]
+__all__ = [
+    "Plan",
+    "Rejected",
+    "build_plan",
+    "local_cluster",
+    "predict",
+    "predict_memory",
+    "predict_states",
+    "predict_step",
+    "share_machine",
+]

@@ -89,8 +89,35 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended", tag_field="e
 Event = Span | Step | Memory | Fault | Ended
 
 
+class PlannedPass(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One pass of a microbatch through a stage (F, B, or a backward pass in two: I and W), as predicted."""
+
+    kind: str
+    stage: int
+    microbatch: int
+    begin_s: float
+    end_s: float
+
+
+class PlannedPipeline(msgspec.Struct, frozen=True, kw_only=True):
+    """A pipeline's stages and the passes of each rank, in seconds from the step's begin.
+
+    stage_layers, stage_ranks: blocks of each stage, and the rank that holds it. left_out: microbatches of the middle of
+    the step that are not drawn, each like those before it.
+    """
+
+    schedule: str
+    stage_layers: tuple[int, ...]
+    stage_ranks: tuple[int, ...]
+    left_out: int
+    ranks: tuple[tuple[PlannedPass, ...], ...]
+
+
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank."""
+    """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank.
+
+    Along pipeline the step is the mean over ranks. pipeline: what each of them runs when, where it is drawn.
+    """
 
     layout: Layout
     step: StepAccount
@@ -99,3 +126,4 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     tokens_per_s: float
     notes: tuple[str, ...] = ()
+    pipeline: PlannedPipeline | None = None

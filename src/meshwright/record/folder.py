@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -14,6 +15,8 @@ from meshwright.spec import SettingError
 T = TypeVar("T")
 L = TypeVar("L", Metrics, Evaluation)
 
+# Runs that an error names.
+SHOWN_RUNS = 3
 # The file that makes a checkpoint complete.
 MANIFEST = "manifest.json"
 
@@ -96,10 +99,22 @@ def open_run(path: Path) -> RunFolder:
     """An existing run folder. Raises SettingError where `path` is none."""
     folder = RunFolder(path)
     if not folder.job.is_file():
-        near = sorted(p.parent for p in path.parent.glob("*/job.toml")) if path.parent.is_dir() else []
-        found = ", ".join(str(p) for p in near[:3]) or "a folder that meshwright train made"
-        raise SettingError(f"run folder {path}", "holds no job.toml", found)
+        reason = "holds no job.toml" if path.exists() else "does not exist"
+        raise SettingError(f"run folder {path}", reason, nearby_runs(path))
     return folder
+
+
+def nearby_runs(path: Path) -> str:
+    """Runs to suggest: those in a folder that is none itself, or else beside it; one alone where it is spelt alike."""
+    inside, beside = runs_in(path), runs_in(path.parent)
+    near = get_close_matches(path.name, beside, n=1) if not inside else []
+    found = [path / name for name in inside] or [path.parent / name for name in near or beside]
+    return ", ".join(str(run) for run in found[:SHOWN_RUNS]) or "a folder that meshwright train made"
+
+
+def runs_in(folder: Path) -> list[str]:
+    """Names of the runs in a folder. One in which somebody keeps a job file of their own has no attempts."""
+    return sorted(p.parent.name for p in folder.glob("*/attempts") if RunFolder(p.parent).job.is_file())
 
 
 def start_attempt(folder: RunFolder, prediction: Prediction) -> int:

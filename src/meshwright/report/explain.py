@@ -7,7 +7,8 @@ import msgspec
 
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import plain, steps_text
+from meshwright.explain.words import steps_text
+from meshwright.report.text import labelled, show
 from meshwright.report.words import (
     Row,
     Unit,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-# Where no terminal says how wide it is.
-PLAIN_WIDTH = 100
 # Ranks listed before the table would fill the screen.
 LISTED_RANKS = 8
 # Ranks whose buckets differ by less than this share of the step are the same for a reader.
@@ -42,7 +41,6 @@ def explain_json(explanation: Explanation) -> str:
 
 def explain_text(explanation: Explanation, console: "Console") -> None:
     """Print what the run was, what it learned, its accounts and what stands out."""
-    width = None if console.is_terminal else max(console.width, PLAIN_WIDTH)
     head = [
         ("Run", f"{explanation.name} · {run_line(explanation)}"),
         ("Learned", learned_line(explanation)),
@@ -53,23 +51,7 @@ def explain_text(explanation: Explanation, console: "Console") -> None:
     tail += [("Fault", f"{where}: {what}") for where, what in faults]
     tail += [("Finding", f"{finding.what} {finding.evidence}.") for finding in explanation.findings]
     tail += [("Note", note) for note in explanation.notes]
-    console.print(labelled(head), width=width)
-    for table in tables(explanation):
-        console.print("")
-        console.print(table, width=width)
-    console.print("")
-    console.print(labelled(tail), width=width)
-
-
-def labelled(lines: Sequence[tuple[str, str]]) -> "Table":
-    """Lines with a word in front, wrapped beside it. The text may come from elsewhere, so it is never markup."""
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2))
-    for label, text in lines:
-        grid.add_row(Text(label, style="bold"), Text(plain(text)))
-    return grid
+    show([labelled(head), *tables(explanation), labelled(tail)], console)
 
 
 def tables(explanation: Explanation) -> list["Table"]:

@@ -8,14 +8,13 @@ import msgspec
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
 from meshwright.record import Prediction
+from meshwright.report.pipeline import blocks_held
+from meshwright.report.text import labelled, show
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-# Where no terminal says how wide it is.
-PLAIN_WIDTH = 100
 # Rows of the ranking and of the rejections on the screen; JSON has more.
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
@@ -33,26 +32,15 @@ def plan_json(plan: Plan) -> str:
 
 def plan_text(plan: Plan, console: "Console") -> None:
     """Print the verdict, the job's own layout in detail, the ranking and the rejections."""
-    width = None if console.is_terminal else max(console.width, PLAIN_WIDTH)
-    console.print(headline(plan), width=width)
-    for part in (job_table(plan), ranking(plan), rejections(plan.rejected)):
-        if part is not None:
-            console.print("")
-            console.print(part, width=width)
-    console.print("")
-    console.print(notes(plan.job), width=width)
+    parts = [headline(plan), job_table(plan), ranking(plan), rejections(plan.rejected), notes(plan.job)]
+    show([part for part in parts if part is not None], console)
 
 
-def headline(plan: Plan) -> "Text":
-    """What is planned, and the verdict. Text, not markup: names come from files."""
-    from rich.text import Text
-
+def headline(plan: Plan) -> "Table":
+    """What is planned, and the verdict."""
     tokens = plan.global_batch * plan.sequence
     what = f"{plan.model} on {plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
-    text = Text()
-    text.append("Plan     ", style="bold").append(f"{what}, {tokens:,} tokens a step\n")
-    text.append("Verdict  ", style="bold").append(plan.verdict)
-    return text
+    return labelled([("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)])
 
 
 def job_table(plan: Plan) -> "Table":
@@ -109,24 +97,34 @@ def ranking(plan: Plan) -> "Table | None":
     """The fastest layouts that fit; the job's own is marked."""
     if not plan.ranked:
         return None
-    shown = plan.ranked[:LISTED_LAYOUTS]
-    known = bool(shown[0].step_s)
-    order = f"{'Fastest' if known else 'First'} {len(shown)}"
-    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first)"
+    fastest = plan.ranked[:LISTED_LAYOUTS]
+    shown = [p for place, p in enumerate(plan.ranked) if place < LISTED_LAYOUTS or leads(plan.ranked, place)]
+    order = f"{'Fastest' if fastest[0].step_s else 'First'} {len(fastest)}"
+    others = " and the first with each other axis" if len(shown) > len(fastest) else ""
+    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
-    for position, prediction in enumerate(shown, 1):
+    for prediction in shown:
         own = prediction.layout == plan.job.layout
-        table.add_row(f"{position}", *layout_cells(prediction, own=own), style="bold" if own else "")
+        table.add_row(
+            f"{plan.ranked.index(prediction) + 1}", *layout_cells(prediction, own=own), style="bold" if own else ""
+        )
     if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
         table.add_row("...", *layout_cells(plan.job, own=True), style="bold")
     return titled(title, table)
 
 
+def leads(ranked: Sequence[Prediction], place: int) -> bool:
+    """Whether a layout is the first with an axis that divides models or sequences."""
+    axes = ("pipeline", "context", "tensor", "expert")
+    used = [axis for axis in axes if getattr(ranked[place].layout, axis) > 1]
+    return any(all(getattr(before.layout, axis) == 1 for before in ranked[:place]) for axis in used)
+
+
 def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
     """A row of the ranking; the job's own layout is marked."""
     layout, size = prediction.layout, gb(prediction.memory.total())
-    where = layout.placement() + (" <- this job" if own else "")
-    zero = str(layout.zero) if layout.shard > 1 or layout.zero < 3 else "-"
+    where = layout.placement() + layout.manner() + (" <- this job" if own else "")
+    zero = str(layout.zero) if layout.shard * layout.context > 1 or layout.zero < 3 else "-"
     recompute = {"none": "-", 0: "-"}.get(layout.recompute, f"{layout.recompute}")
     first = " layers" if isinstance(layout.recompute, int) and layout.recompute else ""
     cells = [where, zero, str(layout.microbatch), recompute + first, str(layout.world_size)]
@@ -155,14 +153,15 @@ def rejections(rejected: Sequence[Rejected]) -> "Table | None":
     return table
 
 
-def notes(prediction: Prediction) -> "Text":
+def notes(prediction: Prediction) -> "Table":
     """How far to trust the numbers, and what the largest words mean."""
-    from rich.text import Text
-
     lines = list(prediction.notes)
     largest = max(prediction.step.rows(), key=lambda row: row[1])
     lines += [f"{name}: {MEANINGS[name]}" for name in dict.fromkeys(("useful", "inefficiency", largest[0]))]
-    return Text("Notes  " + "\n       ".join(lines), style="dim")
+    stages = [("Stages", blocks_held(prediction.pipeline))] if prediction.pipeline is not None else []
+    table = labelled([*stages, *(("" if number else "Notes", line) for number, line in enumerate(lines))])
+    table.style = "dim"
+    return table
 
 
 def new_table(words: Sequence[str], numbers: Sequence[str]) -> "Table":

@@ -18,7 +18,8 @@ def verification_text(trial: Trial, verdict: Verdict, console: Console) -> None:
     """Print what was compared, each gradient, and the verdict."""
     job = trial.job
     small = f"{job.model.layers} layers of width {job.model.d_model}, {len(trial.reference.losses)} steps of SGD"
-    console.print(f"{job.layout.label()}, {job.layout.precision} against one process ({job.model.family}, {small})")
+    layout = f"{job.layout.label()}, {job.layout.precision}"
+    console.print(f"The job, shrunk to: {layout}, against one process ({job.model.family}, {small})")
     console.print(build_table("compared", list(verdict.rows)))
     console.print(build_table("gradient", list(verdict.tensors)))
     if verdict.cause is None:

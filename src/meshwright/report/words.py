@@ -22,7 +22,7 @@ MEMORY_MEANINGS = {
     "fragmentation": "reserved and not in use",
 }
 RUN_MEANINGS = {
-    "useful": "model FLOPs at the datasheet peak",
+    "useful": "model FLOPs at the device's peak rate",
     "rest of the steps": "the other buckets of the step account",
     "steps": "training steps (useful part not known)",
     "startup": "until the model is built and ready",

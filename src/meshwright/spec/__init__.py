@@ -11,7 +11,7 @@ from meshwright.spec.count import (
     parameter_shapes,
 )
 from meshwright.spec.division import check_context, check_expert
-from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.errors import SettingError, closest, nearest_choice
 from meshwright.spec.family import (
     BUILT_FAMILIES,
     FAMILIES,
@@ -135,6 +135,7 @@ __all__ = [
     "held_stages",
     "home_of",
     "message_from",
+    "nearest_choice",
     "nearest_divisor",
     "order_messages",
     "parameter_shapes",

@@ -3,14 +3,16 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 import msgspec
 import tomli_w
+from msgspec.structs import FieldInfo
 
 from meshwright.spec.cluster import Cluster, Device, check_cluster
-from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.errors import SettingError, as_toml, closest, in_words, nearest_choice
 from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis, Layout, check_axes
@@ -21,8 +23,24 @@ from meshwright.spec.zoo import expand_model
 Table = dict[str, Any]
 T = TypeVar("T")
 
-# Characters of a refused value that an error shows.
-SHOWN = 60
+# Other job files that an error names.
+SHOWN_JOBS = 3
+# A job has these sections; other TOML files have not.
+NEEDED = {"run", "model", "data"}
+# A --set of one of these describes a whole cluster or model, which takes the place of the one in the file; and tokens
+# come from one of two keys.
+WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path")
+RIVALS = {"data.path": "sources", "data.sources": "path"}
+# What values are called in docs/job.md, by what msgspec calls them.
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a section",
+    "null": "nothing",
+}
 
 
 def read_job(
@@ -31,31 +49,67 @@ def read_job(
     *,
     local: Callable[[int], Cluster],
     find: Callable[[str], Path] = no_hub,
+    admit: Callable[[Cluster], None] = lambda _cluster: None,
 ) -> Job:
     """Decode a job file, apply `--set` settings, resolve what is left to the machine, check the whole.
 
     `local` describes this machine, given how many processes stand in for devices where it has no GPU; `find` says
-    where the files of a hub's model are, given its name. Each is called only if the job asks for it.
+    where the files of a hub's model are, given its name. Each is called only if the job asks for it. `admit` refuses
+    a cluster that the job cannot be run on, before anything is asked of how the job is spread over it.
     """
     try:
         # Some editors put a byte order mark in front, which TOML does not know.
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingError(str(path), f"cannot be read as a job file ({error})", nearby_job(path)) from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingError(str(path), f"cannot be read as a job file ({why})", nearby_job(path)) from None
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: endless digits, endless brackets
         raise SettingError(str(path), f"is not TOML ({error})", "see examples/quickstart.toml") from None
-    for setting in settings:
-        apply_setting(table, setting)
-    return decode_job(table, local=local, find=find)
+    apply_settings(table, settings)
+    return decode_job(table, local=local, find=find, admit=admit)
 
 
 def nearby_job(path: Path) -> str:
-    """Another job file to suggest, in the folder of one that cannot be read."""
-    folder = path.parent
-    found = sorted(str(other) for other in folder.glob("*.toml") if other != path) if folder.is_dir() else []
-    return closest(str(path), found) if found else "examples/quickstart.toml"
+    """Another job file to suggest: in a folder that was given, or beside a file that cannot be read."""
+    folder = path if path.is_dir() else path.parent
+    others = sorted(other for other in folder.glob("*.toml") if other != path) if folder.is_dir() else []
+    found = [str(other) for other in others if is_job(other)]
+    near = get_close_matches(str(path), found, n=1, cutoff=0.5)
+    return ", ".join(near or found[:SHOWN_JOBS]) or "examples/quickstart.toml"
+
+
+def is_job(path: Path) -> bool:
+    """Whether a file has a job's sections."""
+    try:
+        return set(tomllib.loads(path.read_text(encoding="utf-8-sig"))) >= NEEDED
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def apply_settings(table: Table, settings: Iterable[str]) -> None:
+    """Put every `a.b=c` into `table`, the later after the earlier. What one of them replaces of the file goes first, so
+    that their order is of no matter otherwise."""
+    settings = list(settings)
+    for setting in settings:
+        key, _, value = (part.strip() for part in setting.partition("="))
+        section = key.partition(".")[0]
+        inner = table.get(section)
+        # "custom" is no model's name but says that the numbers are given.
+        if key in WHOLE and value.strip("'\"") != "custom":
+            table[section] = {}
+        elif key in RIVALS and isinstance(inner, dict):
+            cast(Table, inner).pop(RIVALS[key], None)
+    for setting in settings:
+        apply_setting(table, setting)
+
+
+def check_setting(setting: str) -> None:
+    """Raise SettingError for an `a.b=c` that no job has."""
+    table: Table = {}
+    apply_setting(table, setting)
+    check_keys(table, Job, "")
 
 
 def apply_setting(table: Table, setting: str) -> None:
@@ -70,9 +124,6 @@ def apply_setting(table: Table, setting: str) -> None:
         table_of_one = {}
     # Text of several lines may hold more than one value; as a whole it is a string.
     value = table_of_one["value"] if len(table_of_one) == 1 else text.strip()
-    if parts in (["cluster", "gpus"], ["cluster", "processes"]):
-        # Each of these words describes a whole cluster, so it replaces the one that stands there.
-        table["cluster"] = {}
     inner = table
     for part in parts[:-1]:
         found = inner.setdefault(part, {})
@@ -82,7 +133,13 @@ def apply_setting(table: Table, setting: str) -> None:
     inner[parts[-1]] = value
 
 
-def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[[str], Path] = no_hub) -> Job:
+def decode_job(
+    table: Table,
+    *,
+    local: Callable[[int], Cluster],
+    find: Callable[[str], Path] = no_hub,
+    admit: Callable[[Cluster], None] = lambda _cluster: None,
+) -> Job:
     """A checked Job from a table that may leave sizes, precision and cluster to be resolved."""
     check_keys(table, Job, "")
     table = {name: dict(cast(Table, section)) for name, section in table.items()}
@@ -95,6 +152,7 @@ def decode_job(table: Table, *, local: Callable[[int], Cluster], find: Callable[
         table["data"] = {"path": ""} | table["data"]
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
+    admit(convert(table["cluster"], Cluster, "cluster"))
     global_batch = table.get("data", {}).get("global_batch")
     table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
     job = convert(table, Job)
@@ -126,8 +184,8 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
             size = filled.get(other, 1)
             others *= size if isinstance(size, int) and size > 0 else 1
         if others > placed.devices:
-            taken = f"the other axes already take {others} of {placed.devices} devices"
-            raise SettingError(f'layout.{axis} = "all"', taken, "smaller axes")
+            taken = {other: filled[other] for other in AXES if filled.get(other, 1) not in (1, "all")}
+            raise too_many(placed.devices, taken)
         filled[axis] = largest_use(placed.devices // others, filled, axis, global_batch)
     if filled.get("microbatch") == "all":
         sizes: list[Any] = [global_batch, filled.get("replica", 1), filled.get("shard", 1)]
@@ -137,6 +195,16 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
     if filled.get("precision", "auto") == "auto":
         filled["precision"] = "bf16" if placed.device.kind == "cuda" else "fp32"
     return filled
+
+
+def too_many(devices: int, sizes: dict[str, Any]) -> SettingError:
+    """The refusal of axes that need more devices than there are."""
+    named = " x ".join(f"layout.{axis} = {size}" for axis, size in sizes.items())
+    reason = (
+        f"needs more than the {devices} devices of the cluster" if devices > 1 else "needs more than the one device"
+    )
+    nearest = f"layout.{next(iter(sizes))} = {devices}" if len(sizes) == 1 else f"sizes that multiply to {devices}"
+    return SettingError(named, reason, f"{nearest}, or a larger cluster")
 
 
 def largest_use(left: int, layout: Table, axis: Axis, global_batch: object) -> int:
@@ -180,32 +248,52 @@ def explain_invalid(table: Table, kind: type, reason: str, path: list[str], pref
         value = cast(Table, value).get(name) if isinstance(value, dict) else None
         if index and isinstance(value, list) and index[0].isdigit():
             value = cast(list[Any], value)[int(index[0])]
-    words = reason.lower().replace("`", "")
-    return SettingError(f"{'.'.join(section)} = {as_toml(value)}", words, default_of(kind, path, prefix))
+    name, field = ".".join(section), field_of(kind, path)
+    if reason.startswith("Invalid enum value") and field is not None:
+        return SettingError(f"{name} = {as_toml(value)}", "is none of the choices", nearest_of(name, value, field.type))
+    return SettingError(f"{name} = {as_toml(value)}", in_our_words(reason), default_of(field, name.partition("[")[0]))
 
 
-def as_toml(value: Any) -> str:
-    """A value as one would type it, shortened where it is long."""
-    text = " ".join(tomli_w.dumps({"v": value}).split())
-    text = "a section" if text.startswith("[v") else text.removeprefix("v = ")
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+def in_our_words(reason: str) -> str:
+    """A message of msgspec in the words of docs/job.md: "must be a whole number"."""
+    if expected := re.match(r"Expected `(?P<kinds>[\w| ]+)`(?P<size> of length \d+)?", reason):
+        kinds = [KINDS.get(kind, kind) for kind in expected["kinds"].split(" | ")]
+        return f"must be {in_words(kinds)}{expected['size'] or ''}"
+    return reason.lower().replace("`", "")
 
 
-def default_of(kind: Any, path: list[str], prefix: str) -> str:
-    """ "section.key = default" for a path into `kind`, or a word about its type."""
-    path = [part.partition("[")[0] for part in path]
+def nearest_of(name: str, value: Any, kind: Any) -> str:
+    """What `name` may be instead, where only some values are allowed."""
+    choices = choices_of(kind)
+    if all(isinstance(choice, str) for choice in choices):
+        return nearest_choice(name, value, choices, "a number" if int in get_args(kind) else "")
+    return f"{name} = {in_words([str(choice) for choice in choices])}"
+
+
+def choices_of(kind: Any) -> list[Any]:
+    """The values that a type allows, where it lists them; an item's, of a list."""
+    inner = get_args(kind)
+    return list(inner) if get_origin(kind) is Literal else [choice for one in inner for choice in choices_of(one)]
+
+
+def default_of(field: FieldInfo | None, name: str) -> str:
+    """ "section.key = default" for a field, or what it must be."""
+    if field is None:
+        return "see docs/job.md"
+    if field.default is not msgspec.NODEFAULT:
+        return f"{name} = {msgspec.json.encode(field.default).decode()}"
+    return KINDS.get(getattr(field.type, "__name__", ""), "see docs/job.md")
+
+
+def field_of(kind: Any, path: list[str]) -> FieldInfo | None:
+    """The field of `kind` at a path, None where it has none there."""
+    field: FieldInfo | None = None
     for part in path:
         kind = section_type(kind)
-        if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
-            return "see docs/job.md"
-        field = next((f for f in msgspec.structs.fields(kind) if f.encode_name == part), None)
-        if field is None:
-            return "see docs/job.md"
-        if part == path[-1] and field.default is not msgspec.NODEFAULT:
-            name = ".".join([prefix, *path] if prefix else path)
-            return f"{name} = {msgspec.json.encode(field.default).decode()}"
-        kind = field.type
-    return f"a value of type {getattr(kind, '__name__', kind)}"
+        fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
+        field = next((field for field in fields if field.encode_name == part.partition("[")[0]), None)
+        kind = None if field is None else field.type
+    return field
 
 
 def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
@@ -274,6 +362,5 @@ def planning_job(*, model: str, gpus: str, sequence: int, global_batch: int, set
         "layout": {"shard": "all"},
         "cluster": {"gpus": gpus},
     }
-    for setting in settings:
-        apply_setting(table, setting)
+    apply_settings(table, settings)
     return decode_job(table, local=lambda processes: cluster_of(gpus))

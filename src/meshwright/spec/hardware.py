@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from meshwright.spec.cluster import Cluster, Device, Link
-from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.errors import SettingError, as_toml, closest
 
 Table = dict[str, Any]
 
@@ -208,7 +208,10 @@ def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
         processes = section.get("processes", 1)
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
             reason = "must be a whole number, at least 1"
-            raise SettingError(f"cluster.processes = {processes}", reason, "cluster.processes = 4")
+            few = isinstance(processes, int | float) and processes < 1
+            raise SettingError(
+                f"cluster.processes = {as_toml(processes)}", reason, f"cluster.processes = {1 if few else 4}"
+            )
         return msgspec.to_builtins(local(processes))
     if "gpus" in section:
         if others := sorted(set(section) - {"gpus"}):

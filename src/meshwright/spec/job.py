@@ -170,12 +170,13 @@ def check_job(job: Job) -> None:
         raise SettingError(name, "nothing is held out to evaluate on", "data.held_out = 0.05")
     check_sequence(job.model, job.data.sequence)
     check_layout(job.layout, job.data.global_batch)
+    # Before what else it needs: no size of the tensor axis would help here.
+    if job.layout.async_tensor and job.cluster.device.kind != "cuda":
+        raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_split(job.layout, job.model, job.data.sequence)
     check_context(job.layout, job.model, job.data.sequence)
     check_expert(job.layout, job.model)
     check_schedule(job.layout, job.layout.accumulation(job.data.global_batch), job.model.layers)
-    if job.layout.async_tensor and job.cluster.device.kind != "cuda":
-        raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     if job.layout.offload != "none" and job.cluster.device.kind != "cuda":
         reason = "devices are CPUs, whose memory is the host's"
         raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')

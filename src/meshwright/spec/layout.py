@@ -92,18 +92,25 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def placement(self) -> str:
         """The axes in use: "replica 2 x shard 4"."""
         sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
-        if self.expert > 1:
-            # Not a factor of its own, so it stands beside them.
-            return f"{' x '.join(sizes)}, expert {self.expert}"
-        return " x ".join(sizes) if sizes else "one process"
+        experts = f" with expert {self.expert}" if self.expert > 1 else ""
+        return (" x ".join(sizes) if sizes else "one process") + experts
 
     def label(self) -> str:
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
         zero = f", zero {self.zero}" if self.parameter_shards > 1 or self.zero < 3 else ""
-        first = f"of {self.recompute} layers" if isinstance(self.recompute, int) else self.recompute
+        first = (
+            f"of {self.recompute} layer{'' if self.recompute == 1 else 's'}"
+            if isinstance(self.recompute, int)
+            else self.recompute
+        )
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
-        form = f", {self.context_form}" if self.context > 1 and self.context_form != "ring" else ""
-        return f"{self.placement()}{form}{zero}, microbatch {self.microbatch}{recompute}"
+        return f"{self.placement()}{self.manner()}{zero}, microbatch {self.microbatch}{recompute}"
+
+    def manner(self) -> str:
+        """How the pipeline and the context axis go about it, where that is a choice: ", interleaved, 4 a rank"."""
+        schedule = f", {self.schedule}" if self.pipeline > 1 else ""
+        stages = f", {self.stages_per_rank} a rank" if self.stages_per_rank > 2 else ""
+        return schedule + stages + (", all-to-all" if self.context_form != "ring" else "")
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""

@@ -1,7 +1,7 @@
 """Which blocks each pipeline stage holds."""
 
 from bisect import bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from meshwright.spec.count import active_elements, count_flops
 from meshwright.spec.layout import Layout
@@ -50,14 +50,12 @@ def split_layers(model: ModelSpec, layout: Layout, sequence: int) -> tuple[int, 
 
 def slowest_stage(sums: list[float], stages: int) -> float:
     """The least that the costliest of `stages` runs of blocks can cost; sums: of the blocks before each."""
-    # It is the cost of some run; costs of equal blocks differ in rounding alone.
-    limits = sorted({round(sums[end] - sums[start], 3) for end in range(len(sums)) for start in range(end)})
-    low, high = 0, len(limits) - 1
-    while low < high:
-        middle = (low + high) // 2
-        enough = furthest_ends(sums, stages, limits[middle])[-1] == len(sums) - 1
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return limits[low]
+    single = max(end - start for start, end in pairwise(sums))
+    low, high = max(single, sums[-1] / stages) * (1 - 1e-9), sums[-1]
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if furthest_ends(sums, stages, middle)[-1] == len(sums) - 1 else (middle, high)
+    return high
 
 
 def furthest_ends(sums: list[float], stages: int, limit: float) -> list[int]:

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
 from meshwright.models import NOT_COUNTED
-from meshwright.parallel import Loss, Stages, data_rank, free_gathered, sum_over_ranks
+from meshwright.parallel import Loss, Stages, data_rank, sum_over_ranks
 from meshwright.spec import Job
 
 
@@ -33,7 +33,7 @@ def evaluate(
         if logits is not None:
             total[0] += loss_of(logits, held.targets)
             total[1] += (held.targets != NOT_COUNTED).sum()
-    free_gathered(model)
+    model.free()
     loss, counted = sum_over_ranks(total).tolist()
     return loss / counted if counted else None
 

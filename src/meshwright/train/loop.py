@@ -56,7 +56,8 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             with recorder.phase("input"):
                 share = batches.next(step)
             loss = forward_backward(model, share, loss_of, recorder, memory)
-            totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
+            rate = set_learning_rate(optimizer, step, job)
+            totals = update(model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
         done = step + 1
         last = done == job.run.steps or stopping
@@ -100,25 +101,16 @@ def forward_backward(
 
 
 def update(
-    step: int,
-    model: Stages,
-    optimizer: Optimizer,
-    loss: Tensor,
-    job: Job,
-    recorder: Recorder,
-    memory: MemoryProbe,
-    *,
-    stop: bool,
-) -> tuple[StepTotals, float]:
-    """Clip by the whole gradient's norm and step the optimizer; return the step's totals and learning rate."""
+    model: Stages, optimizer: Optimizer, loss: Tensor, job: Job, recorder: Recorder, memory: MemoryProbe, *, stop: bool
+) -> StepTotals:
+    """Clip by the whole gradient's norm and step the optimizer; return the step's totals."""
     with recorder.phase("optimizer"):
         squared = squared_norm(model, but=model.tied_copy())
         with recorder.phase("control"):
             totals = reduce_step(loss, squared, job.layout, stop=stop, loads=take_loads(model))
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
-        rate = set_learning_rate(optimizer, step, job)
         optimizer.step()
         move_biases(model, totals)
         memory.states(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
-    return totals, rate
+    return totals

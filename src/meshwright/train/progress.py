@@ -54,9 +54,11 @@ def describe_evaluation(line: Evaluation) -> str:
 
 
 def opening(job: Job, first: int) -> str:
-    """What is about to run."""
+    """What is about to run, and what comes first: it may take as long as many steps."""
     start = f"from step {first} " if first else ""
-    return f"training {job.run.name} {start}to step {job.run.steps}: {job.layout.label()} on {job.cluster.label()}"
+    line = f"training {job.run.name} {start}to step {job.run.steps}: {job.layout.label()} on {job.cluster.label()}"
+    held_out = f"\nevaluating before step {first + 1}: up to {job.evaluation.sequences} held-out samples"
+    return line + (held_out if job.data.held_out else "")
 
 
 def ending(folder: RunFolder, how: str) -> str:

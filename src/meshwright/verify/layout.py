@@ -17,7 +17,6 @@ from meshwright.parallel import (
     build_mesh,
     build_parallel_model,
     cut_sequence,
-    free_gathered,
     local_part,
 )
 from meshwright.record import RunFolder
@@ -25,7 +24,7 @@ from meshwright.record.verification import Comparison, RankReport
 from meshwright.spec import Job, ModelSpec, home_of
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train import loop
-from meshwright.train.optimizer import build_optimizer
+from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.setup import build_batches, open_data
 from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, compare, watching
 
@@ -88,7 +87,8 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
             gradients = file.compare_parts(
                 GRADIENT, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             )
-        totals, _ = loop.update(step, model, optimizer, loss, job, recorder, memory, stop=False)
+        set_learning_rate(optimizer, step, job)
+        totals = loop.update(model, optimizer, loss, job, recorder, memory, stop=False)
         losses.append(totals.loss.item())
         norms.append(totals.gradient_norm.item())
     weights = file.compare_parts(WEIGHT, dict(chain(model.named_parameters(), model.named_buffers())))
@@ -168,7 +168,7 @@ def compare_outputs(
             for offset, local in locate(output, file.shape(OUTPUT + name), mesh):
                 part = file.compare(OUTPUT + name, local, (offset[0] + first, *offset[1:]))
                 found[name] = found.get(name, Comparison()) + part
-    free_gathered(model)
+    model.free()
     return found
 
 

@@ -1,0 +1,73 @@
+"""State bytes that any one rank holds, to the byte: also of ranks that hold less than the fullest."""
+
+from math import prod
+
+from meshwright.account import MemoryAccount
+from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, expert_sharding, sharding, split_dim
+from meshwright.spec import (
+    AXES,
+    SPLIT_TABLES,
+    Axis,
+    Job,
+    Layout,
+    ModelSpec,
+    block_shapes,
+    end_shapes,
+    held_stages,
+)
+
+
+def predict_states(job: Job, rank: int) -> MemoryAccount:
+    """Parameters, gradients and optimizer states of one rank of the world, in bytes; nothing else is filled in."""
+    places = coordinates(job.layout, rank)
+    stages = build_stages(job)
+    held = tensors = 0
+    for stage in (stages[index] for index in held_stages(job.layout, places["pipeline"])):
+        for name, shape in stage_shapes(job.model, stage.start, stage.stop, pipeline=job.layout.pipeline).items():
+            held += prod(local_shape(job, places, name, shape))
+            tensors += 1
+    states = 2 * STATE_BYTES * held + 4 * tensors if job.optimizer.name == "adamw" else 0
+    return MemoryAccount(parameters=STATE_BYTES * held, gradients=STATE_BYTES * held, optimizer_states=states)
+
+
+def coordinates(layout: Layout, rank: int) -> dict[Axis, int]:
+    """Where a rank of the world lies along each axis."""
+    places: dict[Axis, int] = {}
+    for axis in reversed(layout.order):
+        rank, places[axis] = divmod(rank, layout.size(axis))
+    return {axis: places[axis] for axis in AXES}
+
+
+def stage_shapes(model: ModelSpec, start: int, stop: int, *, pipeline: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each parameter of a stage of blocks `start` to `stop`."""
+    before, after = end_shapes(model)
+    shapes = dict(before) if start == 0 else {}
+    for layer in range(start, stop):
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block_shapes(model, layer).items()}
+    if stop == model.layers:
+        shapes |= after
+        if model.tied_embeddings and pipeline > 1:
+            shapes["head.weight"] = before["embedding.weight"]
+    return shapes
+
+
+def local_shape(job: Job, places: dict[Axis, int], name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What the rank at `places` holds of a parameter."""
+    layout = job.layout
+    # Ranks are counted along shard, context and tensor, the last one fastest.
+    along = (places["shard"] * layout.context + places["context"]) * layout.tensor + places["tensor"]
+    if name.partition(".")[2].partition(".")[2].startswith(ROUTED):
+        expert_place, shard_place = along % layout.expert, along // layout.expert
+        shape = chunk(shape, 0, layout.expert, expert_place)
+        return chunk(shape, 1, expert_sharding(layout), shard_place)
+    dim = split_dim(job.model, SPLIT_TABLES[job.model.family], name, shape, layout.tensor)
+    if dim is not None:
+        shape = chunk(shape, dim, layout.tensor, places["tensor"])
+    return chunk(shape, 0, sharding(layout), along // layout.tensor)
+
+
+def chunk(shape: tuple[int, ...], dim: int, parts: int, place: int) -> tuple[int, ...]:
+    """One of the pieces that torch.chunk makes: all as long as the first, rounded up, while it lasts."""
+    length = -(-shape[dim] // parts)
+    left = max(0, min(length, shape[dim] - place * length))
+    return (*shape[:dim], left, *shape[dim + 1 :])
