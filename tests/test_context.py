@@ -92,14 +92,14 @@ def test_layout_equals_one_process(folder: Path, references: References, choices
 
 def compiled_in_one_graph(_job: Job) -> AbstractContextManager[object]:
     """No fault: blocks are compiled as on a GPU, by a compiler that takes whole graphs and nothing less."""
-    stack, right = ExitStack(), apply.block_forward
+    stack, right = ExitStack(), apply.prepare_block
     compiler = partial(torch.compile, backend="aot_eager", fullgraph=True)
     stack.enter_context(mock.patch.object(torch, "compile", compiler))
 
-    def compiled(*arguments: Any, **options: Any) -> Any:
-        return right(*arguments, **{**options, "compiled": True})
+    def compiled(*arguments: Any, **options: Any) -> None:
+        right(*arguments, **{**options, "compiled": True})
 
-    stack.enter_context(mock.patch.object(apply, "block_forward", compiled))
+    stack.enter_context(mock.patch.object(apply, "prepare_block", compiled))
     return stack
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from meshwright.models import Decoder, build_model, build_view
 from meshwright.parallel import build_mesh, start_distributed
-from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.tensor import Heads, apply_tensor
 from meshwright.plan.activations import activation_bytes
 from meshwright.plan.machine import cpu_cluster
@@ -84,7 +84,7 @@ def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: 
 def kept_bytes(model: Decoder, job: Job) -> int:
     """What a forward pass leaves behind on this rank, logits and parameters left out."""
     for index, block in enumerate(model.blocks.values()):
-        block.forward = block_forward(block.forward, job.layout, index, compiled=False)
+        prepare_block(block, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
     tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
     documents = (torch.arange(SEQUENCE, dtype=torch.int32) // 9).repeat(MICROBATCH, 1)

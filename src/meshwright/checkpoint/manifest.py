@@ -78,8 +78,12 @@ def read_manifest(folder: Path) -> Manifest:
 def named_state(model: Stages, optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Every tensor of a run's state with its name and its parameter: model.<parameter>, optimizer.<state>.<parameter>.
 
-    A tied head's copy of the embedding is no state of its own.
+    A tied head's copy of the embedding is no state of its own. A buffer, model.<buffer>, comes with a parameter of its
+    module: the same ranks have it.
     """
+    for name, buffer in model.named_buffers():
+        module = model.get_submodule(name.rpartition(".")[0])
+        yield f"model.{name}", buffer, next(module.parameters(recurse=False))
     for name, parameter in model.named_parameters():
         if parameter is not model.tied_copy():
             yield f"model.{name}", parameter.detach(), parameter

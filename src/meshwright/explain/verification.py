@@ -8,7 +8,7 @@ from itertools import accumulate
 import msgspec
 
 from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
-from meshwright.spec import SPLIT_TABLES, Layout, Split, end_shapes, split_layers, split_of
+from meshwright.spec import Layout, Split, end_shapes, split_layers, split_of, split_table
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
@@ -230,9 +230,10 @@ def output_cause(trial: Trial, row: Row) -> Cause:
         "positions": "each rank must look up the positions of its own part of the sequence",
         "logits": "its input must be gathered along the sequence, and each rank gives its own tokens' logits",
         "column": "its input must be gathered along the sequence, and each rank has its own outputs",
+        "experts": "each token must come to all of its experts and back to its own place: one is dropped or misplaced",
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
-    words = likely.get(split_of(SPLIT_TABLES[trial.job.model.family], row.what), "its parts are put together wrong")
+    words = likely.get(split_of(split_table(trial.job.model), row.what), "its parts are put together wrong")
     if trial.job.layout.context > 1 and row.what.endswith("attention.output"):
         # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
         words = (
@@ -248,7 +249,7 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
     missing = [row.what for row in wrong if row.where == NOT_COMPARED]
     if missing:
         words = "a rank has no gradient of it, or the ranks' parts are not the whole of it"
-        return Cause(module=missing[-1], factor=None, likely=words)
+        return Cause(module=missing[-1], factor=None, likely=words + of_router(missing[-1].rpartition(".")[0]))
     merged = merge("gradients", trial.ranks)
     module, parts = wrong[-1].what.rpartition(".")[0], [merged[row.what] for row in wrong]
     if not parts[-1].finite:
@@ -264,7 +265,12 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
     if same and first is not None:
         return Cause(module=module, factor=first, likely=likely_factor(first, trial.job.layout, trial))
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
-    return Cause(module=module, factor=None, likely=words)
+    return Cause(module=module, factor=None, likely=words + of_router(module))
+
+
+def of_router(module: str) -> str:
+    """What else is wrong with gradients, if they are a router's."""
+    return "; or the weights that it gives each expert are not differentiated" if module.endswith(".router") else ""
 
 
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:

@@ -12,6 +12,7 @@ from meshwright.spec import (
     Cluster,
     DataSettings,
     EvaluationSettings,
+    Experts,
     Job,
     Layout,
     ModelSpec,
@@ -31,6 +32,8 @@ HEAD_DIM = 16
 VOCABULARY = 263
 LARGEST_MICROBATCH = 2
 LARGEST_ACCUMULATION = 4
+# So that two a token, from one group of two, leave some out.
+FEWEST_EXPERTS = 4
 
 
 def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Job:
@@ -83,6 +86,11 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
     while prod(sizes.values()) > LARGEST_WORLD and max(sizes.values()) > 2:
         largest = max(sizes, key=lambda axis: sizes[axis])
         sizes[largest] = max(2, sizes[largest] // 2)
+    reused = sizes["shard"] * sizes["context"] * sizes["tensor"]
+    expert = 1 if layout.expert == 1 else reused
+    if layout.expert_shard > 1 and expert > 2 and reused % 2 == 0:
+        # Some of its ranks divide the experts, the others each expert, as they did.
+        expert = 2
     share = global_batch // layout.data_size
     microbatch = min(layout.microbatch, LARGEST_MICROBATCH)
     recompute = min(layout.recompute, 1) if isinstance(layout.recompute, int) else layout.recompute
@@ -90,7 +98,7 @@ def shrink_layout(layout: Layout, global_batch: int) -> Layout:
     # Unequal stages stay unequal.
     fewest = min(layout.stage_layers, default=0)
     uneven = tuple(1 if layers == fewest else 2 for layers in layout.stage_layers)
-    small = msgspec.structs.replace(layout, **sizes, microbatch=microbatch, recompute=recompute)
+    small = msgspec.structs.replace(layout, **sizes, expert=expert, microbatch=microbatch, recompute=recompute)
     return msgspec.structs.replace(small, stage_layers=uneven[: stage_count(small)])
 
 
@@ -106,6 +114,7 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
         kv_heads = ranks * min(2, model.kv_heads // many)
     group = min(2, model.heads // model.kv_heads)
     heads = lcm(ranks, kv_heads * group)
+    parts = layout.expert_shard
     scaling = model.rope_scaling
     if scaling is not None:
         scaling = msgspec.structs.replace(scaling, original_positions=sequence // 2)
@@ -113,7 +122,8 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
         model,
         name="custom",
         layers=sum(layout.stage_layers) or min(model.layers, max(2, stage_count(layout))),
-        d_model=heads * HEAD_DIM,
+        # A multiple of the ranks that divide an expert.
+        d_model=heads * HEAD_DIM if model.experts is None else -(-heads * HEAD_DIM // parts) * parts,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=HEAD_DIM,
@@ -124,6 +134,25 @@ def shrink_model(model: ModelSpec, wide: Layout, layout: Layout, sequence: int) 
         max_positions=sequence if model.max_positions else 0,
         rope_scaling=scaling,
         attention_window=sequence // 2 + 1 if model.attention_window else 0,
+        experts=None if model.experts is None else shrink_experts(model.experts, wide, layout),
+    )
+
+
+def shrink_experts(experts: Experts, wide: Layout, layout: Layout) -> Experts:
+    """A few narrow experts; one a rank where there was one, else two, and groups and dense layers where there were."""
+    count = layout.expert * min(2, experts.count // wide.expert)
+    while count < FEWEST_EXPERTS:
+        count *= 2
+    grouped = experts.groups > 1
+    return msgspec.structs.replace(
+        experts,
+        count=count,
+        per_token=min(experts.per_token, 2),
+        feed_forward=layout.expert_shard * 15,
+        shared=min(experts.shared, 2),
+        dense_layers=min(experts.dense_layers, 1),
+        groups=2 if grouped else 1,
+        groups_per_token=1 if experts.groups_per_token < experts.groups or not grouped else 2,
     )
 
 

@@ -4,7 +4,8 @@ Imports spec and torch, never torch.distributed.
 """
 
 from meshwright.models.attention import Attend, Mask, attend, build_mask
-from meshwright.models.decoder import Attention, Block, Decoder, Head, build_model
+from meshwright.models.decoder import Attention, Block, Decoder, Head, MixtureBlock, build_model
+from meshwright.models.experts import Experts, Mixture
 from meshwright.models.generate import generate
 from meshwright.models.initial import initial_tensor, initialize_
 from meshwright.models.loss import NOT_COUNTED, token_loss
@@ -17,8 +18,11 @@ __all__ = [
     "Attention",
     "Block",
     "Decoder",
+    "Experts",
     "Head",
     "Mask",
+    "Mixture",
+    "MixtureBlock",
     "View",
     "attend",
     "build_mask",

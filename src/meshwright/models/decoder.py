@@ -1,8 +1,8 @@
 """The decoder. Shapes in comments: B batch, S sequence, D model, H heads, K kv heads, E head dim, F feed-forward,
 V vocabulary, P positions.
 
-Parameter names and shapes are those of spec.count.parameter_shapes; a test holds them to it. There is no state but
-the parameters: no buffer that a move from the meta device could leave unfilled.
+Parameter names and shapes are those of spec.count.parameter_shapes; a test holds them to it. Beside them there is one
+kind of state, the bias that a router chooses by (models/experts.py), which is filled and saved as parameters are.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meshwright.models.attention import Attend, Mask, attend
+from meshwright.models.experts import Mixture
 from meshwright.models.positions import rotary_tables, rotate
 from meshwright.models.view import View, build_view
 from meshwright.spec import ModelSpec
@@ -61,12 +62,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU, or GELU between two matrices."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, width: int) -> None:
         super().__init__()
         biases = spec.parts.biases
-        self.gate = nn.Linear(spec.d_model, spec.feed_forward, bias=biases) if spec.parts.gated else None
-        self.up = nn.Linear(spec.d_model, spec.feed_forward, bias=biases)
-        self.down = nn.Linear(spec.feed_forward, spec.d_model, bias=biases)
+        self.gate = nn.Linear(spec.d_model, width, bias=biases) if spec.parts.gated else None
+        self.up = nn.Linear(spec.d_model, width, bias=biases)
+        self.down = nn.Linear(width, spec.d_model, bias=biases)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] through [B, S, F] to [B, S, D]."""
@@ -83,12 +84,48 @@ class Block(nn.Module):
         self.attention_norm = build_norm(spec, spec.d_model)
         self.attention = Attention(spec)
         self.feed_forward_norm = build_norm(spec, spec.d_model)
-        self.feed_forward = FeedForward(spec)
+        self.feed_forward = FeedForward(spec, spec.feed_forward)
 
     def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
         """x: [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), tables, mask)
         return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class MixtureBlock(nn.Module):
+    """One decoder layer with a mixture of experts. Its forward pass is in three parts, so that the first and the last
+    can be compiled and the middle, whose shapes depend on what the router decides, left as it is."""
+
+    def __init__(self, spec: ModelSpec, layer: int) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        width = spec.experts.shared * spec.experts.feed_forward
+        self.attention_norm = build_norm(spec, spec.d_model)
+        self.attention = Attention(spec)
+        self.feed_forward_norm = build_norm(spec, spec.d_model)
+        self.feed_forward = Mixture(spec, layer, FeedForward(spec, width) if width else None)
+
+    def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
+        """x: [B, S, D]."""
+        x, normed, logits = self.before_experts(x, tables, mask)
+        routed = self.feed_forward.experts(normed, logits, self.feed_forward.router.bias)
+        return self.after_experts(x, normed, routed)
+
+    def before_experts(self, x: Tensor, tables: Tables, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention; then what the experts are given, and their logits [B, S, X]."""
+        x = x + self.attention(self.attention_norm(x), tables, mask)
+        normed = self.feed_forward_norm(x)
+        return x, normed, self.feed_forward.router(normed)
+
+    def after_experts(self, x: Tensor, normed: Tensor, routed: Tensor) -> Tensor:
+        """The shared experts, and all of it added up."""
+        shared = self.feed_forward.shared
+        return x + routed if shared is None else x + (routed + shared(normed))
+
+
+def build_block(spec: ModelSpec, layer: int) -> nn.Module:
+    """A layer's block: all are alike, but that a mixture's first ones may have no experts."""
+    return Block(spec) if spec.is_dense(layer) else MixtureBlock(spec, layer)
 
 
 class Head(nn.Module):
@@ -128,7 +165,7 @@ class Decoder(nn.Module):
         learned = spec.parts.positions == "learned"
         self.embedding = nn.Embedding(spec.vocabulary, spec.d_model) if first else None
         self.positions = nn.Embedding(spec.max_positions, spec.d_model) if first and learned else None
-        self.blocks = nn.ModuleDict({str(layer): Block(spec) for layer in range(start, stop)})
+        self.blocks = nn.ModuleDict({str(layer): build_block(spec, layer) for layer in range(start, stop)})
         self.norm = build_norm(spec, spec.d_model) if last else None
         self.head = Head(spec, given=first and spec.tied_embeddings) if last else None
 

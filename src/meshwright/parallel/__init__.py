@@ -1,6 +1,7 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
+from meshwright.parallel.balance import move_biases, take_loads
 from meshwright.parallel.context import LocalBatch, cut_sequence
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.offload import HostAdamW
@@ -35,11 +36,13 @@ __all__ = [
     "data_rank",
     "free_gathered",
     "local_part",
+    "move_biases",
     "parallelize",
     "reduce_step",
     "squared_norm",
     "start_distributed",
     "stop_distributed",
     "sum_over_ranks",
+    "take_loads",
     "tell_all",
 ]

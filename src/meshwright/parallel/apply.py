@@ -3,14 +3,14 @@
     1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values);
        along pipeline only the stages that this rank holds, each of which goes through what follows by itself
     2. let its attention reach over the ranks of context
-    3. have matrices put off their weights' gradients, where the schedule cuts backward passes in two
-    4. split modules along tensor
-    5. say what blocks compute again, and compile them, one by one (GPU)
-    6. split and replicate parameters over shard x context and replica
-    7. allocate this rank's part and fill it with initial weights that do not depend on the layout
+    3. divide its mixtures' experts along expert, and say how tokens come to them
+    4. have matrices put off their weights' gradients, where the schedule cuts backward passes in two
+    5. split modules along tensor
+    6. say what blocks compute again, and compile them, one by one (GPU)
+    7. split and replicate parameters over shard x context and replica, experts over the ranks that expert leaves
+    8. allocate this rank's part and fill it with initial weights that do not depend on the layout
 
-Expert comes between 1 and 5 when it is built: it changes what a block computes; recompute, compilation
-and sharding do not.
+What changes the numbers that a block computes with, or where they are, comes before 6; what follows does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,22 +23,23 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
 from meshwright.parallel.context import apply_context
+from meshwright.parallel.expert import ExpertAxis, apply_expert, build_expert_axis, shard_experts
 from meshwright.parallel.later import Later, put_products_off
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.pipeline import Stages, build_pipe
-from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.shard import apply_shard
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.parallel.units import check_table, check_units, find_tail, find_units
 from meshwright.spec import (
     SPLIT_BACKWARD,
-    SPLIT_TABLES,
     Job,
     Layout,
     SettingError,
     SplitTable,
     held_stages,
     split_layers,
+    split_table,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,6 +55,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
     layout, spec = job.layout, job.model
     ends = list(accumulate(split_layers(spec, layout, job.data.sequence), initial=0))
     pipe = build_pipe(job, mesh, device)
+    axis = build_expert_axis(layout, mesh, job.data.global_batch) if spec.experts else None
     parts: dict[int, Decoder] = {}
     later: dict[int, Later] = {}
     for stage in held_stages(layout, pipe.rank):
@@ -61,14 +63,16 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
         if layout.context > 1:
             window = spec.attention_window if spec.attention_window < job.data.sequence else 0
             apply_context(part, layout, mesh["context"], window)
+        if axis is not None:
+            apply_expert(part, axis)
         if layout.schedule in SPLIT_BACKWARD:
             later[stage] = Later()
             put_products_off(part, later[stage])
         units = list(part.blocks.values())
         tail = [] if part.norm is None or part.head is None or part.head.weight is None else [part.norm, part.head]
         heads = Heads(spec.kv_heads, spec.head_dim)
-        apply_layout(part, layout, mesh, units, tail, SPLIT_TABLES[spec.family], heads, first=ends[stage])
-        part.to_empty(device="cpu" if layout.offload == "parameters" else device)
+        apply_layout(part, layout, mesh, units, tail, split_table(spec), heads, first=ends[stage], expert_axis=axis)
+        allocate(part, layout, device)
         parts[stage] = part
     model = Stages(spec, layout, mesh, pipe, parts, later)
     fill(model, lambda name, shape: initial_tensor(name, shape, spec, job.run.seed, device))
@@ -121,8 +125,12 @@ def apply_layout(
     *,
     first: int = 0,
     random: bool = False,
+    expert_axis: ExpertAxis | None = None,
 ) -> None:
-    """Split, compile and shard a model, or a pipeline's stage of one, whose first unit is the whole model's `first`."""
+    """Split, compile and shard a model, or a pipeline's stage of one, whose first unit is the whole model's `first`.
+
+    expert_axis: what the experts of a model with mixtures are divided over.
+    """
     if layout.tensor > 1:
         apply_tensor(model, table, mesh["tensor"], heads)
     if layout.async_tensor:
@@ -130,8 +138,18 @@ def apply_layout(
     # A compiled block's backward pass is one piece: there is no putting a part of it off.
     compiled = mesh.device_type == "cuda" and layout.schedule not in SPLIT_BACKWARD
     for index, unit in enumerate(units, first):
-        unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
+        prepare_block(unit, layout, index, compiled=compiled, random=random)
+    if expert_axis is not None:
+        shard_experts(model, layout, expert_axis)
     apply_shard(model, mesh, layout, units, tail)
+
+
+def allocate(part: nn.Module, layout: Layout, device: torch.device) -> None:
+    """Give a part of a model memory, unfilled: parameters where the layout has them, buffers where they are used."""
+    part.to_empty(device="cpu" if layout.offload == "parameters" else device)
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device))
 
 
 def needs_values(model: nn.Module, initialize: Initialize | None) -> bool:

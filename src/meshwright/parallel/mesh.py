@@ -68,6 +68,16 @@ def sharding_plane(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     return shards if layout.replica == 1 else DeviceMesh._concatenate([mesh["replica"], shards])
 
 
+def build_expert_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as experts lie on them: pipeline, replica, expert_shard, expert.
+
+    The last two are shard x context x tensor once more. Neighbours among those have different experts, because tokens
+    are sent more often than an expert's matrices are gathered.
+    """
+    ranks = mesh.mesh.reshape(layout.pipeline, layout.replica, layout.expert_shard, layout.expert)
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pipeline", "replica", "expert_shard", "expert"))
+
+
 def data_rank(mesh: DeviceMesh) -> int:
     """This rank's share of the global batch: its position in replica x shard."""
     replica, shard = mesh["replica"].get_local_rank(), mesh["shard"].get_local_rank()

@@ -14,10 +14,12 @@ from meshwright.spec import Layout
 class StepTotals(NamedTuple):
     """What all ranks agree on at a step's end: loss, squared gradient norm, stop requests, in one fp32 tensor [3].
 
-    It stays on the device until somebody reads it, so that reading can wait.
+    loads: of a mixture, each layer's balance loss and tokens of each expert [layers, 1 + X]; None of other models.
+    All of it stays on the device until somebody reads it, so that reading can wait.
     """
 
     values: torch.Tensor
+    loads: torch.Tensor | None = None
 
     @property
     def loss(self) -> torch.Tensor:
@@ -36,7 +38,23 @@ class StepTotals(NamedTuple):
 
     def to_host(self) -> "StepTotals":
         """A copy on its way to the host; whole once the device has come to this point."""
-        return StepTotals(self.values.to("cpu", non_blocking=True))
+        loads = None if self.loads is None else self.loads.to("cpu", non_blocking=True)
+        return StepTotals(self.values.to("cpu", non_blocking=True), loads)
+
+    def expert_load(self) -> float | None:
+        """Tokens of the fullest expert over its layer's mean, in the layer where that is largest: 1 if all are alike.
+
+        None of a model without a mixture. Reads the loads, so on the host's copy only.
+        """
+        if self.loads is None:
+            return None
+        counts = self.loads[:, 1:]
+        counts = counts[counts.sum(1) > 0]
+        return float((counts.amax(1) / counts.mean(1)).max()) if len(counts) else None
+
+    def balance_loss(self) -> float | None:
+        """What the balance loss of all layers adds to the loss; None of a model without a mixture. On the host."""
+        return None if self.loads is None else float(self.loads[:, 0].sum())
 
 
 def local_gradients(model: nn.Module) -> list[torch.Tensor]:
@@ -77,16 +95,20 @@ def copies(tensor: torch.Tensor) -> int:
     )
 
 
-def reduce_step(loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, stop: bool) -> StepTotals:
-    """Sum loss, squared gradient norm and stop requests over all ranks in one all-reduce, without reading them.
+def reduce_step(
+    loss: torch.Tensor, squared: torch.Tensor, layout: Layout, *, stop: bool, loads: torch.Tensor | None = None
+) -> StepTotals:
+    """Sum loss, squared gradient norm, stop requests and loads over all ranks in one all-reduce, without reading them.
 
-    The ranks along tensor share their samples, and each has their whole loss; along pipeline one of them has it.
+    The ranks along tensor share their samples, and each has their whole loss; but each routes tokens of its own. Along
+    pipeline one of them has the loss, and each the loads of its own layers.
     """
     loss = loss.detach().float() / layout.tensor
     # Gradients that are offloaded have their norm on the host.
-    totals = torch.stack([loss, squared.to(loss.device), torch.full_like(loss, float(stop))])
+    values = torch.stack([loss, squared.to(loss.device), torch.full_like(loss, float(stop))])
+    totals = values if loads is None else torch.cat((values, loads.flatten()))
     dist.all_reduce(totals)
-    return StepTotals(totals)
+    return StepTotals(totals[:3], None if loads is None else totals[3:].view_as(loads))
 
 
 @torch.no_grad()

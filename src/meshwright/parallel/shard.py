@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from meshwright.models import Experts
 from meshwright.parallel.mesh import sharding_plane
 from meshwright.spec import Layout
 
@@ -29,14 +30,11 @@ def apply_shard(
     `layout.precision`. zero 3 frees a block's gathered parameters after its forward pass and gathers them again in
     the backward pass; zero 2 and 1 keep them in between.
     """
-    # Inputs are not cast: a block is given its rotary tables in fp32 on purpose, and activations are cast already.
-    policy = MixedPrecisionPolicy(
-        param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = build_policy(layout)
     # Along an axis of size 1 nothing is sent, not even to oneself.
     plane = sharding_plane(mesh, layout)
     keep = layout.zero < 3
-    offload = CPUOffloadPolicy() if layout.offload == "parameters" else OffloadPolicy()
+    offload = build_offload(layout)
     for unit in units:
         fully_shard(unit, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
     if tail:
@@ -45,11 +43,28 @@ def apply_shard(
     fully_shard(model, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
     if plane.size() > 1:
         for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # The loss is already divided by the global batch's tokens, so gradients are summed, not averaged.
-                # gloo has no scaled sum; asking for a plain sum makes both backends do the same.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+            if isinstance(module, FSDPModule) and not isinstance(module, Experts):
+                sum_gradients(module)
+
+
+def build_policy(layout: Layout) -> MixedPrecisionPolicy:
+    """What is gathered and computed with, and what gradients are summed in."""
+    # Inputs are not cast: a block is given its rotary tables in fp32 on purpose, and activations are cast already.
+    return MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def build_offload(layout: Layout) -> OffloadPolicy:
+    """Where parameters, gradients and optimizer states lie between their uses."""
+    return CPUOffloadPolicy() if layout.offload == "parameters" else OffloadPolicy()
+
+
+def sum_gradients(module: FSDPModule) -> None:
+    """Gradients are summed, not averaged: the loss is already divided by the global batch's tokens."""
+    # gloo has no scaled sum; asking for a plain sum makes both backends do the same.
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:

@@ -131,6 +131,8 @@ def check_table(model: nn.Module, table: SplitTable | None, size: int, heads: He
             # It would take this rank's part of the sequence for the whole.
             nearest = f'"{name.rpartition(".")[0] or name}" = "gather"'
             raise SettingError(f'table "{name}" = "{word}"', 'is inside no module that says "gather"', nearest)
+        if word in ("router", "experts"):
+            raise SettingError(f'table "{name}" = "{word}"', "is for Meshwright's own mixtures", '"sequence"')
         if word == "kv_heads":
             check_heads(name, heads, size)
         shared = word == "kv_heads" and heads is not None and heads.kv_heads < size

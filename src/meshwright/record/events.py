@@ -11,7 +11,9 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     loss: mean over the global batch's tokens, nats; None where it was not a finite number (JSON has no such thing),
     so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;
-    None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set).
+    None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set). Of a mixture, else None:
+    expert_load, tokens of the fullest expert over its layer's mean, in the layer where that is largest; balance_loss,
+    what it adds to the loss that is minimised, which `loss` leaves out.
     """
 
     step: int
@@ -24,6 +26,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     mfu: float | None
     memory_bytes: float
+    expert_load: float | None = None
+    balance_loss: float | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):

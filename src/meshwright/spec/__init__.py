@@ -47,7 +47,15 @@ from meshwright.spec.layout import (
     check_split,
 )
 from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages, walk
-from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
+from meshwright.spec.model import (
+    Experts,
+    LatentAttention,
+    ModelSpec,
+    RopeScaling,
+    check_built,
+    check_model,
+    split_table,
+)
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
@@ -134,6 +142,7 @@ __all__ = [
     "rank_of_stage",
     "split_layers",
     "split_of",
+    "split_table",
     "stage_costs",
     "stage_count",
     "stages_per_rank",

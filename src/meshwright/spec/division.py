@@ -1,11 +1,8 @@
 """What the context and expert axes can divide: sequences, heads and experts."""
 
-from math import gcd
-
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import ModelSpec
-from meshwright.spec.numbers import nearest_divisor
 
 
 def check_context(layout: Layout, model: ModelSpec, sequence: int) -> None:
@@ -40,17 +37,27 @@ def context_refusal(layout: Layout, size: int, model: ModelSpec, sequence: int) 
 
 def check_expert(layout: Layout, model: ModelSpec) -> None:
     """Raise SettingError where ranks of the expert axis cannot divide a model's experts."""
-    size = layout.expert
-    if size == 1:
-        return
-    if model.experts is None:
-        raise SettingError(f"layout.expert = {size}", f"{model.family} has no experts", "layout.expert = 1")
-    count, ranks = model.experts.count, layout.shard * layout.context * layout.tensor
-    reason = ""
-    if count % size:
-        reason = f"does not divide model.experts.count = {count}"
-    elif ranks % size:
-        reason = f"reuses ranks of shard x context x tensor = {ranks}, which it does not divide"
+    reason = expert_refusal(layout, layout.expert, model)
     if reason:
-        near = nearest_divisor(gcd(count, ranks), size)
-        raise SettingError(f"layout.expert = {size}", reason, f"layout.expert = {near}")
+        ranks = layout.shard * layout.context * layout.tensor
+        fits = [size for size in range(1, ranks + 1) if not expert_refusal(layout, size, model)]
+        near = min(fits, key=lambda size: abs(size - layout.expert), default=0)
+        nearest = f"layout.expert = {near}" if near else "fewer ranks along shard, context and tensor"
+        raise SettingError(f"layout.expert = {layout.expert}", reason, nearest)
+
+
+def expert_refusal(layout: Layout, size: int, model: ModelSpec) -> str:
+    """Why `size` ranks cannot divide the experts, and the others each expert; "" where they can."""
+    experts, ranks = model.experts, layout.shard * layout.context * layout.tensor
+    if experts is None:
+        return f"{model.family} has no experts" if size > 1 else ""
+    if experts.count % size:
+        return f"does not divide model.experts.count = {experts.count}"
+    if ranks % size:
+        return f"reuses ranks of shard x context x tensor = {ranks}, which it does not divide"
+    # FSDP splits a dim that is not the first evenly or not at all; either of a matrix's own two will do.
+    parts = ranks // size
+    if experts.feed_forward % parts and model.d_model % parts:
+        widths = f"model.experts.feed_forward = {experts.feed_forward} nor model.d_model = {model.d_model}"
+        return f"leaves {parts} ranks to divide each expert's matrices, which divide neither {widths}"
+    return ""

@@ -26,6 +26,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recompute: what of the forward pass is not kept for the backward pass but computed again: "none" of it;
         "selective", all but the results of matrix products, attention and transfers; "full", all inside a block;
         or a number n, all inside each of the first n blocks.
+    expert: ranks that divide a mixture's experts. They are those of shard x context x tensor once more, neighbours
+        first, and what they leave of those divides each expert's matrices.
     async_tensor: cut the tensor axis's transfers up to run beside the matrix products that need them (GPUs only).
     zero: what a rank of `shard` x `context` holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
@@ -63,6 +65,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def world_size(self) -> int:
         """Number of ranks."""
         return self.pipeline * self.replica * self.shard * self.context * self.tensor
+
+    @property
+    def expert_shard(self) -> int:
+        """Number of ranks that divide each expert's matrices: what `expert` leaves of shard x context x tensor."""
+        return self.shard * self.context * self.tensor // self.expert
 
     @property
     def data_size(self) -> int:

@@ -164,4 +164,4 @@ def gathered_bytes(model: nn.Module) -> float:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a rank's part along FSDP's axes."""
     axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
-    return any(axis.startswith("shard") for axis in axes or ())
+    return not {"shard", "expert_shard"}.isdisjoint(axes or ())

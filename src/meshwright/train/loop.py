@@ -16,8 +16,10 @@ from meshwright.parallel import (
     build_mesh,
     build_parallel_model,
     clip_gradients,
+    move_biases,
     reduce_step,
     squared_norm,
+    take_loads,
 )
 from meshwright.record import RunFolder
 from meshwright.spec import Job
@@ -45,7 +47,6 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     reporter = Reporter(folder, attempt, job, device, first)
     with recorder.span("evaluation", first):
         reporter.evaluated(first, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
-
     how = "finished"
     for step in range(first, job.run.steps):
         # Memory is watched in the second step: every buffer is there by then, and nothing is compiled any more.
@@ -106,9 +107,10 @@ def update(
     with recorder.phase("optimizer"):
         squared = squared_norm(model, but=model.tied_copy())
         with recorder.phase("control"):
-            totals = reduce_step(loss, squared, job.layout, stop=stop)
+            totals = reduce_step(loss, squared, job.layout, stop=stop, loads=take_loads(model))
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
         optimizer.step()
+        move_biases(model, totals)
         memory.states(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     return totals

@@ -1,6 +1,6 @@
 """One rank of a layout, run as the trainer runs it and held against the reference as it goes."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, 
         totals = loop.update(model, optimizer, loss, job, recorder, memory, stop=False)
         losses.append(totals.loss.item())
         norms.append(totals.gradient_norm.item())
-    weights = file.compare_parts(WEIGHT, dict(model.named_parameters()))
+    weights = file.compare_parts(WEIGHT, dict(chain(model.named_parameters(), model.named_buffers())))
     batches.close()
     recorder.close("finished")
     return RankReport(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import TraceEvent, message_spans, phases, span, within
+from meshwright.record.kineto.events import TraceEvent, message_spans, phase_of, phases, span, within
 from meshwright.record.timeline import Timeline, numbered
 
 # Operator namespaces that are not work on data: the autograd engine's brackets, the collectives themselves, and our own
@@ -80,7 +80,7 @@ def collectives(
     inside: Sequence[TraceEvent],
     gloo: Sequence[TraceEvent],
     during: Mapping[str, list[Interval]],
-    ranks: Mapping[Purpose, tuple[int, ...]],
+    ranks: Mapping[str, tuple[int, ...]],
 ) -> list[Transfer]:
     """The step's collectives in order of launch, each from its launch to the end of gloo's work.
 
@@ -95,6 +95,8 @@ def collectives(
         kind: union(span(e) for e in inside if str(e["name"]).startswith(kind))
         for kind in ("FSDP::", "_c10d_functional::")
     }
+    # FSDP names what it moves: a mixture's experts lie on other ranks than the rest.
+    stacks = union(span(e) for e in inside if str(e["name"]).startswith("FSDP::") and ".experts" in str(e["name"]))
     found: list[Transfer] = []
     position = 0
     for launch in launches:
@@ -106,19 +108,23 @@ def collectives(
             position += 1
         purpose = purpose_at(start, str(launch["name"]), during, brackets)
         # An axis that spans the world has no group of its own: it shares that of all ranks, where control is.
-        sharing = ranks.get(purpose, ranks.get("control", ()))
+        axis = "expert_shard" if purpose == "shard" and within(start, stacks) else purpose
+        sharing = ranks.get(axis, ranks.get("control", ()))
         found.append(Transfer(purpose=purpose, ranks=sharing, index=0, start_s=start, end_s=end))
     return numbered(found)
 
 
 def ranks_of(
     groups: Mapping[str, tuple[str, tuple[int, ...]]], purposes: Mapping[str, Purpose]
-) -> dict[Purpose, tuple[int, ...]]:
-    """The ranks that share a purpose: those of its largest group, where several carry it; `control` has all."""
-    found: dict[Purpose, tuple[int, ...]] = {}
+) -> dict[str, tuple[int, ...]]:
+    """The ranks that share a purpose: those of its largest group, where several carry it; `control` has all.
+
+    Those that a mixture's experts are split over stand apart, as `expert_shard`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
     for description, ranks in groups.values():
-        purpose = purposes.get(description, "control")
-        found[purpose] = max(found.get(purpose, ()), ranks, key=len)
+        name = "expert_shard" if description == "mesh_expert_shard" else purposes.get(description, "control")
+        found[name] = max(found.get(name, ()), ranks, key=len)
         if description == "default_pg":
             found["control"] = ranks
     return found
@@ -129,14 +135,12 @@ def purpose_at(
 ) -> Purpose:
     """What a collective launched at `start` is for.
 
-    Attention says itself which are its own. FSDP gathers and reduces shards, and all-reduces replicas. Within the
-    passes over the model all others are the tensor axis's: DTensor's, which are functional collectives, inside of
-    FSDP's hooks too, and those of the loss.
+    Attention and experts say themselves which are their own. FSDP gathers and reduces shards, and all-reduces replicas.
+    Within the passes over the model all others are the tensor axis's: DTensor's, which are functional collectives,
+    inside of FSDP's hooks too, and those of the loss.
     """
-    if within(start, during["control"]):
-        return "control"
-    if within(start, during["context"]):
-        return "context"
+    if told := phase_of(start, during):
+        return told
     if within(start, brackets["_c10d_functional::"]):
         return "tensor"
     if within(start, brackets["FSDP::"]):

@@ -4,13 +4,16 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from meshwright.account import Purpose
 from meshwright.account.intervals import Interval, union
 
-# Annotations that the training loop puts around its phases, recompute around what a backward pass runs again, and
-# attention around its transfers along context; STEP around the whole step.
+# Annotations that the training loop puts around its phases, recompute around what a backward pass runs again, attention
+# around its transfers along context, and experts around theirs; STEP around the whole step.
 PREFIX = "meshwright."
 STEP = f"{PREFIX}step"
-PHASES = ("input", "forward", "backward", "recompute", "context", "optimizer", "control", "checkpoint")
+PHASES = ("input", "forward", "backward", "recompute", "context", "expert", "optimizer", "control", "checkpoint")
+# A mark that ends in the number of rows that a rank's experts were sent.
+ROWS = f"{PREFIX}rows."
 
 TraceEvent = dict[str, Any]
 
@@ -71,7 +74,28 @@ def phases(events: Sequence[TraceEvent]) -> tuple[TraceEvent, dict[str, list[Int
     return step, {name: union(intervals) for name, intervals in found.items()}
 
 
+def expert_rows(events: Sequence[TraceEvent]) -> tuple[int, ...]:
+    """Rows that the rank's experts were sent in the last step, forward pass by forward pass, as marked on the host.
+
+    What recompute marks once more is left out.
+    """
+    step, during = phases(events)
+    start, end = span(step)
+    marks = sorted(
+        (span(e)[0], int(str(e["name"]).removeprefix(ROWS)))
+        for e in events
+        if e.get("cat") == "user_annotation" and str(e["name"]).startswith(ROWS)
+    )
+    return tuple(rows for at, rows in marks if start <= at <= end and not within(at, during["recompute"]))
+
+
 def within(moment: float, intervals: Sequence[Interval]) -> bool:
     """Whether a moment lies in one of some sorted, disjoint intervals."""
     position = bisect_right(intervals, (moment, float("inf"))) - 1
     return position >= 0 and moment <= intervals[position][1]
+
+
+def phase_of(moment: float, during: Mapping[str, list[Interval]]) -> Purpose | None:
+    """What a collective launched at this moment is for whatever else its group carries, if its phase says so."""
+    told: tuple[Purpose, ...] = ("control", "context", "expert")
+    return next((purpose for purpose in told if within(moment, during[purpose])), None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import STEP, MessageSpan, TraceEvent, message_spans, phases, span, within
+from meshwright.record.kineto.events import STEP, MessageSpan, TraceEvent, message_spans, phase_of, phases, span, within
 from meshwright.record.timeline import Timeline, contention, numbered
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -75,12 +75,6 @@ def device_window(
     if not before or not during or max(during) <= max(before):
         raise ValueError("the trace holds no kernels of the annotated step")
     return max(*before, opened), max(during)
-
-
-def phase_of(moment: float, during: Mapping[str, list[Interval]]) -> Purpose | None:
-    """What a collective launched at this moment is for whatever else its group carries, if its phase says so."""
-    told: tuple[Purpose, ...] = ("control", "context")
-    return next((purpose for purpose in told if within(moment, during[purpose])), None)
 
 
 def transfer_of(
