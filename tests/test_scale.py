@@ -44,13 +44,22 @@ SMALL = [
     "layout.tensor=2",
     "layout.schedule=interleaved",
 ]
+TURNING = ["layout.pipeline=2", "layout.shard=16", "layout.schedule=zbv", "layout.zero=1"]
+EXPERTS = ["layout.pipeline=8", "layout.replica=2", "layout.shard=32", "layout.tensor=2", "layout.expert=16"]
 LARGE = ["layout.pipeline=8", "layout.replica=2", "layout.shard=16", "layout.tensor=4", "layout.schedule=interleaved"]
 # First and last of a stage, and places where shards are uneven.
 CASES: list[tuple[str, str, list[str], list[int]]] = [
     ("llama3.2-1b", "32xh100", SMALL, [0, 15, 16, 31, 5]),
-    ("gpt2-124m", "32xh100", ["layout.pipeline=2", "layout.shard=16", "layout.schedule=zbv", "layout.zero=1"], [0, 31, 11]),
+    ("gpt2-124m", "32xh100", TURNING, [0, 31, 11]),
     ("llama3-70b", "128x8xh100", LARGE, [0, 1023, 517, 128, 890]),
     ("llama3-8b", "128x8xh100", ["layout.shard=37", "layout.tensor=8", "layout.replica=3"], [0, 295, 887]),
+    (
+        "mixtral-8x7b",
+        "32xh100",
+        ["layout.shard=4", "layout.context=2", "layout.tensor=4", "layout.expert=4"],
+        [0, 31, 13],
+    ),
+    ("qwen3-30b-a3b", "128x8xh100", EXPERTS, [0, 1023, 300]),
 ]
 
 
