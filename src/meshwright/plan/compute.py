@@ -15,6 +15,12 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
+# Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
+# taken to reach four fifths. What of the host's memory one device's update gets is an assumption, not measured.
+HOST_LINK_BYTES_PER_S = 50e9
+HOST_UPDATE_BYTES_PER_S = 20e9
+
+
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a piece's kernels in its forward and backward pass.
 
@@ -138,9 +144,24 @@ def predict_optimizer(job: Job, local: int) -> float:
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
     update_s = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
+    update_s += offload_seconds(job, local)
     # The norm reads gradients; clipping reads and writes them again.
     clip_passes = 3 if job.optimizer.clip_norm > 0 else 1
     return update_s + clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
+
+
+def offload_seconds(job: Job, local: int) -> float:
+    """What a rank's step takes longer because of what lies in the host's memory.
+
+    Moments come and go with each update. Parameters come for each gather, twice a microbatch, their gradients go after
+    each backward pass, and the host updates them.
+    """
+    if job.layout.offload == "none":
+        return 0.0
+    if job.layout.offload == "optimizer":
+        return 4 * STATE_BYTES * local / HOST_LINK_BYTES_PER_S
+    moved = 3 * job.layout.accumulation(job.data.global_batch) * STATE_BYTES * local
+    return moved / HOST_LINK_BYTES_PER_S + 7 * STATE_BYTES * local / HOST_UPDATE_BYTES_PER_S
 
 
 def has_known_peak(device: Device, job: Job) -> bool:

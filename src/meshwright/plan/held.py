@@ -26,7 +26,16 @@ def predict_states(job: Job, rank: int) -> MemoryAccount:
         for name, shape in stage_shapes(job.model, stage.start, stage.stop, pipeline=job.layout.pipeline).items():
             held += prod(local_shape(job, places, name, shape))
             tensors += 1
-    states = 2 * STATE_BYTES * held + 4 * tensors if job.optimizer.name == "adamw" else 0
+    return state_bytes(job, held, tensors)
+
+
+def state_bytes(job: Job, held: int, tensors: int) -> MemoryAccount:
+    """Bytes on the device of a rank's `held` parameters (elements), in so many tensors, and of what belongs to them."""
+    if job.layout.offload == "parameters":
+        return MemoryAccount()
+    # Two moments, and a step count a parameter tensor, which stays on the device.
+    moments = 0 if job.layout.offload == "optimizer" else 2 * STATE_BYTES * held
+    states = moments + 4 * tensors if job.optimizer.name == "adamw" else 0
     return MemoryAccount(parameters=STATE_BYTES * held, gradients=STATE_BYTES * held, optimizer_states=states)
 
 

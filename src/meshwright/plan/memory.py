@@ -7,6 +7,7 @@ from meshwright.plan.activations import BYTES, peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.held import state_bytes
 from meshwright.plan.part import STATE_BYTES, Groups, Part, sharding
 from meshwright.spec import Job
 
@@ -66,19 +67,15 @@ def sum_held(account: MemoryAccount) -> float:
 
 def held_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> MemoryAccount:
     """What a rank along pipeline holds but for the framework and fragmentation."""
-    groups, local, states = part.groups, part.local, 0
-    if job.optimizer.name == "adamw":
-        # Two moments, and a step count a parameter tensor.
-        states = 2 * STATE_BYTES * local + 4 * part.tensors
+    # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
+    # the reduction's stream, which the compute stream's activations cannot use.
+    states = state_bytes(job, part.local, part.tensors)
+    groups = part.groups
     activations, logits = peak_bytes(job, part, alive)
     routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
     buffers = gathered_bytes(job, groups) + reduction_bytes(job, groups) + context_buffer_bytes(job, part.cut)
-    return MemoryAccount(
-        parameters=STATE_BYTES * local,
-        # Kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of the
-        # reduction's stream, which the compute stream's activations cannot use.
-        gradients=STATE_BYTES * local,
-        optimizer_states=states,
+    return msgspec.structs.replace(
+        states,
         activations=activations,
         logits=logits,
         communication_buffers=buffers + (expert_buffer_bytes(job) if routed else 0.0),

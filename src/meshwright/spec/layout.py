@@ -107,10 +107,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return f"{self.placement()}{self.manner()}{zero}, microbatch {self.microbatch}{recompute}"
 
     def manner(self) -> str:
-        """How the pipeline and the context axis go about it, where that is a choice: ", interleaved, 4 a rank"."""
+        """How it goes about it, where that is a choice: ", interleaved, 4 a rank"."""
         schedule = f", {self.schedule}" if self.pipeline > 1 else ""
         stages = f", {self.stages_per_rank} a rank" if self.stages_per_rank > 2 else ""
-        return schedule + stages + (", all-to-all" if self.context_form != "ring" else "")
+        form = ", all-to-all" if self.context_form != "ring" else ""
+        return schedule + stages + form + (f", {self.offload} offloaded" if self.offload != "none" else "")
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""
