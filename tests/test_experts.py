@@ -18,7 +18,6 @@ from jobs import tiny_job
 from mixtures import MIXTURES, SEEDS, mixture_job
 from ranks import run_ranks
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
 from verifying import Fault, References, assert_agrees, verdict_of
 
@@ -26,7 +25,7 @@ from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import write_text
 from meshwright.models import Experts
 from meshwright.models.experts import Choice, keep_best_groups
-from meshwright.parallel import build_mesh, build_parallel_model, expert, start_distributed, stop_distributed
+from meshwright.parallel import expert
 from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
 from meshwright.spec import Job, SettingError
 from meshwright.train import loop
@@ -246,36 +245,6 @@ def test_a_dropped_token_is_named(cause_of: Callable[..., Cause], axes: Any) -> 
     cause = cause_of(token_dropped, "mixtral", **axes)
     assert cause.module == "blocks.0.feed_forward.experts"
     assert "dropped" in cause.likely
-
-
-def transfers_of(job: Job) -> int:
-    """All-to-alls of one forward and backward pass on a rank."""
-    torch.set_num_threads(1)
-    device = start_distributed(job.cluster)
-    mesh = build_mesh(job.layout, device)
-    stage = build_parallel_model(job, mesh, device).parts[0]
-    seen = 0
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal seen
-            seen += func is torch.ops._c10d_functional.all_to_all_single.default
-            return func(*args, **(kwargs or {}))
-
-    tokens = torch.randint(263, (4, 16), generator=torch.Generator().manual_seed(device.index or 0))
-    with Count():
-        stage(tokens).square().mean().backward()
-    stop_distributed()
-    return seen
-
-
-@pytest.mark.parametrize(("recompute", "more"), [("none", 0), ("selective", 0), ("full", 3)])
-def test_selective_recompute_sends_no_token_again(folder: Path, tmp_path: Path, recompute: str, more: int) -> None:
-    job = mixture_job(
-        folder, "mixtral", layout={"shard": 2, "expert": 2, "recompute": recompute}, run={"folder": str(tmp_path)}
-    )
-    # In each layer counts, rows and results forward, rows and results backward; computed again, what came forward.
-    assert run_ranks(2, transfers_of, job) == [2 * (5 + more)] * 2
 
 
 def test_biases_moved_by_one_ranks_tokens_are_noticed(cause_of: Callable[..., Cause]) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from meshwright.models import Experts
 from meshwright.parallel.mesh import sharding_plane
-from meshwright.spec import Layout
+from meshwright.spec import SPLIT_BACKWARD, Layout
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -71,15 +71,19 @@ def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
     """Say whether the coming backward pass is the step's last, and so which reductions it runs.
 
     zero 3 and 2 reduce along `shard` and `context` in every microbatch and along `replica` in the last; zero 1, and
-    replicas alone, keep whole gradients and reduce in the last microbatch only.
+    replicas alone, keep whole gradients and reduce in the last microbatch only. So do backward passes cut in two.
     """
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
-    if layout.zero == 1 or layout.parameter_shards == 1:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
-    else:
-        model.set_requires_all_reduce(last)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A mixture's experts may be split where the rest is not, and the other way round.
+            shards = layout.expert_shard if isinstance(module, Experts) else layout.parameter_shards
+            if layout.zero == 1 or shards == 1 or layout.schedule in SPLIT_BACKWARD:
+                module.set_requires_gradient_sync(last, recurse=False)
+                module.set_reshard_after_backward(last, recurse=False)
+            else:
+                module.set_requires_all_reduce(last, recurse=False)
 
 
 def reduce_gradients(model: nn.Module) -> None:
