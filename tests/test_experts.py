@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing and balance against explicit math, layouts against one process, and what is refused.
+"""Mixtures of experts: layouts against one process, what a run keeps and tells of them, and what is refused.
 
 Which experts a token goes to is a jump, not a slope: where two of them stand equal, round-off decides, and a layout
 could differ from one process without being wrong. So the inputs here keep the last that is chosen clear of the first
@@ -8,84 +8,33 @@ that is not, in every token of every step, and a test holds them to it.
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from foreign import Foreign
 from jobs import tiny_job
+from mixtures import MIXTURES, SEEDS, mixture_job
 from ranks import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.explain.verification import Cause
 from meshwright.launch.shrink import write_text
-from meshwright.models import Decoder, Experts, Mixture, build_model, initialize_
-from meshwright.models.decoder import FeedForward
-from meshwright.models.experts import Choice, grouped_feed_forward, grouped_product, keep_best_groups
+from meshwright.models import Experts
+from meshwright.models.experts import Choice, keep_best_groups
 from meshwright.parallel import build_mesh, build_parallel_model, expert, start_distributed, stop_distributed
-from meshwright.parallel.expert import mixtures_of
-from meshwright.parallel.recompute import prepare_block
-from meshwright.parallel.units import check_units
 from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
-from meshwright.spec import AXES, Job, Layout, ModelSpec, Recompute, SettingError
-from meshwright.spec.huggingface import config_of_model
-from meshwright.spec.model import Experts as Numbers
+from meshwright.spec import Job, SettingError
 from meshwright.train import loop
 from meshwright.train.progress import describe
 from meshwright.verify.alone import train_alone
 
 # Of the scores that a router ranks, relative: a thousand times what fp32 rounds.
 LEAST_MARGIN = 1e-4
-BALANCED = {"balance_loss": 0.3, "bias_rate": 0.003}
-# Name to family, what its experts have besides, and a seed that keeps the margin.
-MIXTURES: dict[str, tuple[str, dict[str, Any], int]] = {
-    "mixtral": ("mixtral", BALANCED, 48),
-    # Of a width that no size of an axis divides, so that matrices are split along the other.
-    "qwen3-moe": ("qwen3-moe", {"per_token": 3, "normalised": False, "balance_loss": 0.3, "feed_forward": 21}, 48),
-    # As DeepSeek-V3 has them, beside other attention.
-    "shared": (
-        "mixtral",
-        BALANCED | {"shared": 2, "dense_layers": 1, "groups": 4, "groups_per_token": 2, "scale": 1.5},
-        2,
-    ),
-}
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="about GPUs")
-each_mixture = pytest.mark.parametrize("mixture", MIXTURES)
-
-
-def mixture_job(folder: Path, mixture: str, *, accumulation: int = 1, **sections: dict[str, Any]) -> Job:
-    """A job on the smallest mixture and batch that the layouts here divide."""
-    family, experts, seed = MIXTURES[mixture]
-    layout = sections.pop("layout", {})
-    data_size = layout.get("replica", 1) * layout.get("shard", 1)
-    table: dict[str, dict[str, Any]] = {
-        "run": {"folder": str(folder / "runs"), "seed": seed},
-        "model": {
-            "family": family,
-            "d_model": 32,
-            "heads": 4,
-            "kv_heads": 2,
-            "head_dim": 8,
-            "feed_forward": 36,
-            "vocabulary": 263,
-            "experts": {"count": 8, "per_token": 2, "feed_forward": 24} | experts,
-        },
-        "data": {"sequence": 16, "global_batch": 8},
-        "layout": layout | {"microbatch": 8 // (data_size * accumulation)},
-    }
-    for name, section in sections.items():
-        table[name] = table.get(name, {}) | section
-    ranks = prod(layout.get(axis, 1) for axis in AXES)
-    return tiny_job(folder, processes=ranks, **table)
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +55,8 @@ def compare(folder: Path, references: References, tmp_path: Path) -> Callable[..
     """Run a layout of a mixture and fail if it differs from one process."""
 
     def run(mixture: str, **settings: Any) -> None:
-        settings["run"] = {"folder": str(tmp_path), "seed": MIXTURES[mixture][2]} | settings.get("run", {})
-        assert_agrees(verdict_of(mixture_job(folder, mixture, **settings), references))
+        job = mixture_job(folder, mixture, run={"folder": str(tmp_path)}, **settings)
+        assert_agrees(verdict_of(job, references))
 
     return run
 
@@ -142,7 +91,7 @@ def margins_of(job: Job, written: Path) -> list[float]:
     return seen
 
 
-@pytest.mark.parametrize(("mixture", "layers"), [*((name, 2) for name in MIXTURES), ("shared", 4)])
+@pytest.mark.parametrize(("mixture", "layers"), SEEDS)
 def test_no_choice_is_close(folder: Path, mixture: str, layers: int) -> None:
     job = mixture_job(folder, mixture, model={"layers": layers})
     margins = margins_of(job, folder / "margins.safetensors")
@@ -200,6 +149,15 @@ POLICIES: list[tuple[int, dict[str, Any]]] = [
 SLOW = [
     Case(list(MIXTURES)[(number + number // 3) % 3], axes, *POLICIES[(number + number // 4) % 4])
     for number, axes in enumerate(SPREADS)
+] + [
+    Case("mixtral", {"pipeline": 2, "shard": 4, "expert": 4}, 2, {"recompute": "selective"}),
+    Case("mixtral", {"pipeline": 2, "replica": 2, "tensor": 2, "expert": 2}, 2, {"zero": 2}),
+    Case("mixtral", {"pipeline": 2, "tensor": 2, "expert": 2}, 4, {"schedule": "interleaved", "recompute": 1}, 4),
+    Case("shared", {"pipeline": 2, "shard": 2}, 4, {"schedule": "zero-bubble", "zero": 1, "recompute": "none"}, 4),
+    Case("shared", {"pipeline": 2, "context": 2, "expert": 2}, 4, {"schedule": "gpipe", "recompute": "full"}),
+    Case("shared", {"context": 2, "shard": 2, "expert": 2}, 2, {"context_form": "all-to-all"}),
+    Case("mixtral", {"shard": 2, "context": 2, "tensor": 2, "expert": 4}, 1, {"recompute": "full"}),
+    Case("qwen3-moe", {"context": 2, "tensor": 2}, 1, {"recompute": "selective", "zero": 1}),
 ]
 
 
@@ -267,8 +225,8 @@ def cause_of(folder: Path, references: References, tmp_path: Path) -> Callable[.
     """What verify makes of a fault in a layout of a mixture."""
 
     def find(fault: Fault, mixture: str, **layout: int) -> Cause:
-        run = {"folder": str(tmp_path), "seed": MIXTURES[mixture][2]}
-        verdict = verdict_of(mixture_job(folder, mixture, layout=layout, run=run), references, fault)
+        job = mixture_job(folder, mixture, layout=layout, run={"folder": str(tmp_path)})
+        verdict = verdict_of(job, references, fault)
         assert not verdict.agrees
         assert verdict.cause is not None
         return verdict.cause
@@ -295,7 +253,7 @@ def transfers_of(job: Job) -> int:
     torch.set_num_threads(1)
     device = start_distributed(job.cluster)
     mesh = build_mesh(job.layout, device)
-    model = build_parallel_model(job, mesh, device)
+    stage = build_parallel_model(job, mesh, device).parts[0]
     seen = 0
 
     class Count(TorchDispatchMode):
@@ -306,7 +264,7 @@ def transfers_of(job: Job) -> int:
 
     tokens = torch.randint(263, (4, 16), generator=torch.Generator().manual_seed(device.index or 0))
     with Count():
-        model(tokens).square().mean().backward()
+        stage(tokens).square().mean().backward()
     stop_distributed()
     return seen
 
@@ -320,230 +278,8 @@ def test_selective_recompute_sends_no_token_again(folder: Path, tmp_path: Path, 
     assert run_ranks(2, transfers_of, job) == [2 * (5 + more)] * 2
 
 
-# torch's own: dynamo looks at .grad of an activation, and says that it was given a policy for recompute.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_blocks_compile_around_their_experts(recompute: Recompute) -> None:
-    """Without a break in any graph, and with the same gradients."""
-    compile_ = torch.compile
-    tokens = torch.randint(31, (2, 8), generator=torch.Generator().manual_seed(4))
-    gradients: list[list[Tensor]] = []
-    for compiled in (False, True):
-        _, model = built(shared=1, balance_loss=0.1)
-        with mock.patch.object(torch, "compile", partial(compile_, backend="aot_eager", fullgraph=True)):
-            for index, block in enumerate(model.blocks.values()):
-                prepare_block(block, Layout(recompute=recompute), index, compiled=compiled)
-        model(tokens).square().sum().backward()
-        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(gradients[0]) == len(list(model.parameters()))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_biases_moved_by_one_ranks_tokens_are_noticed(cause_of: Callable[..., Cause]) -> None:
     cause_of(balance_of_each_rank, "mixtral", shard=2)
-
-
-# --- Routing and balance against explicit math ----------------------------------------------------------------------
-
-
-def built(**experts: Any) -> tuple[ModelSpec, Decoder]:
-    """A mixture of one layer in double precision, its routers far from even."""
-    numbers = Numbers(count=6, per_token=2, feed_forward=10, **experts)
-    spec = ModelSpec(
-        family="mixtral",
-        layers=1,
-        d_model=12,
-        heads=2,
-        kv_heads=2,
-        head_dim=6,
-        feed_forward=8,
-        vocabulary=31,
-        experts=numbers,
-    )
-    model = build_model(spec, "cpu").double()
-    initialize_(model, spec, 3)
-    with torch.no_grad():
-        for mixture in mixtures_of(model):
-            mixture.router.weight.mul_(20)
-    return spec, model
-
-
-def explicit(x: Tensor, mixture: Mixture) -> Tensor:
-    """Tokens [N, D] through their experts, a token and an expert at a time."""
-    experts, settings = mixture.experts, mixture.experts.settings
-    rows: list[Tensor] = []
-    for token in x:
-        scores = torch.softmax(mixture.router.weight @ token, 0)
-        chosen = sorted(range(settings.count), key=lambda n: -scores[n].item())[: settings.per_token]
-        total = sum(scores[n] for n in chosen) if settings.normalised else 1.0
-        parts = [
-            scores[n]
-            / total
-            * settings.scale
-            * (experts.down[n] @ (F.silu(experts.gate[n] @ token) * (experts.up[n] @ token)))
-            for n in chosen
-        ]
-        rows.append(torch.stack(parts).sum(0))
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize("normalised", [True, False])
-def test_experts_equal_explicit_math(normalised: bool) -> None:
-    _, model = built(normalised=normalised, scale=1.7)
-    mixture = mixtures_of(model)[0]
-    x = torch.randn(2, 7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = mixture.experts(x, mixture.router(x), None)
-    wanted = explicit(x.flatten(0, 1), mixture).view_as(x)
-    torch.testing.assert_close(found, wanted)
-    gradients = [torch.autograd.grad(out.square().sum(), [*mixture.parameters()]) for out in (found, wanted)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-def test_routing_by_groups_scores_and_bias_is_deepseeks() -> None:
-    """DeepSeek-V3's attention is not built; its mixture is, and equals transformers' with every choice it makes."""
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config, DeepseekV3MoE
-
-    config = DeepseekV3Config(
-        hidden_size=16,
-        n_routed_experts=8,
-        num_experts_per_tok=3,
-        moe_intermediate_size=12,
-        n_group=4,
-        topk_group=2,
-        n_shared_experts=2,
-        routed_scaling_factor=2.5,
-    )
-    config._experts_implementation = "eager"
-    theirs: Any = DeepseekV3MoE(config)
-    numbers = Numbers(
-        count=8, per_token=3, feed_forward=12, groups=4, groups_per_token=2, shared=2, scale=2.5, dense_layers=0
-    )
-    spec = ModelSpec(
-        family="deepseek-v3",
-        layers=1,
-        d_model=16,
-        heads=2,
-        kv_heads=2,
-        head_dim=8,
-        feed_forward=8,
-        vocabulary=31,
-        experts=numbers,
-    )
-    ours = Mixture(spec, 0, FeedForward(spec, 24))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in (*ours.parameters(), *ours.buffers()):
-            tensor.normal_(generator=generator)
-        theirs.gate.weight.copy_(ours.router.weight)
-        theirs.gate.e_score_correction_bias.copy_(ours.router.bias)
-        theirs.experts.gate_up_proj.copy_(torch.cat((ours.experts.gate, ours.experts.up), 1))
-        theirs.experts.down_proj.copy_(ours.experts.down)
-        assert isinstance(ours.shared, FeedForward) and ours.shared.gate is not None
-        for name, layer in (("gate", ours.shared.gate), ("up", ours.shared.up), ("down", ours.shared.down)):
-            getattr(theirs.shared_experts, f"{name}_proj").weight.copy_(layer.weight)
-        x = torch.randn(2, 50, 16, generator=generator)
-        found = ours.experts(x, ours.router(x), ours.router.bias) + ours.shared(x)
-        wanted = theirs(x)
-    assert (found - wanted).norm() < 1e-6 * wanted.norm()
-
-
-def test_an_expert_that_nobody_chooses_has_a_gradient_of_zero() -> None:
-    _, model = built()
-    mixture = mixtures_of(model)[0]
-    x = torch.randn(1, 5, 12, dtype=torch.float64)
-    logits = torch.zeros(1, 5, 6, dtype=torch.float64)
-    logits[..., :2] = 5.0
-    mixture.experts(x, logits, None).sum().backward()
-    gradient = mixture.experts.down.grad
-    assert gradient is not None
-    assert (gradient[2:] == 0).all() and (gradient[:2] != 0).any()
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_grouped_products_are_those_of_each_expert_alone(device: str) -> None:
-    """A GPU's way to compute experts, one of which has no rows; on a CPU torch has the same operator."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = torch.randn(12, 16, generator=generator).to(device, dtype).requires_grad_()
-    matrices = torch.randn(4, 24, 16, generator=generator).to(device, dtype).requires_grad_()
-    counts = torch.tensor([5, 0, 4, 3], device=device)
-    found = grouped_product(rows, matrices, counts.cumsum(0).to(torch.int32))
-    parts = zip(rows.split(counts.tolist()), matrices.unbind(), strict=True)
-    wanted = torch.cat([part @ matrix.T for part, matrix in parts])
-    torch.testing.assert_close(found, wanted)
-    weights = torch.randn(12, 24, generator=generator).to(device, dtype)
-    gradients = [torch.autograd.grad((out * weights).sum(), [rows, matrices]) for out in (found, wanted)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@needs_gpu
-def test_experts_on_a_gpu_equal_those_on_a_cpu() -> None:
-    """In bf16, by grouped products, as far as bf16 rounds."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(64, 32, generator=generator)
-    stacks = [torch.randn(4, *shape, generator=generator) / 6 for shape in ((48, 32), (48, 32), (32, 48))]
-    counts = torch.tensor([20, 0, 30, 14])
-    exact = grouped_feed_forward(rows, counts, *stacks)
-    there = [tensor.to("cuda", torch.bfloat16) for tensor in (rows, *stacks)]
-    rounded = grouped_feed_forward(there[0], counts.cuda(), *there[1:])
-    assert (rounded.float().cpu() - exact).norm() < 0.02 * exact.norm()
-
-
-def test_groups_are_judged_by_their_two_best() -> None:
-    ranked = torch.tensor([0.9, 0.0, 0.5, 0.5, 0.6, 0.2])
-    kept = keep_best_groups(ranked, 3, 1)
-    assert kept.tolist() == [-torch.inf, -torch.inf, 0.5, 0.5, -torch.inf, -torch.inf]
-
-
-def test_a_bias_decides_who_is_chosen_and_not_with_what_weight() -> None:
-    _, model = built(bias_rate=0.1, normalised=False)
-    experts = mixtures_of(model)[0].experts
-    logits = torch.tensor([[[2.0, 1.0, 0.0, -1.0, -2.0, -3.0]]])
-    plain, moved = (experts.choose(logits, bias) for bias in (torch.zeros(6), torch.tensor([0, 0, 0, 0, 0, 9.0])))
-    assert plain.experts.tolist() == [[[0, 1]]] and moved.experts.tolist() == [[[5, 0]]]
-    assert moved.weights[0, 0, 0] == logits.softmax(-1)[0, 0, 5]
-
-
-def router_gradient(tokens: Tensor, balance_loss: float, *, recompute: bool) -> tuple[Tensor, Mixture, Tensor]:
-    """A router's gradient with a balance loss beside some other loss, its mixture, and what the router was given."""
-    _, model = built(balance_loss=balance_loss)
-    mixture, block = mixtures_of(model)[0], model.blocks["0"]
-    given: list[Tensor] = []
-    mixture.router.register_forward_hook(lambda _module, inputs, _output: given.append(inputs[0].detach()))
-    if recompute:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    with torch.no_grad():
-        model(tokens)  # looking on counts nothing
-    model(tokens).square().sum().backward()
-    gradient = mixture.router.weight.grad
-    assert gradient is not None
-    return gradient, mixture, given[0]
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_the_balance_loss_is_its_definition(recompute: bool) -> None:
-    """Gradients with it less those without are those of the sum that the paper writes; counted once, whoever looks."""
-    coefficient = 0.7
-    tokens = torch.randint(31, (3, 9), generator=torch.Generator().manual_seed(2))
-    plain, _, _ = router_gradient(tokens, 0.0, recompute=recompute)
-    found, mixture, normed = router_gradient(tokens, coefficient, recompute=recompute)
-    taken = mixture.experts.load.take(mixture.router.weight)
-    assert taken[1:].sum() == 2 * tokens.numel()
-    assert not mixture.experts.load.take(mixture.router.weight).any()
-
-    weight = mixture.router.weight.detach().requires_grad_()
-    total = torch.zeros((), dtype=torch.float64)
-    for sequence in normed:
-        shares = torch.softmax(sequence @ weight.T, -1)
-        for number in range(6):
-            uses = sum(number in row.topk(2).indices.tolist() for row in shares)
-            total = total + 6 / (2 * 9) * uses * shares[:, number].sum() / 9
-    (coefficient * total / 3).backward()
-    torch.testing.assert_close(found - plain, weight.grad)
-    assert float(taken[0]) == pytest.approx(coefficient * float(total) / 3, rel=1e-6)
 
 
 # --- What a run keeps and tells -------------------------------------------------------------------------------------
@@ -557,8 +293,9 @@ def test_another_layout_of_the_experts_goes_on_where_the_first_stopped(folder: P
         job = mixture_job(
             folder,
             "shared",
+            accumulation=2,
             layout=layout,
-            run={"folder": str(tmp_path), "name": name, "seed": MIXTURES["shared"][2]},
+            run={"folder": str(tmp_path), "name": name},
             optimizer={"name": "adamw", "learning_rate": 0.01},
             checkpoint={"every_steps": 1, "keep": 0},
         )
@@ -572,7 +309,7 @@ def test_another_layout_of_the_experts_goes_on_where_the_first_stopped(folder: P
 
     whole, end = train("whole", 5, {"shard": 2, "expert": 2})
     train("parted", 1, {"shard": 2, "expert": 2})
-    train("parted", 3, {"tensor": 2})
+    train("parted", 3, {"pipeline": 2, "tensor": 2})
     lines, again = train("parted", 5, {"shard": 4, "expert": 2})
     assert [line.step for line in lines] == [0, 1, 2, 3, 4]
     for line, wanted in zip(lines, whole, strict=True):
@@ -627,7 +364,7 @@ def test_a_profiled_step_says_what_each_ranks_experts_were_sent(folder: Path, tm
 @pytest.mark.parametrize(
     ("layout", "experts", "names", "reason", "nearest"),
     [
-        ({"shard": 4, "expert": 3}, {}, "layout.expert = 3", "tensor = 4, the ranks that it reuses", "expert = 2"),
+        ({"shard": 4, "expert": 3}, {"count": 6}, "layout.expert = 3", "context x tensor = 4, which", "expert = 2"),
         ({"shard": 4, "expert": 4}, {"count": 6}, "layout.expert = 4", "model.experts.count = 6", "expert = 2"),
         ({"shard": 4}, {"feed_forward": 6}, "layout.expert = 1", "leaves 4 ranks", "layout.expert = 2"),
         ({"shard": 4}, {"feed_forward": 6, "count": 5}, "layout.expert = 1", "nor model.d_model = 34", "fewer ranks"),
@@ -653,14 +390,3 @@ def test_what_cannot_be_divided_or_routed_is_one_line(
 def test_balance_means_nothing_without_experts(tmp_path: Path, setting: dict[str, float]) -> None:
     with pytest.raises(SettingError, match=r"model\.experts: means nothing to llama"):
         tiny_job(tmp_path, model={"experts": {"count": 4, "per_token": 1, "feed_forward": 8} | setting})
-
-
-def test_a_bias_that_transformers_cannot_say_is_refused() -> None:
-    with pytest.raises(SettingError, match="no bias to choose experts by"):
-        config_of_model(built(bias_rate=0.1)[0])
-
-
-def test_other_models_have_no_expert_axis() -> None:
-    layout = Layout(shard=2, expert=2)
-    with pytest.raises(SettingError, match="no experts"):
-        check_units(Foreign(), layout, mock.MagicMock(), [], [])

@@ -3,10 +3,9 @@
 from math import prod
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, expert_sharding, sharding, split_dim
+from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, sharding, split_dim
 from meshwright.spec import (
     AXES,
-    SPLIT_TABLES,
     Axis,
     Job,
     Layout,
@@ -14,6 +13,7 @@ from meshwright.spec import (
     block_shapes,
     end_shapes,
     held_stages,
+    split_table,
 )
 
 
@@ -68,8 +68,10 @@ def local_shape(job: Job, places: dict[Axis, int], name: str, shape: tuple[int, 
     if name.partition(".")[2].partition(".")[2].startswith(ROUTED):
         expert_place, shard_place = along % layout.expert, along // layout.expert
         shape = chunk(shape, 0, layout.expert, expert_place)
-        return chunk(shape, 1, expert_sharding(layout), shard_place)
-    dim = split_dim(job.model, SPLIT_TABLES[job.model.family], name, shape, layout.tensor)
+        # By rows, or by columns where ranks do not divide the rows.
+        dim = 2 if shape[1] % layout.expert_shard else 1
+        return chunk(shape, dim, layout.expert_shard, shard_place)
+    dim = split_dim(job.model, split_table(job.model), name, shape, layout.tensor)
     if dim is not None:
         shape = chunk(shape, dim, layout.tensor, places["tensor"])
     return chunk(shape, 0, sharding(layout), along // layout.tensor)

@@ -8,7 +8,6 @@ from math import ceil, prod
 import msgspec
 
 from meshwright.spec import (
-    SPLIT_TABLES,
     Job,
     Layout,
     ModelSpec,
@@ -18,6 +17,7 @@ from meshwright.spec import (
     held_stages,
     split_layers,
     split_of,
+    split_table,
     stage_count,
 )
 
@@ -180,7 +180,7 @@ def cut_model(job: Job) -> Cut:
         tensor=layout.tensor,
         dense=model.experts.dense_layers if model.experts else 0,
         first=build_group(model, layout, block_shapes(model, 0), "blocks.0."),
-        others=build_group(model, layout, block_shapes(model), "blocks.0."),
+        others=build_group(model, layout, block_shapes(model), f"blocks.{model.layers - 1}."),
         root=build_group(model, layout, before),
         head=build_group(model, layout, after),
     )
@@ -188,7 +188,7 @@ def cut_model(job: Job) -> Cut:
 
 def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "") -> Group:
     """One group of parameters, cut as the layout says."""
-    table = SPLIT_TABLES[model.family]
+    table = split_table(model)
     shapes: Shapes = {
         name: split_experts(shape, layout.expert)
         if name.startswith(ROUTED)
@@ -202,7 +202,7 @@ def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "
         shapes=shapes,
         elements=elements(shapes),
         routed=elements(routed),
-        local=local_elements(others, sharding(layout)) + local_routed(routed, expert_sharding(layout)),
+        local=local_elements(others, sharding(layout)) + local_routed(routed, layout.expert_shard),
         tensors=len(shapes),
         summed=tuple(prod(shapes[name]) for name in same),
     )
@@ -211,11 +211,6 @@ def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "
 def sharding(layout: Layout) -> int:
     """Ranks that parameters are sharded over."""
     return layout.shard * layout.context
-
-
-def expert_sharding(layout: Layout) -> int:
-    """Ranks that each routed expert is sharded over: those that hold the same experts."""
-    return layout.shard * layout.context * layout.tensor // layout.expert
 
 
 def split_experts(shape: Shape, ranks: int) -> Shape:
@@ -252,5 +247,5 @@ def local_elements(shapes: Shapes, ranks: int) -> int:
 
 
 def local_routed(shapes: Shapes, ranks: int) -> int:
-    """The same of stacked experts, each of which is split along its first dim, the stack's second."""
-    return sum(shape[0] * ceil(shape[1] / ranks) * prod(shape[2:]) for shape in shapes.values())
+    """The same of stacked experts, each of which is split evenly, by its rows or its columns."""
+    return sum(prod(shape) // ranks for shape in shapes.values())
