@@ -61,23 +61,23 @@ def references(folder: Path) -> References:
 
 
 LAYOUTS: list[dict[str, Any]] = [
-    {"context": 2},
+    {"context": 2, "replica": 2, "family": "gpt2", "documents": True},
     {"context": 2, "form": "all-to-all", "family": "gpt2", "documents": True},
+    {"context": 2, "shard": 2, "accumulation": 4, "recompute": "full"},
+    {"context": 2, "tensor": 2, "family": "qwen3", "documents": True},
+    {"context": 2, "shard": 2, "zero": 1, "accumulation": 4, "family": "qwen3", "form": "all-to-all"},
+    {"context": 3, "family": "qwen3", "recompute": "selective"},
+    {"context": 2, "zero": 1, "accumulation": 4, "family": "mistral", "recompute": 1},
+    {"context": 2},
     {"context": 4, "family": "mistral", "documents": True},
     {"context": 4, "form": "all-to-all", "family": "mistral", "recompute": "selective"},
-    {"context": 2, "shard": 2, "accumulation": 4, "recompute": "full"},
-    {"context": 2, "shard": 2, "zero": 1, "accumulation": 4, "family": "qwen3", "form": "all-to-all"},
     {"context": 2, "shard": 2, "zero": 2, "recompute": "selective", "family": "gpt2"},
-    {"context": 2, "zero": 1, "accumulation": 4, "family": "mistral", "recompute": 1},
-    {"context": 2, "replica": 2, "family": "gpt2", "documents": True},
-    {"context": 2, "tensor": 2, "family": "qwen3", "documents": True},
     {"context": 2, "tensor": 2, "shard": 2, "family": "gpt2", "recompute": "selective", "accumulation": 4},
     {"context": 2, "tensor": 4, "form": "all-to-all"},
     {"context": 2, "replica": 2, "shard": 2, "zero": 2, "form": "all-to-all"},
     {"context": 4, "tensor": 2, "recompute": "full"},
     # A rank of tensor has the end of one chunk and the beginning of another.
     {"context": 2, "tensor": 3, "form": "all-to-all", "family": "gpt2"},
-    {"context": 3, "family": "qwen3", "recompute": "selective"},
 ]
 
 
@@ -85,7 +85,14 @@ def named(choices: dict[str, Any]) -> str:
     return "-".join(f"{name}{value}" for name, value in choices.items())
 
 
-@pytest.mark.parametrize("choices", LAYOUTS, ids=named)
+def some_slow(layouts: list[dict[str, Any]], fast: int) -> list[Any]:
+    """The first ones, each with something that those before it do not have; the others for `make test-all`."""
+    return [
+        pytest.param(each, marks=[pytest.mark.slow] if number >= fast else []) for number, each in enumerate(layouts)
+    ]
+
+
+@pytest.mark.parametrize("choices", some_slow(LAYOUTS, 7), ids=named)
 def test_layout_equals_one_process(folder: Path, references: References, choices: dict[str, Any]) -> None:
     assert_agrees(verdict_of(a_job(folder, **choices), references))
 
@@ -283,11 +290,11 @@ def test_another_models_attention_cannot_be_spread() -> None:
 @pytest.mark.parametrize(
     ("settings", "reason", "nearest"),
     [
-        ({"context": 5}, "data.sequence = 24", "layout.context = 4, or data.sequence = 20"),
-        ({"context": 2, "tensor": 4}, "data.sequence = 24", "data.sequence = 16"),
-        ({"context": 3, "context_form": "all-to-all"}, "does not divide the 4 heads", '"ring"'),
+        ({"context": 5}, "data.sequence = 24", "layout.context = 4, or data.sequence = 30"),
+        ({"context": 2, "tensor": 4}, "data.sequence = 24", "layout.context = 1, or data.sequence = 32"),
+        ({"context": 3, "context_form": "all-to-all"}, "does not divide model.heads = 4", '"ring"'),
         ({"context": 2, "shard": 3}, "layout.replica x layout.shard = 3", "2 ranks"),
-        ({"context_form": "all-to-all"}, "nothing is split along the context axis", "layout.context = 2"),
+        ({"context_form": "all-to-all"}, "means nothing with layout.context = 1", "layout.context = 2"),
     ],
     ids=str,
 )

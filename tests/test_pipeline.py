@@ -63,8 +63,21 @@ LAYOUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda v: "-".join(f"{name}_{value}" for name, value in v.items()))
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def tied_in_turns() -> list[Any]:
+    """Each layout with the head tied to the embedding or not, in turns; the other half for `make test-all`."""
+    each = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
+    slow = [number // 2 % 2 != number % 2 for number in range(len(each))]
+    return [
+        pytest.param(*case, id=name_of(*case), marks=[pytest.mark.slow] if late else [])
+        for case, late in zip(each, slow, strict=True)
+    ]
+
+
+def name_of(layout: dict[str, Any], tied: bool) -> str:
+    return "-".join([f"{name}_{value}" for name, value in layout.items()] + ["tied"] * tied)
+
+
+@pytest.mark.parametrize(("layout", "tied"), tied_in_turns())
 def test_a_pipeline_equals_one_process(
     folder: Path, tmp_path: Path, references: References, layout: dict[str, Any], tied: bool
 ) -> None:
