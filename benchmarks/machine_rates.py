@@ -79,7 +79,8 @@ def measure_host(layers: int = 6) -> tuple[float, float]:
         model = build_model(spec, device="meta")
         if sharded:
             mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
-            apply_shard(model, mesh, Layout(precision="fp32"), [*model.blocks], [model.norm, model.head])
+            units, tail = [*model.blocks.values()], [part for part in (model.norm, model.head) if part is not None]
+            apply_shard(model, mesh, Layout(precision="fp32"), units, tail)
         model.to_empty(device="cpu")
         seconds.append(measure_s(lambda model=model: token_loss(model(tokens), tokens).backward()))
     plain_s, sharded_s = seconds

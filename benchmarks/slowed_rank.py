@@ -18,10 +18,11 @@ from unittest import mock
 
 import torch
 import torch.multiprocessing
+from torch import Tensor
 
 from meshwright.account import MemoryAccount, StepAccount
 from meshwright.explain import Explanation, explain_run
-from meshwright.parallel import begin_microbatch, start_distributed, stop_distributed
+from meshwright.parallel import start_distributed, stop_distributed
 from meshwright.plan import local_cluster
 from meshwright.record import Prediction, RunFolder, create_run, start_attempt
 from meshwright.spec import Job
@@ -60,12 +61,14 @@ def run_rank(rank: int, job: Job, folder: Path, seconds: float) -> None:
     device = start_distributed(job.cluster)
     rate = spinning_rate(device)
 
-    def slowed(*arguments: Any, **options: Any) -> None:
+    forward = loop.Passes.forward
+
+    def slowed(*arguments: Any) -> Tensor:
         if rank == job.layout.world_size - 1 and seconds:
             spin(device, seconds, rate)
-        begin_microbatch(*arguments, **options)
+        return forward(*arguments)
 
-    with mock.patch.object(loop, "begin_microbatch", slowed):
+    with mock.patch.object(loop.Passes, "forward", slowed):
         loop.train(job, RunFolder(folder), 0, device, StopRequest(), began_s=time.time())
     stop_distributed()
 

@@ -27,6 +27,10 @@ STRETCHED = {
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 6, "vocab_size": 271, "n_positions": 64}
 
+# Widths of 16 bytes' multiples, which the grouped products of transformers want.
+MIXTRAL = {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 68}
+MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "norm_topk_prob": False}
+
 # Name to transformers' model class and what its configuration is given.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", SMALL),
@@ -41,6 +45,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         SMALL | {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
     ),
+    "mixtral": ("MixtralForCausalLM", SMALL | MIXTRAL),
+    "mixtral, windowed": ("MixtralForCausalLM", SMALL | MIXTRAL | {"sliding_window": 8, "rope_parameters": PLAIN}),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", SMALL | MOE | {"norm_topk_prob": True}),
+    "qwen3-moe, not normalised": ("Qwen3MoeForCausalLM", SMALL | MOE | {"rope_parameters": PLAIN}),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2, narrow and untied": ("GPT2LMHeadModel", GPT2 | {"n_inner": 66, "tie_word_embeddings": False}),
 }

@@ -15,6 +15,7 @@ from meshwright.account import (
     mean,
     split_waits,
 )
+from meshwright.account.uneven import uneven_seconds
 
 RANDOM = random.Random(7)
 
@@ -209,3 +210,27 @@ def test_a_rank_missing_from_the_record_leaves_the_others_splittable():
     ranks = simulate(3, [Meeting("shard", (0, 1, 2), 0.1, 0.02, {1: 0.05})])
     assert split_waits(ranks[:2])[0].blame == {1: pytest.approx(0.05)}
     assert split_waits([]) == []
+
+
+def test_waiting_for_an_expert_with_more_tokens_is_imbalance_and_blames_nobody():
+    # Rank 1's experts have 30 rows where rank 0's have 10, and take half of its time; the rest of its delay is its own.
+    first, second = simulate(2, [Meeting("shard", (0, 1), 0.6, 0.01, {1: 0.5})])
+    even = [msgspec.structs.replace(one, expert_rows=(20,), expert_share=0.5) for one in (first, second)]
+    assert split_waits(even)[0].account.imbalance == 0
+    rows = [
+        msgspec.structs.replace(first, expert_rows=(10,), expert_share=0.25),
+        msgspec.structs.replace(second, expert_rows=(30,), expert_share=0.5),
+    ]
+    waiting, late = split_waits(rows)
+    explained = 1.1 * 0.5 * 20 / 30
+    assert waiting.account.imbalance == pytest.approx(explained)
+    assert waiting.account.straggler == pytest.approx(0.5 - explained)
+    assert waiting.blame == {1: pytest.approx(0.5 - explained)}
+    assert late.account.imbalance == 0 and late.blame == {}
+
+
+def test_more_tokens_in_one_layer_are_not_made_up_for_in_another():
+    one, other = simulate(2, [Meeting("shard", (0, 1), 1.0, 0.0)])
+    one = msgspec.structs.replace(one, expert_rows=(10, 30), expert_share=0.5)
+    other = msgspec.structs.replace(other, expert_rows=(30, 10), expert_share=0.5)
+    assert uneven_seconds(one, other) == pytest.approx(1.0 * 0.5 * 20 / 40)

@@ -78,7 +78,7 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
         (["plan", str(QUICKSTART), "--sequence", "8"], "--set, as in --set data.sequence=8192"),
         (["plan", "nowhere.toml"], "cannot be read as a job file"),
         (["plan", str(QUICKSTART), "--set", "run.stepz=3"], "nearest that works: run.steps"),
-        (["train", str(QUICKSTART), "--set", "model.name=mixtral-8x7b"], "training it is not built yet"),
+        (["train", str(QUICKSTART), "--set", "model.name=deepseek-v3"], "training it is not built yet"),
         (["train"], "takes either a job file or --resume RUN"),
         (["train", str(QUICKSTART), "--resume", "runs/x"], "takes either a job file or --resume RUN"),
         (["train", "--resume", "runs/nowhere"], "does not exist"),

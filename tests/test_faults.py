@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from test_equivalence import Case, build_job
+from test_equivalence import DENSE_FAMILIES, Case, build_job
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -19,7 +19,7 @@ from meshwright.explain.verification import Cause, Verdict
 from meshwright.launch.shrink import write_text
 from meshwright.parallel import tensor
 from meshwright.parallel.reduce import local_gradients
-from meshwright.spec import BUILT_FAMILIES, Job
+from meshwright.spec import Job
 from meshwright.train import loop, setup
 
 
@@ -49,8 +49,8 @@ def own_norm_alone(_job: Job) -> AbstractContextManager[object]:
     """The norm is of each rank's own part of the gradient."""
     reduce_step = loop.reduce_step
 
-    def reducing(loss: Tensor, squared: Tensor, *layout: Any, stop: bool) -> Any:
-        totals = reduce_step(loss, squared, *layout, stop=stop)
+    def reducing(loss: Tensor, squared: Tensor, *layout: Any, **more: Any) -> Any:
+        totals = reduce_step(loss, squared, *layout, **more)
         totals.values[1] = squared
         return totals
 
@@ -64,8 +64,8 @@ def same_samples(_job: Job) -> AbstractContextManager[object]:
 
 def not_a_number(_job: Job) -> AbstractContextManager[object]:
     """The logits that are trained on are nan."""
-    logits_of = loop.logits_of
-    return mock.patch.object(loop, "logits_of", lambda *arguments: logits_of(*arguments) * float("nan"))
+    forward = loop.Passes.forward
+    return mock.patch.object(loop.Passes, "forward", lambda *arguments: forward(*arguments) * float("nan"))
 
 
 def overflow(_job: Job) -> AbstractContextManager[object]:
@@ -208,7 +208,7 @@ def test_a_sample_on_two_replicas_is_named(cause_of: Callable[..., Cause], axes:
     assert "different parts of the global batch" in cause.likely
 
 
-@pytest.mark.parametrize("family", BUILT_FAMILIES)
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
 def test_a_missing_sum_behind_a_row_split_is_named(cause_of: Callable[..., Cause], family: str) -> None:
     cause = cause_of(partial_results, tensor=2, family=family)
     assert cause.module == "blocks.0.attention.output"

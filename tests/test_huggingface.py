@@ -1,5 +1,6 @@
 """Hugging Face models in and out, against transformers itself: logits, tensors byte for byte, counts."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from training import new_run, train_layout
 from meshwright.checkpoint import convert_run, huggingface, load_pretrained, read_model_weights, save_checkpoint
 from meshwright.data import open_stream
 from meshwright.models import Decoder, build_model, initialize_
-from meshwright.parallel import build_mesh, build_parallel_model, start_distributed, stop_distributed
+from meshwright.parallel import build_mesh, build_parallel_model, copy_whole, start_distributed, stop_distributed
 from meshwright.record import RunFolder
-from meshwright.spec import ZOO, FamilyName, Job, ModelSpec, count_parameters
+from meshwright.spec import BUILT_FAMILIES, ZOO, FamilyName, Job, ModelSpec, count_parameters
 from meshwright.spec.huggingface import DERIVED, FORMATS, config_of_model, model_of_config
 from meshwright.spec.pretrained import CONFIG, INDEX_FILE, read_config, read_stored
 from meshwright.train.optimizer import build_optimizer
@@ -33,16 +34,25 @@ NULLABLE: dict[FamilyName, tuple[str, ...]] = {
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 LAYOUTS: list[dict[str, int]] = [{}, {"shard": 3}, {"replica": 2, "shard": 2}, {"shard": 2, "tensor": 2}]
+DENSE = ["llama, stretched and tied", "mistral", "qwen3", "gpt2, narrow and untied"]
+MIXTURES = ["mixtral", "qwen3-moe, not normalised"]
+# Each rank has whole experts, parts of all of them, or parts of some.
+MIXTURE_LAYOUTS: list[dict[str, int]] = [
+    {"shard": 3, "expert": 3},
+    {"replica": 2, "shard": 2},
+    {"shard": 2, "tensor": 2, "expert": 2},
+]
 TOKENS = torch.randint(0, 271, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 def job_from(model: Path, folder: Path, **layout: int) -> Job:
     """A job that starts from a folder's weights."""
-    ranks = torch.Size(layout.values()).numel()
-    job = tiny_job(folder, processes=ranks, layout=layout, data={"global_batch": 12})
+    axes = {axis: size for axis, size in layout.items() if axis != "expert"}
+    job = tiny_job(folder, processes=torch.Size(axes.values()).numel(), layout=axes, data={"global_batch": 12})
     # tiny_job's own numbers would stand beside the folder's.
     model_spec = msgspec.structs.replace(model_of_config(read_config(model)), path=str(model))
-    return msgspec.structs.replace(job, model=model_spec)
+    divided = msgspec.structs.replace(job.layout, expert=layout.get("expert", 1))
+    return msgspec.structs.replace(job, model=model_spec, layout=divided)
 
 
 def save_as_read(job: Job, run: RunFolder) -> tuple[int, int, int]:
@@ -125,13 +135,20 @@ def test_logits_of_a_converted_run_are_ours(name: str, file_bytes: int, tmp_path
 
 
 def save_model(job: Job, run: RunFolder, model: Decoder) -> None:
-    start_distributed(job.cluster)
-    save_checkpoint(run, 1, model, build_optimizer(model, job.optimizer), job.layout, corpus="", keep=0)
+    device = start_distributed(job.cluster)
+    held = build_parallel_model(job, build_mesh(job.layout, device), device)
+    with torch.no_grad():
+        for name, parameter in held.named_parameters():
+            copy_whole(parameter, model.get_parameter(name))
+    save_checkpoint(run, 1, held, build_optimizer(held, job.optimizer), job.layout, corpus="", keep=0)
     stop_distributed()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(f"{k}{v}" for k, v in layout.items()) or "1")
-@pytest.mark.parametrize("name", ["llama, stretched and tied", "mistral", "qwen3", "gpt2, narrow and untied"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*product(DENSE, LAYOUTS), *product(MIXTURES, MIXTURE_LAYOUTS)],
+    ids=lambda choice: choice if isinstance(choice, str) else "-".join(f"{k}{v}" for k, v in choice.items()) or "1",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_round_trip_is_byte_equal(name: str, layout: dict[str, int], dtype: torch.dtype, tmp_path: Path) -> None:
     save_random(name, tmp_path / "hf", dtype=dtype, files="50KB")
@@ -213,7 +230,7 @@ def test_the_zoos_counts_are_transformers(name: str) -> None:
 
 def test_every_family_has_a_model_here() -> None:
     families: set[FamilyName] = {model_of_config(random_model(name).config.to_dict()).family for name in MODELS}
-    assert families == {"llama", "mistral", "qwen3", "gpt2"}
+    assert families == set(BUILT_FAMILIES)
 
 
 def test_training_begins_where_the_folder_ended(tmp_path: Path) -> None:

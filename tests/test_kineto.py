@@ -167,6 +167,20 @@ def test_small_syncs_are_told_by_the_phase_that_launches_them() -> None:
     assert [transfer.purpose for transfer in step.transfers] == ["shard", "control"]
 
 
+@pytest.mark.parametrize("layout", [Layout(context=2), Layout(shard=2, context=2)], ids=["context", "shard-context"])
+def test_attention_says_which_transfers_are_its_own(layout: Layout) -> None:
+    """In the group of all ranks too, which shards parameters besides."""
+    trace = Trace()
+    trace.phase("context", 11, 11.5)
+    trace.kernel("one", 12, 16, launch=10.5)
+    trace.transfer(16, 17, launch=10.9, group="0")
+    trace.transfer(17, 18, launch=11.2, group="0")
+    trace.kernel("two", 18, 20, launch=11.7)
+    step = trace.measured(layout=layout)
+    assert ms(step.account) == {"inefficiency": 6, "comm.shard": 1, "comm.context": 1}
+    assert [transfer.purpose for transfer in step.transfers] == ["shard", "context"]
+
+
 def test_the_optimizer_is_what_its_phase_launched() -> None:
     trace = Trace()
     trace.phase("optimizer", 11, 12)
@@ -269,7 +283,7 @@ def test_waiting_for_a_slow_peer_is_no_transfer() -> None:
 def random_trace(chance: random.Random) -> Trace:
     """Kernels and transfers at random on two streams, launched early or late, in random phases."""
     trace = Trace(busy_until=chance.uniform(9, 14))
-    for name in ("input", "recompute", "optimizer", "control", "checkpoint"):
+    for name in ("input", "recompute", "context", "optimizer", "control", "checkpoint"):
         start = chance.uniform(10, 29)
         trace.phase(name, start, chance.uniform(start, 30))
     now = [chance.uniform(10, 14), chance.uniform(10, 14)]

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.models import build_model, generate, initial_tensor, initialize_, rotary_tables, token_loss
+from meshwright.models import (
+    build_model,
+    build_view,
+    generate,
+    initial_tensor,
+    initialize_,
+    rotary_tables,
+    token_loss,
+)
 from meshwright.models.decoder import Decoder, rotate
 from meshwright.spec import BUILT_FAMILIES, FamilyName, ModelSpec, parameter_shapes
 
@@ -149,7 +157,8 @@ def test_documents_of_a_sample_are_as_if_each_stood_alone(family: FamilyName, wi
             for row, parts in zip(tokens, lengths, strict=True)
         ]
     )
-    torch.testing.assert_close(model(tokens, documents), alone)
+    view = build_view(model.spec, tokens.shape[1], documents, tokens.device)
+    torch.testing.assert_close(model(tokens, view), alone)
     # Without being told, later documents see earlier ones.
     assert (model(tokens)[0, 7:] - alone[0, 7:]).abs().max() > 0.01
 
@@ -250,7 +259,7 @@ def test_all_blocks_share_one_compiled_graph() -> None:
 
     model, tokens = built(GROUPED), some_tokens(GROUPED)
     expected = model(tokens)
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.compile(backend=record, fullgraph=True)
     torch.testing.assert_close(model(tokens), expected)
     assert len(graphs) == 1

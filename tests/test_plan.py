@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from meshwright.plan import Plan, build_plan, predict
+from meshwright.plan.fit import SPARE
 from meshwright.plan.machine import cpu_cluster
-from meshwright.plan.search import SPARE, rank_predictions
+from meshwright.plan.plan import rank_predictions
 from meshwright.record import Prediction
 from meshwright.report.plan import plan_json, plan_text
 from meshwright.spec import ZOO, DataSettings, Job, Layout, ModelSpec, RunSettings, count_parameters
@@ -184,10 +185,12 @@ def test_async_tensor_is_kept_where_there_is_a_tensor_axis() -> None:
 def test_mixtures_of_experts_are_planned_with_a_word_of_caution(model: str) -> None:
     plan = build_plan(job_on("64x8xh100", model, 8192 if model != "qwen3-30b-a3b" else 4096, 4096))
     assert plan.ranked
-    assert any("expert parallelism is not planned yet" in note for note in plan.job.notes)
+    assert any("assumed, not measured" in note for note in plan.job.notes)
     # All experts are held, few are computed with.
     best = plan.ranked[0]
-    assert best.memory.parameters * best.layout.shard * best.layout.tensor >= 4 * count_parameters(ZOO[model].spec)
+    sharing = best.layout.world_size // best.layout.replica
+    assert best.memory.parameters * sharing >= 4 * count_parameters(ZOO[model].spec)
+    assert any(p.layout.expert > 1 for p in plan.ranked)
     assert max(len(line) for line in printed(plan).splitlines()) <= 100
 
 
@@ -229,7 +232,7 @@ def test_the_screen_says_what_matters(eight_h100: Plan) -> None:
     ):
         assert words in text
     # Largest bucket first.
-    assert text.index("useful ") < text.index("inefficiency ") < text.index("comm.shard ")
+    assert text.index("useful ") < text.index("inefficiency ") < text.index("the other buckets")
 
 
 def test_json_gives_the_plan_back(eight_h100: Plan) -> None:

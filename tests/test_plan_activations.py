@@ -7,15 +7,15 @@ import msgspec
 import pytest
 import torch
 from ranks import run_ranks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from meshwright.models import build_model
+from meshwright.models import Decoder, build_model, build_view
 from meshwright.parallel import build_mesh, start_distributed
-from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.tensor import Heads, apply_tensor
 from meshwright.plan.activations import activation_bytes
 from meshwright.plan.machine import cpu_cluster
@@ -81,15 +81,16 @@ def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: 
     )
 
 
-def kept_bytes(model: nn.Module, job: Job) -> int:
+def kept_bytes(model: Decoder, job: Job) -> int:
     """What a forward pass leaves behind on this rank, logits and parameters left out."""
-    for index, block in enumerate(model.blocks):  # pyright: ignore[reportArgumentType]
-        block.forward = block_forward(block.forward, job.layout, index, compiled=False)
+    for index, block in enumerate(model.blocks.values()):
+        prepare_block(block, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
     tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
     documents = (torch.arange(SEQUENCE, dtype=torch.int32) // 9).repeat(MICROBATCH, 1)
     with Made() as made:
-        logits = model(tokens, documents) if job.data.attention == "document" else model(tokens)
+        told = documents if job.data.attention == "document" else None
+        logits = model(tokens, build_view(model.spec, SEQUENCE, told, tokens.device))
     return made.held_bytes(but=[logits, documents, *model.parameters()]) + tokens.nbytes
 
 

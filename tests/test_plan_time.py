@@ -11,7 +11,7 @@ from meshwright.plan.collective import Ring, build_ring, predict_collective
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.rates import CPU, GPU
 from meshwright.plan.walk import walk_backward, walk_forward
-from meshwright.plan.work import Piece
+from meshwright.plan.work import Moves, Piece
 from meshwright.record import Prediction
 from meshwright.spec import DataSettings, Job, Layout, ModelSpec, Recompute, RunSettings
 from meshwright.spec.decode import planning_job
@@ -262,8 +262,8 @@ def test_alike_pieces_are_walked_as_one(overlaps: bool) -> None:
                 forward_s=chance.uniform(0, 10),
                 backward_s=chance.uniform(0, 20),
                 again_s=chance.choice((0.0, 5.0)),
-                tensor_forward_s=chance.choice((0.0, 2.0)),
-                tensor_backward_s=chance.choice((0.0, 2.0)),
+                forward=Moves(tensor_s=chance.choice((0.0, 2.0))),
+                backward=Moves(tensor_s=chance.choice((0.0, 2.0)), expert_s=chance.choice((0.0, 1.0))),
                 copy_out_s=chance.uniform(0, 1),
                 copy_in_s=chance.uniform(0, 1),
                 accumulate_s=0.5,

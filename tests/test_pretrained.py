@@ -246,12 +246,23 @@ def test_every_parameter_has_its_place() -> None:
         assert len(taken) == sum(piece.shape[0] for piece in pieces)
 
 
+def test_every_experts_matrices_have_their_place() -> None:
+    for name in ("mixtral-8x7b", "qwen3-30b-a3b"):
+        model = ZOO[name].spec
+        stacks: dict[str, list[tuple[int, ...]]] = {}
+        for piece in pieces_of(model):
+            stacks.setdefault(piece.ours, []).append(piece.shape)
+        whole = {ours: shapes[0] if len(shapes) == 1 else (len(shapes), *shapes[0]) for ours, shapes in stacks.items()}
+        assert whole == parameter_shapes(model)
+        assert len({piece.theirs for piece in pieces_of(model)}) == len(pieces_of(model))
+
+
 def test_families_that_are_only_planned_are_not_trained(tmp_path: Path) -> None:
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(config_of_model(ZOO["mixtral-8x7b"].spec)))
+    (folder / CONFIG).write_text(json.dumps(config_of_model(ZOO["deepseek-v3"].spec)))
     job = decoded(tmp_path, path=str(folder))
-    assert job.model.family == "mixtral"
+    assert job.model.family == "deepseek-v3"
     with pytest.raises(SettingError, match="training it is not built"):
         begin_attempt(None, job)
     assert not Path(job.run.folder).exists()

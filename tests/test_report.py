@@ -18,12 +18,14 @@ from synthetic import a_run, a_step, write_metrics
 from meshwright.account import MEANINGS, MemoryAccount, RunAccount
 from meshwright.explain import Explanation, explain_run
 from meshwright.explain.steps import measure_steps
+from meshwright.plan import predict
 from meshwright.record import Fault, LineWriter, Step, create_run
 from meshwright.report.charts import DRAWN_RANKS, drawn_ranks, thinned
 from meshwright.report.colours import COLOURS
 from meshwright.report.explain import explain_json, explain_text
 from meshwright.report.html import report_html, write_report
 from meshwright.report.words import MEMORY_MEANINGS, RUN_MEANINGS
+from meshwright.spec.decode import planning_job
 
 HOSTILE = '<script>alert("x")</script>&\'"\x1b[31m\u202e</pre>'
 
@@ -218,3 +220,24 @@ def test_importing_loads_nothing_that_draws():
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_pipeline_is_drawn_rank_by_time(tmp_path):
+    explanation = explain_run(a_run(tmp_path / "run"))
+    assert "The pipeline" not in report_html(explanation)
+    job = planning_job(
+        model="llama3-8b",
+        gpus="8xh100",
+        sequence=8192,
+        global_batch=16,
+        settings=("layout.shard=2", "layout.pipeline=4", "layout.schedule=interleaved", "layout.stages_per_rank=2"),
+    )
+    explanation = msgspec.structs.replace(explanation, prediction=predict(job))
+    page = report_html(explanation)
+    figure = figures_of(page)["pipeline"]
+    go.Figure(figure)
+    assert [trace["name"] for trace in figure["data"]] == ["forward", "backward"]
+    # 8 microbatches through 2 stages on each of 4 ranks.
+    assert [len(trace["x"]) for trace in figure["data"]] == [64, 64]
+    assert set(figure["data"][0]["y"]) == {f"rank {rank}" for rank in range(4)}
+    assert "interleaved; blocks on each rank: 4+4" in page

@@ -34,7 +34,7 @@ def agreeing(folder: Path) -> Trial:
     kinds: dict[str, Any] = {kind: {"a": half, "b": half} for kind in KINDS}
     whole: dict[str, Any] = {kind: {"a": 4, "b": 4} for kind in KINDS}
     ranks = [RankReport(rank=rank, foreign=-1, losses=[1.0], norms=[1.0], **kinds) for rank in range(2)]
-    reference = Reference(losses=[1.0], norms=[1.0], rounding=None, **whole)
+    reference = Reference(losses=[1.0], norms=[1.0], counted=1, rounding=None, **whole)
     return Trial(job=tiny_job(folder), bound=1e-5, reference=reference, ranks=ranks)
 
 
@@ -85,6 +85,13 @@ def same_kind(job: Job, small: Job) -> None:
     assert (small.model.attention_window > 0) == (job.model.attention_window > 0)
     assert (small.model.rope_scaling is None) == (job.model.rope_scaling is None)
     assert (small.model.kv_heads < small.model.heads) == (job.model.kv_heads < job.model.heads)
+    assert (small.layout.expert > 1) == (job.layout.expert > 1)
+    assert (small.layout.expert_shard > 1) == (job.layout.expert_shard > 1)
+    if job.model.experts is not None:
+        assert small.model.experts is not None
+        assert (small.model.experts.shared > 0) == (job.model.experts.shared > 0)
+        assert (small.model.experts.dense_layers > 0) == (job.model.experts.dense_layers > 0)
+        assert small.model.experts.per_token < small.model.experts.count
     assert (small.model.kv_heads < small.layout.tensor) == (job.model.kv_heads < job.layout.tensor)
 
 
@@ -100,12 +107,18 @@ def test_the_largest_model_on_its_cluster_is_made_small(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name, row in ZOO.items() if row.spec.family in BUILT_FAMILIES])
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
 def test_each_model_of_the_zoo_is_made_small(tmp_path: Path, name: str, tensor: int) -> None:
-    if ZOO[name].spec.heads % tensor or ZOO[name].spec.feed_forward % tensor:
+    spec = ZOO[name].spec
+    if spec.heads % tensor or spec.feed_forward % tensor:
         with pytest.raises(SettingError, match="does not divide model"):
             planned(name, "2x8xh100", {"shard": 16 // tensor, "tensor": tensor})
         return
     job = planned(name, "2x8xh100", {"shard": 16 // tensor, "tensor": tensor, "recompute": "selective"})
     same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
+    for expert in (2, 8, 16) if spec.experts is not None else ():
+        layout = {"shard": 16 // tensor, "tensor": tensor, "expert": expert}
+        if spec.experts is not None and spec.experts.count % expert == 0:
+            job = planned(name, "2x8xh100", layout)
+            same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
 
 
 def splits() -> Iterator[tuple[int, int, int]]:

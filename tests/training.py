@@ -1,6 +1,7 @@
 """The real trainer on forked ranks."""
 
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -75,4 +76,4 @@ def weights(job: Job, folder: RunFolder) -> Tensors:
     """Whole weights in a run's newest checkpoint."""
     model = build_model(job.model, device="cpu")
     read_model_weights(folder.checkpoint(folder.saved_steps()[-1]), model)
-    return dict(model.named_parameters())
+    return dict(chain(model.named_parameters(), model.named_buffers()))

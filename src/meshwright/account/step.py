@@ -107,6 +107,8 @@ class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
 
     In `account` every comm bucket still holds transfer and waiting together; account.waits separates them.
     `overlapped` is transfer hidden under compute, by purpose, seconds; it is never added to the account.
+    Of a mixture whose experts are divided over ranks: `expert_rows`, tokens that this rank's experts were sent in each
+    of the step's forward passes through a layer of them, in order; `expert_share`, their share of this rank's FLOPs.
     """
 
     step: int
@@ -117,6 +119,8 @@ class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
     account: StepAccount
     overlapped: dict[str, float] = {}
     transfers: tuple[Transfer, ...] = ()
+    expert_rows: tuple[int, ...] = ()
+    expert_share: float = 0.0
 
     @property
     def wall_s(self) -> float:

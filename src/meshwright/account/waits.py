@@ -1,11 +1,12 @@
 """What only all ranks together can tell: which part of a collective was transfer, which was waiting, and for whom."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
 import msgspec
 
-from meshwright.account.step import MeasuredStep, StepAccount, Transfer
+from meshwright.account.step import MeasuredStep, Purpose, StepAccount, Transfer
+from meshwright.account.uneven import uneven_seconds
 
 Group = tuple[int, ...]
 Key = tuple[str, Group, int]
@@ -18,7 +19,8 @@ TICK_S = 1e-9
 class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
     """A measured step whose waits are separated from transfers and charged to the ranks that caused them.
 
-    `blame`: seconds that this rank waited, by the rank it waited for.
+    `waited`: seconds by the purpose of the transfers waited at. `blame`: by the rank waited for, where that is known,
+    other than for what that rank had more to do.
     """
 
     step: int
@@ -26,15 +28,19 @@ class ResolvedStep(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: float
     account: StepAccount
     overlapped: dict[str, float]
+    waited: dict[str, float]
     blame: dict[int, float]
 
 
-def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
+def split_waits(ranks: Sequence[MeasuredStep], unblamed: Collection[Purpose] = ()) -> list[ResolvedStep]:
     """Separate transfer from waiting in one step, given as every rank measured it.
 
     A collective's transfer begins when its last participant starts; before that, the others wait for that one.
     Blame follows the chain: what the last to arrive had itself been delayed by others is charged to those others.
-    With the replica and shard axes every rank has equal work, so all waiting is `straggler`.
+    Waiting for a rank that was given more by the routing of a mixture is `imbalance`; all other is `straggler`, as
+    all is between ranks of equal work.
+
+    unblamed: purposes at which ranks have to wait at equal work too, so that waiting shows nothing of anybody's delay.
     """
     offset = clock_offsets(ranks)
     meetings: dict[Key, dict[int, Transfer]] = {}
@@ -47,23 +53,32 @@ def split_waits(ranks: Sequence[MeasuredStep]) -> list[ResolvedStep]:
     delay: dict[int, Seconds] = {measured.rank: {} for measured in ranks}
     moved: dict[int, dict[str, float]] = {measured.rank: {} for measured in ranks}
     blame: dict[int, Seconds] = {measured.rank: {} for measured in ranks}
+    uneven: dict[int, float] = dict.fromkeys(offset, 0.0)
+    by_rank = {measured.rank: measured for measured in ranks}
     for key in sorted(arrivals, key=lambda key: max(arrivals[key].values())):
         arrived = arrivals[key]
         last = max(arrived, key=lambda rank: arrived[rank])
         ready = arrived[last]
         # At equal work all would have arrived together: what the last one's known delay does not explain is its own.
         lateness = max(sum(delay[rank].values()) + ready - arrived[rank] for rank in arrived)
-        add(delay[last], last, lateness - sum(delay[last].values()))
+        if key[0] not in unblamed:
+            add(delay[last], last, lateness - sum(delay[last].values()))
         for rank, transfer in meetings[key].items():
             wait = min(seconds_before(transfer.exposed, ready + offset[rank]), ready - arrived[rank])
             if wait > TICK_S:
                 moved[rank][transfer.purpose] = moved[rank].get(transfer.purpose, 0.0) + wait
+            if wait > TICK_S and transfer.purpose not in unblamed:
                 for culprit, seconds in charge(wait, last, rank, delay).items():
                     add(blame[rank], culprit, seconds)
                 # The rank goes on when the last one lets it: it is now late for the last one's reasons.
                 total = sum(delay[rank].values()) + wait
                 delay[rank] = {culprit: s * total / lateness for culprit, s in delay[last].items()}
-    return [_resolved(measured, moved[measured.rank], blame[measured.rank]) for measured in ranks]
+    for rank, seconds in blame.items():
+        for culprit, waited in seconds.items():
+            explained = min(waited, uneven_seconds(by_rank[rank], by_rank[culprit]))
+            uneven[rank] += explained
+            seconds[culprit] = waited - explained
+    return [_resolved(m, moved[m.rank], uneven[m.rank], blame[m.rank]) for m in ranks]
 
 
 def charge(wait: float, last: int, waiting: int, delay: Mapping[int, Seconds]) -> Seconds:
@@ -109,15 +124,17 @@ def clock_offsets(ranks: Sequence[MeasuredStep]) -> dict[int, float]:
     return {measured.rank: offset[measured.host] for measured in ranks}
 
 
-def _resolved(measured: MeasuredStep, moved: dict[str, float], blame: Seconds) -> ResolvedStep:
+def _resolved(measured: MeasuredStep, moved: dict[str, float], uneven: float, blame: Seconds) -> ResolvedStep:
     account = measured.account
     changes = {f"comm_{purpose}": getattr(account, f"comm_{purpose}") - seconds for purpose, seconds in moved.items()}
-    changes["straggler"] = account.straggler + sum(moved.values())
+    changes["straggler"] = account.straggler + sum(moved.values()) - uneven
+    changes["imbalance"] = account.imbalance + uneven
     return ResolvedStep(
         step=measured.step,
         rank=measured.rank,
         wall_s=measured.wall_s,
         account=msgspec.structs.replace(account, **changes),
         overlapped=measured.overlapped,
-        blame=blame,
+        waited=moved,
+        blame={culprit: seconds for culprit, seconds in blame.items() if seconds > TICK_S},
     )

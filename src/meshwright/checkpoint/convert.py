@@ -127,8 +127,11 @@ def joined(reader: Reader, pieces: list[Piece], dtype: torch.dtype) -> torch.Ten
     """One of their tensors from our parameters, which are its rows."""
     parts: list[torch.Tensor] = []
     for piece in pieces:
-        whole = torch.empty(piece.shape)
-        reader.fill(f"model.{piece.ours}", whole)
+        if piece.expert is not None:
+            whole = reader.row(f"model.{piece.ours}", piece.expert)
+        else:
+            whole = torch.empty(piece.shape)
+            reader.fill(f"model.{piece.ours}", whole)
         parts.append(whole.to(dtype))
     rows = torch.cat(parts) if len(parts) > 1 else parts[0]
     return rows.T.contiguous() if pieces[0].transposed else rows

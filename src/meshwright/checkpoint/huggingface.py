@@ -5,7 +5,7 @@ from safetensors import safe_open
 from torch import nn
 
 from meshwright.parallel import local_part
-from meshwright.spec import ModelSpec
+from meshwright.spec import ModelSpec, home_of
 from meshwright.spec.pretrained import Stored, read_stored
 from meshwright.spec.tensors import Piece, pieces_of
 
@@ -16,12 +16,16 @@ def load_pretrained(model: nn.Module, spec: ModelSpec) -> None:
     One slice is in memory at a time, and only of what this rank holds.
     """
     stored = read_stored(spec)
-    pieces = {piece.ours: piece for piece in pieces_of(spec)}
+    pieces: dict[str, list[Piece]] = {}
+    for piece in pieces_of(spec):
+        pieces.setdefault(piece.ours, []).append(piece)
     for name, parameter in model.named_parameters():
         local, offset, shape = local_part(parameter.detach())
-        if local.numel():
-            piece = pieces[name]
-            local.copy_(read_slice(stored[piece.theirs], piece, offset, shape))
+        for piece in pieces[home_of(spec, name)] if local.numel() else ():
+            if piece.expert is None:
+                local.copy_(read_slice(stored[piece.theirs], piece, offset, shape))
+            elif 0 <= piece.expert - offset[0] < shape[0]:
+                local[piece.expert - offset[0]].copy_(read_slice(stored[piece.theirs], piece, offset[1:], shape[1:]))
 
 
 def read_slice(stored: Stored, piece: Piece, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Loading: each rank reads the parts it needs, whatever layout wrote them."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -8,11 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, read_manifest, without
-from meshwright.parallel import local_part
-from meshwright.spec import SettingError
+from meshwright.parallel import HostAdamW, Stages, local_part
+from meshwright.spec import SettingError, home_of
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus: str) -> int:
+def load_checkpoint(folder: Path, model: Stages, optimizer: Optimizer, corpus: str) -> int:
     """Fill model and optimizer from a checkpoint and return its step.
 
     Raises SettingError where a tensor is missing or mis-shaped, a file is missing or damaged, or `corpus`, the
@@ -22,7 +23,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus
     if manifest.corpus != corpus:
         raise SettingError("data.path", f"is not the text that {folder} was trained on", "the same files, or a new run")
     reader = Reader(folder, manifest)
-    for name, parameter in model.named_parameters():
+    for own_name, parameter in model.named_parameters():
+        name = home_of(model.spec, own_name)
         reader.fill(f"model.{name}", parameter.detach())
         state = optimizer.state[parameter]
         for key in state_keys(manifest, name):
@@ -31,6 +33,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, corpus
             # fp32 both: the optimizers here keep a step count for each parameter, and moments like the parameter.
             state[key] = torch.zeros_like(parameter) if like_parameter else torch.zeros((), device=parameter.device)
             reader.fill(f"optimizer.{key}.{name}", state[key])
+        if isinstance(optimizer, HostAdamW):
+            optimizer.put_away(parameter)
+    for name, buffer in model.named_buffers():
+        reader.fill(f"model.{name}", buffer)
     return manifest.step
 
 
@@ -47,8 +53,8 @@ def read_model_weights(folder: Path, model: nn.Module) -> int:
     """Fill a whole model in one process from a checkpoint and return the checkpoint's step."""
     manifest = read_manifest(folder)
     reader = Reader(folder, manifest)
-    for name, parameter in model.named_parameters():
-        reader.fill(f"model.{name}", parameter.detach())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        reader.fill(f"model.{name}", tensor.detach())
     return manifest.step
 
 
@@ -62,9 +68,7 @@ class Reader:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy the whole tensor `name`, or this rank's part of it, into `tensor`."""
-        entry = self._manifest.entries.get(name)
-        if entry is None:
-            raise SettingError(f"checkpoint {self._folder}", f"holds no tensor {name}", "the job that wrote it")
+        entry = self._entry(name)
         if tuple(entry.shape) != tuple(tensor.shape):
             raise SettingError(
                 f"checkpoint {self._folder}",
@@ -74,6 +78,21 @@ class Reader:
         local, offset, shape = local_part(tensor)
         for part in entry.parts:
             self._copy_overlap(name, entry, part, local, offset, shape)
+
+    def row(self, name: str, number: int) -> torch.Tensor:
+        """One row, along dim 0, of the tensor `name`, in fp32."""
+        entry = self._entry(name)
+        shape = (1, *entry.shape[1:])
+        row = torch.empty(shape)
+        for part in entry.parts:
+            self._copy_overlap(name, entry, part, row, (number,) + (0,) * (len(shape) - 1), shape)
+        return row[0]
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._manifest.entries.get(name)
+        if entry is None:
+            raise SettingError(f"checkpoint {self._folder}", f"holds no tensor {name}", "the job that wrote it")
+        return entry
 
     def _copy_overlap(
         self,

@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import msgspec
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
+from meshwright.parallel import Stages
 from meshwright.record import MANIFEST
 from meshwright.spec import Layout, SettingError
 
@@ -75,10 +75,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise SettingError(f"checkpoint {folder}", f"has a damaged manifest ({error})", without(folder)) from None
 
 
-def named_state(model: nn.Module, optimizer: Optimizer | None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a run's state with its name: model.<parameter>, optimizer.<state>.<parameter>."""
+def named_state(model: Stages, optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Every tensor of a run's state with its name and its parameter: model.<parameter>, optimizer.<state>.<parameter>.
+
+    A tied head's copy of the embedding is no state of its own. A buffer, model.<buffer>, comes with a parameter of its
+    module: the same ranks have it.
+    """
+    for name, buffer in model.named_buffers():
+        module = model.get_submodule(name.rpartition(".")[0])
+        yield f"model.{name}", buffer, next(module.parameters(recurse=False))
     for name, parameter in model.named_parameters():
-        yield f"model.{name}", parameter.detach()
-        if optimizer is not None:
+        if parameter is not model.tied_copy():
+            yield f"model.{name}", parameter.detach(), parameter
             for key, value in optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{key}.{name}", value
+                yield f"optimizer.{key}.{name}", value, parameter

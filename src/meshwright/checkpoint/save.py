@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -21,7 +20,7 @@ from meshwright.checkpoint.manifest import (
     checksum,
     named_state,
 )
-from meshwright.parallel import local_part
+from meshwright.parallel import Stages, local_part
 from meshwright.record import MANIFEST, RunFolder, replace_text
 from meshwright.spec import Layout
 
@@ -31,7 +30,7 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(
-    folder: RunFolder, step: int, model: nn.Module, optimizer: Optimizer, layout: Layout, *, corpus: str, keep: int
+    folder: RunFolder, step: int, model: Stages, optimizer: Optimizer, layout: Layout, *, corpus: str, keep: int
 ) -> Path:
     """Save the state after `step` steps; all ranks call it together. Returns the checkpoint's folder.
 
@@ -60,14 +59,14 @@ def save_checkpoint(
     return final
 
 
-def write_shard(partial: Path, rank: int, model: nn.Module, optimizer: Optimizer) -> None:
+def write_shard(partial: Path, rank: int, model: Stages, optimizer: Optimizer) -> None:
     """Write this rank's parts of the state, and beside them an index for the manifest."""
     file = f"rank-{rank}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, Entry] = {}
-    for name, tensor in named_state(model, optimizer):
+    for name, tensor, parameter in named_state(model, optimizer):
         local, offset, shape = local_part(tensor)
-        if is_first_copy(tensor, rank) and local.numel():
+        if is_first_copy(tensor, parameter) and local.numel():
             tensors[name] = local.cpu().contiguous()
             entries[name] = Entry(shape=tuple(tensor.shape), parts=[Part(file=file, offset=offset, shape=shape)])
     save_file(tensors, partial / file)
@@ -78,13 +77,14 @@ def write_shard(partial: Path, rank: int, model: nn.Module, optimizer: Optimizer
     replace_text(partial / f"rank-{rank}.json", msgspec.json.encode(index).decode())
 
 
-def is_first_copy(tensor: torch.Tensor, rank: int) -> bool:
-    """Whether this rank is the one that writes its part, among those that hold the same."""
-    if not isinstance(tensor, DTensor):
-        return rank == 0
-    coordinates = tensor.device_mesh.get_coordinate()
+def is_first_copy(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether this rank is the one that writes its part of a parameter's state, among those that hold the same."""
+    assert isinstance(parameter, DTensor)
+    coordinates = parameter.device_mesh.get_coordinate()
     assert coordinates is not None
-    return all(c == 0 for c, p in zip(coordinates, tensor.placements, strict=True) if p.is_replicate())
+    # A step count is whole on every rank that holds some of the parameter.
+    split = [isinstance(tensor, DTensor) and not placement.is_replicate() for placement in parameter.placements]
+    return all(c == 0 for c, cut in zip(coordinates, split, strict=True) if not cut)
 
 
 def finish(partial: Path, final: Path, step: int, layout: Layout, corpus: str) -> None:

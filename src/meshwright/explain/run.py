@@ -37,7 +37,7 @@ def explain_run(folder: RunFolder) -> Explanation:
     world_size = world_size_of(job, prediction, events)
     missing = tuple(rank for rank in range(world_size) if rank not in events)
 
-    step = measure_steps(events)
+    step = measure_steps(events, job)
     memory = compare_memory(events, prediction)
     mfu = mean_mfu(metrics)
     account = run_account(attempts, step.account if step is not None else None, mfu)

@@ -5,15 +5,19 @@ from statistics import median
 
 from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, mean, split_waits
 from meshwright.explain.explanation import MeasuredSteps
+from meshwright.explain.pipeline import WAITS_IN_TURN, account_pipeline
 from meshwright.explain.words import seconds_text
 from meshwright.record import Event, Metrics, Step
+from meshwright.spec import Job
 
 # Profiled and other steps whose times differ by less than this share count as the same.
 ALIKE = 0.1
 
 
-def measure_steps(events: Mapping[int, Sequence[Event]]) -> MeasuredSteps | None:
+def measure_steps(events: Mapping[int, Sequence[Event]], job: Job | None = None) -> MeasuredSteps | None:
     """The profiled steps that every rank with any profiled step has; None where there is none.
+
+    job: whose steps they are, where it is known; a pipeline's waits mean something else than others.
 
     A step that some rank has not written yet cannot be split into transfer and waiting, so it is left out.
     """
@@ -26,7 +30,13 @@ def measure_steps(events: Mapping[int, Sequence[Event]]) -> MeasuredSteps | None
     whole = {step: ranks for step, ranks in by_step.items() if ranks.keys() == seen}
     if not whole:
         return None
-    resolved = [one for step in sorted(whole) for one in split_waits([whole[step][rank] for rank in sorted(seen)])]
+    resolved: list[ResolvedStep] = []
+    for step in sorted(whole):
+        ranks = [whole[step][rank] for rank in sorted(seen)]
+        if job is not None and job.layout.pipeline > 1:
+            resolved += account_pipeline(split_waits(ranks, WAITS_IN_TURN), job)
+        else:
+            resolved += split_waits(ranks)
     return summarise(resolved)
 
 

@@ -1,12 +1,14 @@
 """What the differences between a layout and one process say: which are too large, where they begin, and why."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
+from itertools import accumulate
 
 import msgspec
 
 from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
-from meshwright.spec import SPLIT_TABLES, Layout, Split, split_of
+from meshwright.spec import Layout, Split, end_shapes, split_layers, split_of, split_table
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
@@ -65,6 +67,7 @@ def explain_trial(trial: Trial) -> Verdict:
     norm_bound = trial.bound if rounding is None else rounded_bound(rounding.norm)
     rows = [
         samples_row(trial.ranks),
+        *([places_row(trial.ranks)] if trial.job.layout.context > 1 else []),
         *([worst("outputs of step 1", outputs)] if exact else []),
         series_row("loss", [rank.losses for rank in trial.ranks], trial.reference.losses, loss_bound),
         series_row("gradient norm", [rank.norms for rank in trial.ranks], trial.reference.norms, norm_bound),
@@ -93,10 +96,13 @@ def tensor_rows(field: str, trial: Trial) -> list[Row]:
     merged = merge(field, trial.ranks)
     differences = relative_differences(merged)
     elements: dict[str, int] = getattr(trial.reference, field)
+    # Each stage of a pipeline has its own tensors, on as many ranks as any other.
+    holders = len(trial.ranks) // trial.job.layout.pipeline
     rows: list[Row] = []
     for name, whole in elements.items():
         bound = trial.bound if rounding is None else rounded_bound(rounding.gradients[name])
-        if all(name in getattr(rank, field) for rank in trial.ranks) and merged[name].elements >= whole:
+        held = sum(name in getattr(rank, field) for rank in trial.ranks)
+        if held >= holders and merged[name].elements >= whole:
             rows.append(Row(what=name, difference=differences[name], bound=bound))
         else:
             rows.append(Row(what=name, difference=math.inf, bound=bound, where=NOT_COMPARED))
@@ -126,6 +132,13 @@ def samples_row(ranks: list[RankReport]) -> Row:
     return Row(what="samples", difference=float(len(wrong)), bound=0.0, where=where)
 
 
+def places_row(ranks: list[RankReport]) -> Row:
+    """Ranks whose tokens stand elsewhere in the sequence than their model is told."""
+    wrong = [rank for rank in ranks if rank.misplaced >= 0]
+    where = f"rank {wrong[0].rank}, token {wrong[0].misplaced}" if wrong else ""
+    return Row(what="places of tokens", difference=float(len(wrong)), bound=0.0, where=where)
+
+
 def series_row(what: str, ours: list[list[float]], theirs: list[float], bound: float) -> Row:
     """The largest relative difference over steps and ranks."""
     found = [
@@ -145,7 +158,8 @@ def off_by(value: float, wanted: float) -> float:
 
 
 def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: list[Row]) -> Cause:
-    """The first difference in the order in which a step computes: samples, outputs, loss, gradients, norm, weights.
+    """The first difference in the order in which a step computes: samples, places, outputs, loss, gradients, norm,
+    weights.
 
     outputs, gradients: those that differ.
     """
@@ -156,6 +170,10 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
     if not by_kind["samples"].agrees:
         words = "ranks along replica and shard do not take different parts of the global batch"
         return Cause(module=by_kind["samples"].where, factor=None, likely=words)
+    places = by_kind.get("places")
+    if places is not None and not places.agrees:
+        words = "a rank along context must give its tokens the places of the two chunks that it holds, counted in the"
+        return Cause(module=places.where, factor=None, likely=f"{words} whole sequence or document")
     if outputs:
         return output_cause(trial, outputs[0])
     loss = off_by(trial.ranks[0].losses[0], trial.reference.losses[0])
@@ -166,9 +184,29 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
     norm = off_by(trial.ranks[0].norms[0], trial.reference.norms[0])
     if abs(norm - 1) > by_kind["gradient norm"].bound:
         words = "every gradient agrees and their norm does not: parts on other ranks are left out or counted twice"
+        stage = stage_left_out(trial, norm)
+        if stage is not None:
+            words = f"every gradient agrees and their norm leaves out stage {stage} of the pipeline"
         return series_cause("gradient norm", norm, words)
     words = "loss, gradients and norm of step 1 agree: clipping, the learning rate or the optimizer's step differ"
     return Cause(module="update", factor=None, likely=words)
+
+
+def stage_left_out(trial: Trial, factor: float) -> int | None:
+    """The stage without whose gradients the norm would be what it is; None where there is none."""
+    job = trial.job
+    if job.layout.pipeline == 1:
+        return None
+    ends = list(accumulate(split_layers(job.model, job.layout, job.data.sequence)))
+    squares = [0.0] * len(ends)
+    for name, part in merge("gradients", trial.ranks).items():
+        # Before the blocks stands the first stage's, after them the last's.
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else ends[-1] * (name in end_shapes(job.model)[1])
+        squares[min(bisect_right(ends, layer), len(ends) - 1)] += part.reference
+    for stage, square in enumerate(squares):
+        if math.isclose(factor * factor, 1 - square / sum(squares), rel_tol=FACTOR_SPREAD):
+            return stage
+    return None
 
 
 def series_cause(what: str, factor: float, likely: str) -> Cause:
@@ -192,9 +230,16 @@ def output_cause(trial: Trial, row: Row) -> Cause:
         "positions": "each rank must look up the positions of its own part of the sequence",
         "logits": "its input must be gathered along the sequence, and each rank gives its own tokens' logits",
         "column": "its input must be gathered along the sequence, and each rank has its own outputs",
+        "experts": "each token must come to all of its experts and back to its own place: one is dropped or misplaced",
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
-    words = likely.get(split_of(SPLIT_TABLES[trial.job.model.family], row.what), "its parts are put together wrong")
+    words = likely.get(split_of(split_table(trial.job.model), row.what), "its parts are put together wrong")
+    if trial.job.layout.context > 1 and row.what.endswith("attention.output"):
+        # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
+        words = (
+            "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
+            "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
+        )
     return Cause(module=row.what, factor=part.factor(FACTOR_SPREAD), likely=words)
 
 
@@ -204,7 +249,7 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
     missing = [row.what for row in wrong if row.where == NOT_COMPARED]
     if missing:
         words = "a rank has no gradient of it, or the ranks' parts are not the whole of it"
-        return Cause(module=missing[-1], factor=None, likely=words)
+        return Cause(module=missing[-1], factor=None, likely=words + of_router(missing[-1].rpartition(".")[0]))
     merged = merge("gradients", trial.ranks)
     module, parts = wrong[-1].what.rpartition(".")[0], [merged[row.what] for row in wrong]
     if not parts[-1].finite:
@@ -220,14 +265,30 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
     if same and first is not None:
         return Cause(module=module, factor=first, likely=likely_factor(first, trial.job.layout, trial))
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
-    return Cause(module=module, factor=None, likely=words)
+    return Cause(module=module, factor=None, likely=words + of_router(module))
+
+
+def of_router(module: str) -> str:
+    """What else is wrong with gradients, if they are a router's."""
+    return "; or the weights that it gives each expert are not differentiated" if module.endswith(".router") else ""
 
 
 def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
     """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
     accumulation = layout.accumulation(trial.job.data.global_batch)
-    data, tensor, world = layout.data_size, layout.tensor, layout.world_size
+    data, tensor, world = layout.replica * layout.parameter_shards, layout.tensor, layout.world_size
+    axes = "replica x shard x context" if layout.context > 1 else "replica x shard"
+    counted = trial.reference.counted
     known = [
+        (
+            1 / accumulation,
+            (
+                f"the {accumulation} microbatches of a step: gradients are averaged over them, "
+                "though each one's loss is divided by the global batch already"
+            ),
+        ),
+        (counted, f"the {counted} tokens that count in a step: what is summed over them is not divided by them"),
+        (1 / counted, f"the {counted} tokens that count in a step: what is divided by them is divided once more"),
         (
             accumulation,
             (
@@ -238,14 +299,14 @@ def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
         (
             1 / data,
             (
-                f"the {data} ranks of replica x shard: gradients are averaged over them, "
+                f"the {data} ranks of {axes}: gradients are averaged over them, "
                 "though the loss is divided by the global batch already"
             ),
         ),
         (
             data,
             (
-                f"the {data} ranks of replica x shard: gradients are summed over them once "
+                f"the {data} ranks of {axes}: gradients are summed over them once "
                 "too often, or the loss is divided by one rank's share"
             ),
         ),

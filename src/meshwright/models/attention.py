@@ -1,5 +1,6 @@
 """Attention over what a token may see: the causal past, or less of it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 # None: the causal past, and nothing more to say. On a GPU the blocks to compute, elsewhere a table of booleans.
 Mask = BlockMask | Tensor | None
+# Queries [B, H, S, E], keys and values [B, K, S, E] and a mask to the values that the queries mix, [B, H, S, E].
+Attend = Callable[[Tensor, Tensor, Tensor, Mask], Tensor]
 
 
 def build_mask(sequence: int, documents: Tensor | None, window: int, device: torch.device) -> Mask:

@@ -2,19 +2,25 @@
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from meshwright.models.decoder import Decoder
-from meshwright.spec import ModelSpec
+from meshwright.spec import ModelSpec, home_of
 
 # Matrices whose products are added to the residual stream, twice a layer.
-RESIDUAL_OUTPUTS = ("attention.output.weight", "feed_forward.down.weight")
+RESIDUAL_OUTPUTS = (
+    "attention.output.weight",
+    "feed_forward.down.weight",
+    "feed_forward.experts.down",
+    "feed_forward.shared.down.weight",
+)
 
 
 def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, device: torch.device | str) -> Tensor:
-    """The whole initial value of parameter `name`, fp32; a rank that holds a part of it makes the whole and cuts.
+    """The whole initial value of parameter or buffer `name`, fp32; a rank that holds a part makes the whole and cuts.
 
     A pure function of its arguments. The kind of device is one of them: a CPU and a GPU draw different numbers from
     the same seed, and two models of GPU may too. Pass "cpu" where weights must be equal across kinds.
@@ -23,7 +29,7 @@ def initial_tensor(name: str, shape: Sequence[int], spec: ModelSpec, seed: int, 
         return torch.ones(tuple(shape), device=device)
     if name.endswith(".bias"):
         return torch.zeros(tuple(shape), device=device)
-    generator = torch.Generator(device).manual_seed(seed_of(seed, name))
+    generator = torch.Generator(device).manual_seed(seed_of(seed, home_of(spec, name)))
     return torch.randn(tuple(shape), generator=generator, device=device).mul_(standard_deviation(name, spec))
 
 
@@ -48,5 +54,5 @@ def seed_of(seed: int, name: str) -> int:
 @torch.no_grad()
 def initialize_(model: Decoder, spec: ModelSpec, seed: int) -> None:
     """Fill a model that lives in one process."""
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_tensor(name, parameter.shape, spec, seed, parameter.device))
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        tensor.copy_(initial_tensor(name, tensor.shape, spec, seed, tensor.device))

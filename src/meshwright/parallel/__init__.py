@@ -1,8 +1,12 @@
 """The only creator of meshes and process groups, and the one order in which a layout is applied."""
 
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
+from meshwright.parallel.balance import move_biases, take_loads
+from meshwright.parallel.context import LocalBatch, cut_sequence
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
+from meshwright.parallel.offload import HostAdamW
 from meshwright.parallel.part import copy_whole, local_part
+from meshwright.parallel.pipeline import Passes, Stages
 from meshwright.parallel.reduce import (
     StepTotals,
     clip_gradients,
@@ -14,7 +18,11 @@ from meshwright.parallel.shard import begin_microbatch, free_gathered
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 
 __all__ = [
+    "HostAdamW",
+    "LocalBatch",
     "Loss",
+    "Passes",
+    "Stages",
     "StepTotals",
     "begin_microbatch",
     "build_loss",
@@ -24,14 +32,17 @@ __all__ = [
     "build_vocabulary_loss",
     "clip_gradients",
     "copy_whole",
+    "cut_sequence",
     "data_rank",
     "free_gathered",
     "local_part",
+    "move_biases",
     "parallelize",
     "reduce_step",
     "squared_norm",
     "start_distributed",
     "stop_distributed",
     "sum_over_ranks",
+    "take_loads",
     "tell_all",
 ]

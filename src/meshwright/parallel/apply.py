@@ -1,17 +1,20 @@
 """The one order in which a layout is applied to a model, Meshwright's own or any other.
 
-    1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values)
-    2. split its modules along tensor
-    3. say what its blocks compute again, and compile them, one by one (GPU)
-    4. split and replicate parameters over shard and replica
-    5. allocate this rank's part and fill it with initial weights that do not depend on the layout
+    1. build the model on the meta device: shapes only, no memory (its builder does; a small model may have values);
+       along pipeline only the stages that this rank holds, each of which goes through what follows by itself
+    2. let its attention reach over the ranks of context
+    3. divide its mixtures' experts along expert, and say how tokens come to them
+    4. have matrices put off their weights' gradients, where the schedule cuts backward passes in two
+    5. split modules along tensor
+    6. say what blocks compute again, and compile them, one by one (GPU)
+    7. split and replicate parameters over shard x context and replica, experts over the ranks that expert leaves
+    8. allocate this rank's part and fill it with initial weights that do not depend on the layout
 
-Pipeline, context and expert come between 1 and 3 when they are built: they change what a block computes; recompute,
-compilation and sharding do not.
+What changes the numbers that a block computes with, or where they are, comes before 6; what follows does not.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TypeVar
 
 import torch
@@ -19,40 +22,61 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Decoder, build_model, initial_tensor, token_loss
+from meshwright.parallel.context import apply_context
+from meshwright.parallel.expert import ExpertAxis, apply_expert, build_expert_axis, shard_experts
+from meshwright.parallel.later import Later, put_products_off
 from meshwright.parallel.part import copy_whole
-from meshwright.parallel.recompute import block_forward
+from meshwright.parallel.pipeline import Stages, build_pipe
+from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.shard import apply_shard
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.parallel.units import check_table, check_units, find_tail, find_units
-from meshwright.spec import SPLIT_TABLES, Job, Layout, SettingError, SplitTable
+from meshwright.spec import (
+    SPLIT_BACKWARD,
+    Job,
+    Layout,
+    SettingError,
+    SplitTable,
+    held_stages,
+    split_layers,
+    split_table,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 # The whole tensor of a name and a shape, the same on every rank.
 Initialize = Callable[[str, tuple[int, ...]], Tensor]
 
 
-def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> Decoder:
+def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> Stages:
     """The job's model as this rank holds it, on `device`, with initial weights.
 
     Tensors of `named_parameters` are DTensors, whole in shape and local in memory.
     """
-
-    def initialize(name: str, shape: tuple[int, ...]) -> Tensor:
-        return initial_tensor(name, shape, job.model, job.run.seed, device)
-
-    return parallelize(
-        build_model(job.model, device="meta"),
-        job.layout,
-        mesh,
-        blocks=("blocks.*",),
-        # A tied head's weight is the embedding's, gathered with it.
-        tail=() if job.model.tied_embeddings else ("norm", "head"),
-        table=SPLIT_TABLES[job.model.family],
-        kv_heads=job.model.kv_heads,
-        head_dim=job.model.head_dim,
-        random=False,
-        initialize=initialize,
-    )
+    layout, spec = job.layout, job.model
+    ends = list(accumulate(split_layers(spec, layout, job.data.sequence), initial=0))
+    pipe = build_pipe(job, mesh, device)
+    axis = build_expert_axis(layout, mesh, job.data.global_batch) if spec.experts else None
+    parts: dict[int, Decoder] = {}
+    later: dict[int, Later] = {}
+    for stage in held_stages(layout, pipe.rank):
+        part = build_model(spec, "meta", ends[stage], ends[stage + 1])
+        if layout.context > 1:
+            window = spec.attention_window if spec.attention_window < job.data.sequence else 0
+            apply_context(part, layout, mesh["context"], window)
+        if axis is not None:
+            apply_expert(part, axis)
+        if layout.schedule in SPLIT_BACKWARD:
+            later[stage] = Later()
+            put_products_off(part, later[stage])
+        units = list(part.blocks.values())
+        tail = [] if part.norm is None or part.head is None or part.head.weight is None else [part.norm, part.head]
+        heads = Heads(spec.kv_heads, spec.head_dim)
+        apply_layout(part, layout, mesh, units, tail, split_table(spec), heads, first=ends[stage], expert_axis=axis)
+        allocate(part, layout, device)
+        parts[stage] = part
+    model = Stages(spec, layout, mesh, pipe, parts, later)
+    fill(model, lambda name, shape: initial_tensor(name, shape, spec, job.run.seed, device))
+    return model
 
 
 def parallelize(
@@ -80,20 +104,52 @@ def parallelize(
     last = find_tail(model, tail, units)
     check_units(model, layout, mesh, units, last)
     empty = needs_values(model, initialize)
+    heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
     if layout.tensor > 1:
-        heads = None if kv_heads is None or head_dim is None else Heads(kv_heads, head_dim)
         check_table(model, table, layout.tensor, heads)
-        apply_tensor(model, table or {}, mesh["tensor"], heads)
-    if layout.async_tensor:
-        overlap_transfers()
-    compiled = mesh.device_type == "cuda"
-    for index, unit in enumerate(units):
-        unit.forward = block_forward(unit.forward, layout, index, compiled=compiled, random=random)
-    apply_shard(model, mesh, layout, units, last)
+    apply_layout(model, layout, mesh, units, last, table or {}, heads, random=random)
     if empty and initialize is not None:
         model.to_empty(device=mesh.device_type)
         fill(model, initialize)
     return model
+
+
+def apply_layout(
+    model: nn.Module,
+    layout: Layout,
+    mesh: DeviceMesh,
+    units: Sequence[nn.Module],
+    tail: Sequence[nn.Module],
+    table: SplitTable,
+    heads: Heads | None,
+    *,
+    first: int = 0,
+    random: bool = False,
+    expert_axis: ExpertAxis | None = None,
+) -> None:
+    """Split, compile and shard a model, or a pipeline's stage of one, whose first unit is the whole model's `first`.
+
+    expert_axis: what the experts of a model with mixtures are divided over.
+    """
+    if layout.tensor > 1:
+        apply_tensor(model, table, mesh["tensor"], heads)
+    if layout.async_tensor:
+        overlap_transfers()
+    # A compiled block's backward pass is one piece: there is no putting a part of it off.
+    compiled = mesh.device_type == "cuda" and layout.schedule not in SPLIT_BACKWARD
+    for index, unit in enumerate(units, first):
+        prepare_block(unit, layout, index, compiled=compiled, random=random)
+    if expert_axis is not None:
+        shard_experts(model, layout, expert_axis)
+    apply_shard(model, mesh, layout, units, tail)
+
+
+def allocate(part: nn.Module, layout: Layout, device: torch.device) -> None:
+    """Give a part of a model memory, unfilled: parameters where the layout has them, buffers where they are used."""
+    part.to_empty(device="cpu" if layout.offload == "parameters" else device)
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, buffer.to(device))
 
 
 def needs_values(model: nn.Module, initialize: Initialize | None) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from meshwright.spec import AXES, Cluster, Layout, SettingError
 from meshwright.spec.decode import check_made
@@ -15,6 +16,8 @@ T = TypeVar("T")
 
 # Long enough for a first step that compiles on one rank and not yet on another.
 TIMEOUT = timedelta(minutes=10)
+# The one dimension of shard x context.
+SHARD_CONTEXT = "shard_context"
 
 
 def start_distributed(cluster: Cluster | None = None) -> torch.device:
@@ -49,6 +52,30 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     ranks = torch.arange(layout.world_size).reshape(sizes)
     ranks = ranks.permute([layout.order.index(axis) for axis in AXES]).contiguous()
     return DeviceMesh(device.type, ranks, mesh_dim_names=AXES)
+
+
+def named_group(name: str) -> dist.ProcessGroup:
+    """The process group of this name: an operator can be given a name, but no group."""
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType] (a type of its own in some versions)
+
+
+def sharding_plane(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    """The ranks that parameters are sharded over, in one dimension, behind those that copy them, if there are any."""
+    shards = mesh["shard"]
+    if layout.context > 1:
+        # Flattened even where shard is 1: a group of its own, in which nothing queues behind attention's transfers.
+        shards = mesh["shard", "context"]._flatten(SHARD_CONTEXT)
+    return shards if layout.replica == 1 else DeviceMesh._concatenate([mesh["replica"], shards])
+
+
+def build_expert_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
+    """The same ranks as experts lie on them: pipeline, replica, expert_shard, expert.
+
+    The last two are shard x context x tensor once more. Neighbours among those have different experts, because tokens
+    are sent more often than an expert's matrices are gathered.
+    """
+    ranks = mesh.mesh.reshape(layout.pipeline, layout.replica, layout.expert_shard, layout.expert)
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=("pipeline", "replica", "expert_shard", "expert"))
 
 
 def data_rank(mesh: DeviceMesh) -> int:

@@ -6,9 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from meshwright.models import MixtureBlock
+from meshwright.parallel.exchange import EXCHANGE
+from meshwright.parallel.ring import RING_ATTENTION
 from meshwright.record.kineto import PREFIX
 from meshwright.spec import Layout
 
@@ -32,25 +36,41 @@ KEPT = frozenset(
         torch.ops.higher_order.flex_attention,
         functional.all_gather_into_tensor.default,
         functional.reduce_scatter_tensor.default,
+        RING_ATTENTION,
+        EXCHANGE,
+        functional.all_to_all_single.default,
+        aten._grouped_mm.default,
     }
 )
 
 
-def block_forward(forward: Forward, layout: Layout, index: int, *, compiled: bool, random: bool = False) -> Forward:
-    """The forward function of block `index`, with what `layout.recompute` says, compiled or not.
+def prepare_block(block: nn.Module, layout: Layout, index: int, *, compiled: bool, random: bool = False) -> None:
+    """Have block `index` compute again what `layout.recompute` says, compiled or not.
 
     random: the block draws random numbers, and must draw the same ones when it is computed again.
 
     Whole blocks are computed again from outside the compiled function, so that the second run can be told apart and
     measured. Selective recompute must be known to the compiler, which works it into the backward pass's kernels.
+    A block with a mixture is compiled in the parts before and after its experts. These stay as they are: how many rows
+    go to whom is data, and FSDP, which gathers experts on their own, must not be computed again.
     """
+    if isinstance(block, MixtureBlock):
+        block.before_experts = inner_forward(block.before_experts, layout, compiled=compiled, random=random)
+        block.after_experts = inner_forward(block.after_experts, layout, compiled=compiled, random=random)
+        experts = block.feed_forward.experts
+        experts.forward = inner_forward(experts.forward, layout, compiled=False, random=random)
+    else:
+        block.forward = inner_forward(block.forward, layout, compiled=compiled, random=random)
+    if layout.recompute == "full" or (isinstance(layout.recompute, int) and index < layout.recompute):
+        block.forward = partial(again, block.forward, announced_contexts, random)
+
+
+def inner_forward(forward: Forward, layout: Layout, *, compiled: bool, random: bool) -> Forward:
+    """A function with selective recompute where the layout says so, compiled or not."""
     if layout.recompute == "selective":
         contexts = selective_contexts if compiled else announced_selective_contexts
         forward = partial(again, forward, contexts, random)
-    if compiled:
-        forward = torch.compile(forward)
-    recomputed = layout.recompute == "full" or (isinstance(layout.recompute, int) and index < layout.recompute)
-    return partial(again, forward, announced_contexts, random) if recomputed else forward
+    return torch.compile(forward) if compiled else forward
 
 
 def again(forward: Forward, contexts: Callable[[], Contexts], random: bool, *inputs: Any, **named: Any) -> Any:

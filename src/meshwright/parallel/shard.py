@@ -1,8 +1,9 @@
 """The replica and shard axes: FSDP2 over a two-dimensional mesh.
 
-Parameters are split along `shard` and copied along `replica`.
+Parameters are split along `shard` and `context`, taken as one, and copied along `replica`. Ranks along context work on
+other tokens of the same samples: to FSDP that is other data, as along shard.
 
-With shard 1 nothing is split and only the gradient all-reduce of plain data parallelism remains; with both sizes 1
+With both 1 nothing is split and only the gradient all-reduce of plain data parallelism remains; with all sizes 1
 there is no communication at all. It is one code path for all of them.
 """
 
@@ -11,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from meshwright.spec import Layout
+from meshwright.models import Experts
+from meshwright.parallel.mesh import sharding_plane
+from meshwright.spec import SPLIT_BACKWARD, Layout
 
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -27,41 +30,70 @@ def apply_shard(
     `layout.precision`. zero 3 frees a block's gathered parameters after its forward pass and gathers them again in
     the backward pass; zero 2 and 1 keep them in between.
     """
-    # Inputs are not cast: a block is given its rotary tables in fp32 on purpose, and activations are cast already.
-    policy = MixedPrecisionPolicy(
-        param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    policy = build_policy(layout)
     # Along an axis of size 1 nothing is sent, not even to oneself.
-    plane = mesh["shard"] if layout.replica == 1 else mesh["replica", "shard"]
+    plane = sharding_plane(mesh, layout)
     keep = layout.zero < 3
+    offload = build_offload(layout)
     for unit in units:
-        fully_shard(unit, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
+        fully_shard(unit, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
     if tail:
         # Gathered last in the forward pass and needed first in the backward pass: freeing it between saves nothing.
-        fully_shard(list(tail), mesh=plane, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=plane, mp_policy=policy, reshard_after_forward=not keep)
-    if layout.data_size > 1:
+        fully_shard(list(tail), mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    fully_shard(model, mesh=plane, mp_policy=policy, offload_policy=offload, reshard_after_forward=not keep)
+    if plane.size() > 1:
         for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # The loss is already divided by the global batch's tokens, so gradients are summed, not averaged.
-                # gloo has no scaled sum; asking for a plain sum makes both backends do the same.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+            if isinstance(module, FSDPModule) and not isinstance(module, Experts):
+                sum_gradients(module)
+
+
+def build_policy(layout: Layout) -> MixedPrecisionPolicy:
+    """What is gathered and computed with, and what gradients are summed in."""
+    # Inputs are not cast: a block is given its rotary tables in fp32 on purpose, and activations are cast already.
+    return MixedPrecisionPolicy(
+        param_dtype=COMPUTE_DTYPE[layout.precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
+def build_offload(layout: Layout) -> OffloadPolicy:
+    """Where parameters, gradients and optimizer states lie between their uses."""
+    return CPUOffloadPolicy() if layout.offload == "parameters" else OffloadPolicy()
+
+
+def sum_gradients(module: FSDPModule) -> None:
+    """Gradients are summed, not averaged: the loss is already divided by the global batch's tokens."""
+    # gloo has no scaled sum; asking for a plain sum makes both backends do the same.
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
 
 
 def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
     """Say whether the coming backward pass is the step's last, and so which reductions it runs.
 
-    zero 3 and 2 reduce along `shard` in every microbatch and along `replica` in the last; zero 1, and replicas
-    alone, keep whole gradients and reduce in the last microbatch only.
+    zero 3 and 2 reduce along `shard` and `context` in every microbatch and along `replica` in the last; zero 1, and
+    replicas alone, keep whole gradients and reduce in the last microbatch only. So do backward passes cut in two.
     """
     assert isinstance(model, FSDPModule)
     model.set_is_last_backward(last)
-    if layout.zero == 1 or layout.shard == 1:
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last)
-    else:
-        model.set_requires_all_reduce(last)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # A mixture's experts may be split where the rest is not, and the other way round.
+            shards = layout.expert_shard if isinstance(module, Experts) else layout.parameter_shards
+            if layout.zero == 1 or shards == 1 or layout.schedule in SPLIT_BACKWARD:
+                module.set_requires_gradient_sync(last, recurse=False)
+                module.set_reshard_after_backward(last, recurse=False)
+            else:
+                module.set_requires_all_reduce(last, recurse=False)
+
+
+def reduce_gradients(model: nn.Module) -> None:
+    """Reduce what backward passes have gathered that ended before their weights' gradients were there."""
+    assert isinstance(model, FSDPModule)
+    model.set_is_last_backward(True)
+    model.set_requires_gradient_sync(True)
+    model.set_reshard_after_backward(True)
+    # What FSDP does at the end of a last backward pass: reduce each group that has not been, and wait for all.
+    fully_shard.state(model)._root_post_backward_final_callback()  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def free_gathered(model: nn.Module) -> None:

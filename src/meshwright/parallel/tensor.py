@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from meshwright.models import NOT_COUNTED
+from meshwright.models.experts import Router
 from meshwright.spec import SettingError, Split, SplitTable, split_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -67,9 +68,14 @@ def apply_tensor(model: nn.Module, table: SplitTable, mesh: DeviceMesh, heads: H
     """Split `model`'s modules in place over a one-dimensional mesh, as `table` says; heads: for the word kv_heads."""
     for name, module in model.named_modules():
         word = split_of(table, name)
-        if word is None:
+        # Experts take their part of the sequence as it is: parallel/expert.py sends it on.
+        if word is None or word == "experts":
             continue
-        if word == "kv_heads" and heads is not None and heads.kv_heads < mesh.size():
+        if word == "router":
+            assert isinstance(module, Router)
+            module.weight = place(module.weight, WHOLE, mesh)
+            module.hold = whole_weight
+        elif word == "kv_heads" and heads is not None and heads.kv_heads < mesh.size():
             split_module(module, SHARED_HEADS, mesh)
             module.register_forward_hook(partial(keep_head, heads, mesh))
         else:
@@ -79,13 +85,26 @@ def apply_tensor(model: nn.Module, table: SplitTable, mesh: DeviceMesh, heads: H
 def split_module(module: nn.Module, rule: Rule, mesh: DeviceMesh) -> None:
     """Place a module's own parameters, and wrap its inputs and outputs."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        placement = rule.bias if name == "bias" else rule.weight
-        # src_data_rank=None: nothing is sent, because the values come later, and every rank makes its own.
-        split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
-        module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+        module.register_parameter(name, place(parameter, rule.bias if name == "bias" else rule.weight, mesh))
     module.register_forward_pre_hook(partial(take, rule, mesh), with_kwargs=True)
     if rule.made is not None:
         module.register_forward_hook(partial(give, rule, mesh))
+
+
+def place(parameter: nn.Parameter, placement: Placement, mesh: DeviceMesh) -> nn.Parameter:
+    """A parameter over a one-dimensional mesh."""
+    # src_data_rank=None: nothing is sent, because the values come later, and every rank makes its own.
+    split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+    return nn.Parameter(split, requires_grad=parameter.requires_grad)
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """A weight that is whole on each rank, as a plain tensor; what ranks make of it differs, so gradients are summed.
+
+    Not left to DTensor: before torch 2.13 it refuses matrix products along a dim that is split behind the first.
+    """
+    assert isinstance(weight, DTensor)
+    return weight.to_local(grad_placements=[Partial()])
 
 
 def take(

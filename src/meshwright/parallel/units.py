@@ -12,6 +12,12 @@ from meshwright.parallel.tensor import Heads
 from meshwright.spec import AXES, Layout, SettingError, Split, SplitTable, closest, nearest_divisor, split_of
 from meshwright.spec.decode import check_made
 
+# Axes that need to know more of a model than its modules' names, and what of it.
+NOT_FOR_ANY = {
+    "pipeline": "where another model can be cut into stages is not known",
+    "context": "where another model's attention is, and what it may see, is not known",
+    "expert": "where another model's experts are, and what routes to them, is not known",
+}
 # The dim of a weight whose length a word divides over ranks; its activations are cut alike, so it must divide evenly.
 DIVIDED = {"column": 0, "kv_heads": 0, "row": 1}
 # Words for what works on the whole sequence, which a "gather" around it gives.
@@ -74,6 +80,9 @@ def check_units(
 ) -> None:
     """Raise SettingError for a layout that this mesh, these units or this tail cannot have."""
     check_made(layout)
+    for axis in (axis for axis in NOT_FOR_ANY if getattr(layout, axis) > 1):
+        setting = f"layout.{axis} = {getattr(layout, axis)}"
+        raise SettingError(setting, NOT_FOR_ANY[axis], f"layout.{axis} = 1")
     for axis in AXES:
         found = mesh[axis].size()
         if layout.size(axis) != found:
@@ -122,6 +131,8 @@ def check_table(model: nn.Module, table: SplitTable | None, size: int, heads: He
             # It would take this rank's part of the sequence for the whole.
             nearest = f'"{name.rpartition(".")[0] or name}" = "gather"'
             raise SettingError(f'table "{name}" = "{word}"', 'is inside no module that says "gather"', nearest)
+        if word in ("router", "experts"):
+            raise SettingError(f'table "{name}" = "{word}"', "is for Meshwright's own mixtures", '"sequence"')
         if word == "kv_heads":
             check_heads(name, heads, size)
         shared = word == "kv_heads" and heads is not None and heads.kv_heads < size

@@ -1,8 +1,10 @@
 """Predict what a layout needs and how fast it is, and search for the best. Loads no torch."""
 
+from meshwright.plan.fit import Rejected
+from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
 from meshwright.plan.memory import predict_memory
-from meshwright.plan.search import Plan, Rejected, build_plan, predict
+from meshwright.plan.plan import Plan, build_plan, predict
 from meshwright.plan.time import predict_step, share_machine
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "local_cluster",
     "predict",
     "predict_memory",
+    "predict_states",
     "predict_step",
     "share_machine",
 ]

@@ -1,15 +1,31 @@
 """Bytes that a rank keeps from the forward to the backward pass, by recompute policy, and the loss's tensors.
 
-Letters as in ModelSpec. Along the tensor axis norms and residuals lie split over the sequence, what column layers
-read is gathered and whole, and heads and feed-forward columns are this rank's part.
+Letters as in ModelSpec. Along the context axis a rank has its part of each sequence. Along the tensor axis norms and
+residuals lie split over that part, what column layers read is gathered and whole, and heads and feed-forward columns
+are this rank's; routed experts are given tokens as they lie split.
 """
 
 import msgspec
 
-from meshwright.plan.part import Part
-from meshwright.spec import Job, ModelSpec, Precision
+from meshwright.plan.part import Cut, Part, Stage
+from meshwright.spec import SPLIT_BACKWARD, Job, ModelSpec, Precision
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+
+
+def is_compiled(job: Job) -> bool:
+    """Whether blocks are compiled: on a GPU, unless backward passes are cut in two, which a compiled one is not."""
+    return job.cluster.device.kind == "cuda" and job.layout.schedule not in SPLIT_BACKWARD
+
+
+def local_sequence(job: Job) -> int:
+    """Tokens of each sequence on a rank of the context axis."""
+    return job.data.sequence // job.layout.context
+
+
+def tokens_of(job: Job) -> int:
+    """Tokens of a microbatch on a rank of the context axis."""
+    return job.layout.microbatch * local_sequence(job)
 
 
 class Saved(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,9 +59,9 @@ class Widths(msgspec.Struct, frozen=True, kw_only=True):
     low_rank: float
 
 
-def widths_of(part: Part) -> Widths:
+def widths_of(cut: Cut) -> Widths:
     """What the rank's part of each sequence is as wide as."""
-    model, tensor = part.model, part.tensor
+    model, tensor = cut.model, cut.tensor
     heads, kv_heads = model.heads / tensor, max(1, model.kv_heads / tensor)
     # Where there are fewer key heads than ranks, each rank computes all of them.
     made = kv_heads if model.kv_heads % tensor == 0 else model.kv_heads
@@ -74,22 +90,16 @@ def feed_forward_columns(model: ModelSpec, layer: int) -> tuple[float, float]:
     return (experts.per_token + experts.shared) * experts.feed_forward, experts.per_token
 
 
-def mean_block(part: Part, *, selective: bool, compiled: bool) -> Saved:
-    """What the mean block keeps for its backward pass, nothing recomputed or all but products and attention."""
+def keep_block(cut: Cut, *, dense: bool, selective: bool, compiled: bool) -> Saved:
+    """What a block keeps for its backward pass, nothing recomputed or all but products and attention.
+
+    dense: one of a mixture's first blocks, which have no experts.
+    """
     keep = keep_products if selective else keep_all
-    model = part.model
-    others = keep(part, *feed_forward_columns(model, model.layers), compiled=compiled)
-    if not model.experts or not model.experts.dense_layers:
-        return others
-    first = keep(part, *feed_forward_columns(model, 0), compiled=compiled)
-    share = model.experts.dense_layers / model.layers
-    return Saved(
-        elements=share * first.elements + (1 - share) * others.elements,
-        fp32=share * first.fp32 + (1 - share) * others.fp32,
-    )
+    return keep(cut, *feed_forward_columns(cut.model, 0 if dense else cut.model.layers), compiled=compiled)
 
 
-def keep_all(part: Part, columns: float, copies: float, *, compiled: bool) -> Saved:
+def keep_all(cut: Cut, columns: float, copies: float, *, compiled: bool) -> Saved:
     """One block, nothing recomputed.
 
     Inputs of the two norms 2D; their outputs, which the projections keep (gathered: whole), 2D; queries and attention's
@@ -98,12 +108,12 @@ def keep_all(part: Part, columns: float, copies: float, *, compiled: bool) -> Sa
     Eager code on a CPU keeps besides: RMSNorm's scaled inputs, silu's output F, and attention's output once more with
     heads innermost HE (where queries are rotated and so laid out anew); a test holds that sum to the built model.
     """
-    model, w, f = part.model, widths_of(part), columns / part.tensor
+    model, w, f = cut.model, widths_of(cut), columns / cut.tensor
     family = model.parts
     kept = 2 * w.split + 2 * w.whole + w.query + w.key + w.value + w.mixed + (3 if family.gated else 2) * f
-    kept += 2 * w.low_rank + 2 * copies * w.whole
+    kept += 2 * w.low_rank + 2 * copies * w.split
     # Attention's log-sum-exp; norms' reciprocal roots, and LayerNorm's means.
-    fp32 = w.heads + (2 if family.norm == "rms" else 4) / part.tensor
+    fp32 = w.heads + (2 if family.norm == "rms" else 4) / cut.tensor
     if family.head_norms:
         kept += w.query + w.key
         fp32 += w.heads + w.kv_heads
@@ -114,54 +124,96 @@ def keep_all(part: Part, columns: float, copies: float, *, compiled: bool) -> Sa
     return Saved(elements=kept, fp32=fp32)
 
 
-def keep_products(part: Part, columns: float, copies: float, *, compiled: bool) -> Saved:
+def keep_products(cut: Cut, columns: float, copies: float, *, compiled: bool) -> Saved:
     """One block, recomputed but for the results of matrix products, attention and transfers.
 
     The block's input and the state after attention 2D; queries, keys, values and attention's output; gate and up 2F,
     or up alone; where ranks divide a sequence, what they gathered, 2D. Eager code keeps every such result, needed or
     not: the last product's D, and of ranks that divide a sequence the sums before their reduction, 2D.
     """
-    model, w, f = part.model, widths_of(part), columns / part.tensor
+    model, w, f = cut.model, widths_of(cut), columns / cut.tensor
     kept = 2 * w.split + w.query + w.made + w.mixed + (2 if model.parts.gated else 1) * f
-    kept += w.low_rank + copies * w.whole
-    kept += 2 * w.whole if part.tensor > 1 else 0
+    kept += w.low_rank + 2 * copies * w.split
+    kept += 2 * w.whole if cut.tensor > 1 else 0
     if not compiled:
-        kept += w.split + (2 * w.whole if part.tensor > 1 else 0)
+        kept += w.split + (2 * w.whole if cut.tensor > 1 else 0)
     return Saved(elements=kept, fp32=w.heads)
 
 
-def activation_bytes(job: Job, part: Part) -> float:
-    """Tensors kept from the forward to the backward pass of one microbatch, or while a block runs again, if more.
+class Activations(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one stage. kept: of each microbatch between its passes. again: by how much they are more (or less, where
+    blocks after it are done) while its last recomputed block runs again; -inf where none does."""
 
-    While the last recomputed block runs again, the blocks after it and the loss are done and their tensors gone.
-    """
-    layout, model = job.layout, job.model
-    compiled = job.cluster.device.kind == "cuda"
-    size, layers, tokens = BYTES[layout.precision], model.layers, layout.microbatch * job.data.sequence
+    kept: float
+    again: float
+
+
+def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
+    """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
+    layout, compiled, tokens = job.layout, is_compiled(job), tokens_of(job)
+    size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
-    mask = 0 if compiled else mask_elements(job)
-    whole = tokens * mean_block(part, selective=False, compiled=compiled).bytes_at(layout.precision) + size * mask
-    if layout.recompute == "selective":
-        kept = layers * tokens * mean_block(part, selective=True, compiled=compiled).bytes_at(layout.precision) + mask
-        again = kept + whole - (kept - mask) / layers
-    else:
-        recomputed = layout.recomputed_layers(layers)
-        # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
-        inputs = recomputed * tokens * size * model.d_model / part.tensor + (mask if recomputed else 0)
-        kept = inputs + (layers - recomputed) * whole
-        again = inputs + whole if recomputed else 0.0
-    return max(kept, again - logits_bytes(job)) + tokens * outside_bytes(job, part) + tables_bytes(job)
+    mask = 0 if job.cluster.device.kind == "cuda" else mask_elements(job)
+    recomputed = stage.first(layout.recomputed_layers(job.model.layers))
+    kept, done, again, start = 0.0, 0.0, float("-inf"), 0
+    for count, group in stage.runs(cut):
+        dense = group is cut.first and cut.dense > 0
+        whole = keep_block(cut, dense=dense, selective=False, compiled=compiled).bytes_at(layout.precision)
+        whole = tokens * whole + size * mask
+        if layout.recompute == "selective":
+            part = keep_block(cut, dense=dense, selective=True, compiled=compiled).bytes_at(layout.precision)
+            kept, again = kept + count * tokens * part, max(again, whole - tokens * part)
+            continue
+        inputs = min(max(0, recomputed - start), count)
+        kept += inputs * tokens * size * split + (count - inputs) * whole
+        done = 0.0 if inputs else done
+        again = whole if inputs else again
+        done += (count - inputs) * whole
+        start += count
+    # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
+    kept += mask if recomputed or layout.recompute == "selective" else 0
+    # A stage's output is there until its gradient comes back.
+    kept += tokens * (outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split))
+    return Activations(kept=kept + tables_bytes(job), again=again - done)
 
 
 def mask_elements(job: Job) -> int:
-    """Of the table of what each token sees of the others; 0 where it sees all of the past."""
+    """Of the table of what each token sees of the others; 0 where it sees all of the past, or a ring goes by tiles."""
     square = job.data.sequence**2
+    if job.layout.context > 1 and job.layout.context_form == "ring":
+        return 0
     if job.data.attention == "document":
         return job.layout.microbatch * square
     return square if 0 < job.model.attention_window < job.data.sequence else 0
 
 
-def outside_bytes(job: Job, part: Part) -> float:
+def activation_bytes(job: Job, part: Part) -> float:
+    """A rank's tensors between forward and backward passes at their peak, with one microbatch in each stage."""
+    return peak_bytes(job, part, ((1,) * len(part.stages),))[0]
+
+
+def peak_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
+    """Activations and logits of a rank at their peak, or while a block runs again, if that is more.
+
+    alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
+    recomputed block of the last stage runs again, the blocks after it and the loss are done and their tensors gone.
+    """
+    each = [stage_activations(job, part.cut, stage) for stage in part.stages]
+    ends = [stage.head for stage in part.stages]
+    waiting = waiting_logits_bytes(job) if any(ends) else 0.0
+
+    def at(moment: tuple[int, ...]) -> tuple[float, float]:
+        kept = sum(count * stage.kept for count, stage in zip(moment, each, strict=True))
+        # The loss's tensors are whole for one microbatch; of others that are due, what its backward pass needs.
+        more = max(0, sum(count for count, end in zip(moment, ends, strict=True) if end) - 1)
+        return kept, more * waiting
+
+    kept, others = max((at(moment) for moment in alive), key=sum)
+    logits = logits_bytes(job) if any(ends) else 0.0
+    return kept + max(0.0, max(stage.again for stage in each) - logits), logits + others
+
+
+def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:
     """Bytes a token beside the blocks.
 
     The embedding keeps its int64 tokens, and of a split vocabulary those in the rank's part (its output is the first
@@ -169,16 +221,18 @@ def outside_bytes(job: Job, part: Part) -> float:
     CPU also its input scaled; the head the norm's output, gathered.
     """
     rms = job.model.parts.norm == "rms"
-    split = job.model.d_model / part.tensor
-    norms = split + (split if rms and job.cluster.device.kind == "cpu" else 0) + job.model.d_model
-    tokens = 8 if part.tensor == 1 else 16
-    return tokens + norms * BYTES[job.layout.precision] + (4 if rms else 8) / part.tensor
+    split = job.model.d_model / cut.tensor
+    tokens = 0 if not stage.root else 8 if cut.tensor == 1 else 16
+    if not stage.head:
+        return tokens
+    norms = split + (split if rms and not is_compiled(job) else 0) + job.model.d_model
+    return tokens + norms * BYTES[job.layout.precision] + (4 if rms else 8) / cut.tensor
 
 
 def tables_bytes(job: Job) -> float:
     """cos and sin in fp32, or int64 positions, once for all blocks; for all sequences too, unless each counts from its
     own documents' starts."""
-    places = job.data.sequence * (job.layout.microbatch if job.data.attention == "document" else 1)
+    places = local_sequence(job) * (job.layout.microbatch if job.data.attention == "document" else 1)
     if job.model.parts.positions == "learned":
         return 8.0 * places
     rotated = job.model.latent.rope_head_dim if job.model.latent else job.model.head_dim
@@ -195,6 +249,13 @@ def logits_bytes(job: Job) -> float:
     """
     # The first ranks of a vocabulary that does not divide have a row more.
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
-    elements = job.layout.microbatch * job.data.sequence * vocabulary
+    elements = tokens_of(job) * vocabulary
+    # The loss is compiled by itself.
     compiled = job.cluster.device.kind == "cuda"
     return float(elements * (2 * BYTES[job.layout.precision] if compiled else 3 * 4))
+
+
+def waiting_logits_bytes(job: Job) -> float:
+    """What the loss keeps of a microbatch whose backward pass is to come: logits, or log-probabilities in fp32."""
+    compiled = job.cluster.device.kind == "cuda"
+    return logits_bytes(job) * (1 / 2 if compiled else 1 / 3)

@@ -19,16 +19,19 @@ class Ring(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def build_ring(layout: Layout, axis: Axis, cluster: Cluster) -> Ring:
-    """The ring of one group along `axis`.
+    """The ring of one group along `axis`."""
+    return place_ring(layout.size(axis), stride_of(layout, axis), layout.world_size, cluster)
+
+
+def place_ring(size: int, stride: int, world_size: int, cluster: Cluster) -> Ring:
+    """The ring of `size` ranks, `stride` apart in rank numbers.
 
     Ranks are numbered with the last axis of `layout.order` fastest and fill node after node. A group inside a node
     uses the inner link. One that spans nodes crosses each border once a direction, over as many ports as it has
     members there: other groups use the ports of their own members at the same time.
     """
-    size, stride = layout.size(axis), stride_of(layout, axis)
     per_node = cluster.devices_per_node
-    span = stride * size
-    if span <= per_node or layout.world_size <= per_node:
+    if stride * size <= per_node or world_size <= per_node:
         return Ring(size=size, nodes=1, link_bytes_per_s=cluster.intra.bytes_per_s, round_s=cluster.intra.latency_s)
     members = max(1, per_node // stride)
     nodes = -(-size // members)
@@ -39,6 +42,25 @@ def build_ring(layout: Layout, axis: Axis, cluster: Cluster) -> Ring:
         link_bytes_per_s=min(inside.bytes_per_s, across.bytes_per_s * members) if members > 1 else across.bytes_per_s,
         # A round passes every link at once, so it lasts as long as the slowest; the ring has one border a node.
         round_s=((size - nodes) * inside.latency_s + nodes * across.latency_s) / size,
+    )
+
+
+def build_shard_ring(layout: Layout, cluster: Cluster) -> Ring:
+    """The ring that parameters are sharded over: shard and context, as if they lay side by side."""
+    stride = min(stride_of(layout, axis) for axis in ("shard", "context"))
+    return place_ring(layout.shard * layout.context, stride, layout.world_size, cluster)
+
+
+def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:
+    """The ring that tokens are exchanged over, and the ring that each routed expert is sharded over.
+
+    Both divide the ranks of shard, context and tensor, as if they lay side by side; neighbours have different experts.
+    """
+    stride = min(stride_of(layout, axis) for axis in ("shard", "context", "tensor"))
+    ranks = layout.shard * layout.context * layout.tensor
+    return (
+        place_ring(layout.expert, stride, layout.world_size, cluster),
+        place_ring(ranks // layout.expert, stride * layout.expert, layout.world_size, cluster),
     )
 
 
@@ -61,3 +83,27 @@ def predict_collective(kind: Collective, whole_bytes: float, ring: Ring, rates: 
     rounds = (ring.size - 1) * (2 if kind == "all_reduce" else 1)
     moved_bytes = rounds * whole_bytes / ring.size
     return moved_bytes / (ring.link_bytes_per_s * rates.links[kind]) + rounds * ring.round_s
+
+
+def predict_exchange(rank_bytes: float, ring: Ring, cluster: Cluster, rates: Rates) -> float:
+    """Seconds of an all-to-all in which each rank of a group has `rank_bytes`, a part of it for each.
+
+    Every part goes its own way: what leaves the node goes through the rank's own port, the rest over the inner link.
+    """
+    if ring.size == 1:
+        return 0.0
+    members = ring.size / ring.nodes
+    inside_s = rank_bytes * (members - 1) / ring.size / (cluster.intra.bytes_per_s * rates.links["all_to_all"])
+    across_s = rank_bytes * (ring.size - members) / ring.size / (cluster.inter.bytes_per_s * rates.links["all_to_all"])
+    latency_s = cluster.inter.latency_s if ring.nodes > 1 else cluster.intra.latency_s
+    return max(inside_s, across_s) + latency_s
+
+
+def hop_seconds(layout: Layout, cluster: Cluster, ranks: tuple[int, int], size_bytes: float, rates: Rates) -> float:
+    """Seconds until what one rank of the pipeline axis sends has reached another."""
+    if ranks[0] == ranks[1]:
+        return 0.0
+    stride, per_node = stride_of(layout, "pipeline"), cluster.devices_per_node
+    near = layout.world_size <= per_node or ranks[0] * stride // per_node == ranks[1] * stride // per_node
+    link = cluster.intra if near else cluster.inter
+    return size_bytes / (link.bytes_per_s * rates.links["send"]) + link.latency_s

@@ -2,9 +2,8 @@
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, feed_forward_columns
-from meshwright.plan.memory import STATE_BYTES
-from meshwright.plan.part import Part, Shape
+from meshwright.plan.activations import BYTES, feed_forward_columns, is_compiled, tokens_of
+from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
@@ -16,83 +15,107 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
+# Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
+# taken to reach four fifths. What of the host's memory one device's update gets is an assumption, not measured.
+HOST_LINK_BYTES_PER_S = 50e9
+HOST_UPDATE_BYTES_PER_S = 20e9
+
+
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a piece's kernels in its forward and backward pass.
 
-    Of the forward pass's, elementwise_s: all but matrix products and attention; reads_s, reduces_s: products that
-    read what is gathered along the tensor axis, and those whose outputs are summed along it; last_s: its last product.
+    weights_s: of the backward pass's, the gradients of matrices. Of the forward pass's, elementwise_s: all but matrix
+    products and attention; reads_s, reduces_s: products that read what is gathered along the tensor axis, and those
+    whose outputs are summed along it; last_s: its last product; attention_s: attention; routed_s: routed experts'
+    products. attention_back_s: attention's backward pass.
     """
 
     forward_s: float = 0.0
     backward_s: float = 0.0
+    weights_s: float = 0.0
     elementwise_s: float = 0.0
     reads_s: float = 0.0
     reduces_s: float = 0.0
     last_s: float = 0.0
+    routed_s: float = 0.0
+    attention_s: float = 0.0
+    attention_back_s: float = 0.0
 
 
-def elementwise_elements(model: ModelSpec) -> tuple[float, float]:
-    """Elements a token that the mean block's element-wise kernels read and write, fused as torch.compile fuses them.
+def elementwise_elements(model: ModelSpec, *, dense: bool) -> tuple[float, float]:
+    """Elements a token that a block's element-wise kernels read and write, fused as torch.compile fuses them.
 
     Forward: first norm 2D; rotation 2(HE + KE); residual with the second norm 4D; SwiGLU 3F, or GELU 2F; residual 3D.
     Backward: SwiGLU 6F, or GELU 3F; two norms with their residuals 8D; rotation 2(HE + KE). Norms of heads add a
-    reading in the forward and two in the backward pass. What routes tokens to experts is not reckoned.
+    reading in the forward and two in the backward pass. Each copy of a token to an expert is put in order and back,
+    4D in either pass. dense: one of a mixture's first blocks, which have no experts.
     """
     d = model.d_model
-    dense = model.experts.dense_layers / model.layers if model.experts else 0.0
-    columns = (feed_forward_columns(model, 0)[0], feed_forward_columns(model, model.layers)[0])
-    f = dense * columns[0] + (1 - dense) * columns[1]
+    f, copies = feed_forward_columns(model, 0 if dense else model.layers)
     # Latent attention turns part of each query, and one key for all heads.
     turned = (model.heads + model.kv_heads) * model.head_dim
     if model.latent:
         turned = (model.heads + 1) * model.latent.rope_head_dim
     rotation = 2 * turned if model.parts.positions == "rotary" else 0
     head_norms = turned if model.parts.head_norms else 0
-    gated = model.parts.gated
-    forward = 9 * d + rotation + head_norms + (3 if gated else 2) * f
-    return forward, 8 * d + rotation + 2 * head_norms + (6 if gated else 3) * f
+    gated, order = model.parts.gated, 4 * copies * d
+    forward = 9 * d + rotation + head_norms + (3 if gated else 2) * f + order
+    return forward, 8 * d + rotation + 2 * head_norms + (6 if gated else 3) * f + order
 
 
 def product_seconds(job: Job, shape: Shape) -> float:
-    """One forward product of a microbatch with a matrix, or with a stack of experts that divide the tokens."""
+    """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies."""
     device, rates, experts = job.cluster.device, rates_of(job.cluster.device), job.model.experts
-    tokens = rows = job.layout.microbatch * job.data.sequence
+    tokens = rows = tokens_of(job)
+    share = rates.matmul
     if len(shape) == 3 and experts:
-        tokens *= experts.per_token
-        rows = max(1, tokens // experts.count)
+        # Ranks of the tensor axis each send their own tokens' copies.
+        tokens = tokens * experts.per_token / job.layout.tensor
+        rows = max(1.0, tokens / shape[0])
+        share *= rates.grouped
     outputs, inputs = shape[-2:]
     edges = 1 + rates.matmul_edge * (1 / rows + 1 / outputs + 1 / inputs)
-    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(job.layout.precision) * rates.matmul)
+    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(job.layout.precision) * share)
 
 
-def block_products(job: Job, part: Part) -> dict[str, float]:
-    """Seconds of the mean block's forward products by their kind, in the words of Passes."""
-    sums = {"reads_s": 0.0, "reduces_s": 0.0, "last_s": 0.0}
-    for count, shapes in part.blocks:
-        for name, shape in shapes.items():
-            if len(shape) > 1:
-                seconds, module = count * product_seconds(job, shape) / job.model.layers, name.removesuffix(".weight")
-                last = module.endswith(".down")
-                sums["reduces_s" if last or module.endswith(".output") else "reads_s"] += seconds
-                sums["last_s"] += seconds if last else 0.0
+def block_products(job: Job, group: Group) -> dict[str, float]:
+    """Seconds of a block's forward products by their kind, in the words of Passes."""
+    sums = {"reads_s": 0.0, "reduces_s": 0.0, "last_s": 0.0, "routed_s": 0.0}
+    for name, shape in group.shapes.items():
+        if len(shape) == 1:
+            continue
+        seconds, module = product_seconds(job, shape), name.removesuffix(".weight")
+        if name.startswith(ROUTED):
+            # Beside no transfer along tensor: theirs are the expert axis's.
+            sums["routed_s"] += seconds
+            continue
+        last = module.endswith(".down")
+        sums["reduces_s" if last or module.endswith(".output") else "reads_s"] += seconds
+        sums["last_s"] += seconds if last else 0.0
     return sums
 
 
-def block_passes(job: Job, part: Part) -> Passes:
-    """The mean block on one microbatch."""
+def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
+    """One block on one microbatch."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
     peak = device.peak_flops_per_s(job.layout.precision)
-    sequences, tokens = job.layout.microbatch, job.layout.microbatch * job.data.sequence
-    products = block_products(job, part)
-    matmul_s = products["reads_s"] + products["reduces_s"]
-    attention_flops = sequences * count_flops(job.model, job.data.sequence).block_attention / part.tensor
-    causal_flops = attention_flops * visible_share(job.model, job.data.sequence)
-    size = tokens * BYTES[job.layout.precision] / (device.memory_bytes_per_s * rates.elementwise) / part.tensor
-    forward_elements, backward_elements = elementwise_elements(job.model)
+    products = block_products(job, group)
+    matmul_s = products["reads_s"] + products["reduces_s"] + products["routed_s"]
+    whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
+    # Ranks of the context axis have equal parts of what the mask lets through.
+    causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
+    attention_s = causal_flops / (peak * rates.attention_forward)
+    attention_back_s = 2 * causal_flops / (peak * rates.attention_backward)
+    share = rates.elementwise if is_compiled(job) else rates.eager
+    size = tokens_of(job) * BYTES[job.layout.precision] / (device.memory_bytes_per_s * share) / cut.tensor
+    forward_elements, backward_elements = elementwise_elements(job.model, dense=group is cut.first and cut.dense > 0)
     return Passes(
-        forward_s=matmul_s + causal_flops / (peak * rates.attention_forward) + forward_elements * size,
-        backward_s=2 * matmul_s + 2 * causal_flops / (peak * rates.attention_backward) + backward_elements * size,
+        forward_s=matmul_s + attention_s + forward_elements * size,
+        backward_s=2 * matmul_s + attention_back_s + backward_elements * size,
+        weights_s=matmul_s,
         elementwise_s=forward_elements * size,
+        attention_s=attention_s,
+        attention_back_s=attention_back_s,
         **products,
     )
 
@@ -108,23 +131,37 @@ def head_passes(job: Job) -> Passes:
     device, rates = job.cluster.device, rates_of(job.cluster.device)
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
     matmul_s = product_seconds(job, (vocabulary, job.model.d_model))
-    logits = job.layout.microbatch * job.data.sequence * vocabulary
     size = BYTES[job.layout.precision]
     logit_bytes = COMPILED_LOSS_PASSES * size if device.kind == "cuda" else EAGER_LOSS_BYTES + 2 * size
-    loss_s = logits * logit_bytes / (device.memory_bytes_per_s * rates.loss)
-    return Passes(forward_s=matmul_s + loss_s / 2, backward_s=2 * matmul_s + loss_s / 2)
+    loss_s = tokens_of(job) * vocabulary * logit_bytes / (device.memory_bytes_per_s * rates.loss)
+    return Passes(forward_s=matmul_s + loss_s / 2, backward_s=2 * matmul_s + loss_s / 2, weights_s=matmul_s)
 
 
-def predict_optimizer(job: Job, part: Part) -> float:
-    """Seconds of gradient norm, clipping and update of the fullest rank's part."""
+def predict_optimizer(job: Job, local: int) -> float:
+    """Seconds of gradient norm, clipping and update of a rank's `local` parameters."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
-    local_bytes = STATE_BYTES * part.local
+    local_bytes = STATE_BYTES * local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
     update_s = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
+    update_s += offload_seconds(job, local)
     # The norm reads gradients; clipping reads and writes them again.
     clip_passes = 3 if job.optimizer.clip_norm > 0 else 1
     return update_s + clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
+
+
+def offload_seconds(job: Job, local: int) -> float:
+    """What a rank's step takes longer because of what lies in the host's memory.
+
+    Moments come and go with each update. Parameters come for each gather, twice a microbatch, their gradients go after
+    each backward pass, and the host updates them.
+    """
+    if job.layout.offload == "none":
+        return 0.0
+    if job.layout.offload == "optimizer":
+        return 4 * STATE_BYTES * local / HOST_LINK_BYTES_PER_S
+    moved = 3 * job.layout.accumulation(job.data.global_batch) * STATE_BYTES * local
+    return moved / HOST_LINK_BYTES_PER_S + 7 * STATE_BYTES * local / HOST_UPDATE_BYTES_PER_S
 
 
 def has_known_peak(device: Device, job: Job) -> bool:

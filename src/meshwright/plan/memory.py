@@ -3,12 +3,13 @@
 import msgspec
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.activations import BYTES, activation_bytes, logits_bytes
-from meshwright.plan.part import Groups, Part, build_part
+from meshwright.plan.activations import BYTES, peak_bytes
+from meshwright.plan.context import context_buffer_bytes
+from meshwright.plan.expert import expert_buffer_bytes
+from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.held import state_bytes
+from meshwright.plan.part import STATE_BYTES, Groups, Part, sharding
 from meshwright.spec import Job
-
-# Masters, reduced gradients and optimizer states are fp32 in every precision (spec.Layout).
-STATE_BYTES = 4
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
@@ -23,29 +24,62 @@ CPU_SCRATCH_BYTES = 80e6
 FRAGMENTATION_SHARE = 0.08
 
 
-def predict_memory(job: Job, part: Part | None = None) -> MemoryAccount:
-    """Bytes of the fullest rank at the step's peak, when the backward pass begins.
+def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
+    """Bytes of the fullest rank at the step's peak, when a backward pass begins.
 
-    part: what build_part gives for the job, where the caller has it already.
+    frame: what build_frame gives for the job, where the caller has it already.
     """
-    part = part or build_part(job)
-    groups, local = part.groups, part.local
-    states = 0
-    if job.optimizer.name == "adamw":
-        # Two moments, and a step count a parameter tensor.
-        states = 2 * STATE_BYTES * local + 4 * part.tensors
-    account = MemoryAccount(
-        parameters=STATE_BYTES * local,
-        # Kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of the
-        # reduction's stream, which the compute stream's activations cannot use.
-        gradients=STATE_BYTES * local,
-        optimizer_states=states,
-        activations=activation_bytes(job, part),
-        logits=logits_bytes(job),
-        communication_buffers=gathered_bytes(job, groups) + reduction_bytes(job, groups),
-        framework=framework_bytes(job),
+    frame = frame or build_frame(job)
+    alive = frame.timetable.alive
+    account = max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
+    return msgspec.structs.replace(
+        account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
     )
-    return msgspec.structs.replace(account, fragmentation=fragmentation_bytes(job, account))
+
+
+def tell_apart(job: Job, frame: Frame) -> list[Part]:
+    """The parts that could be the fullest: ranks in the middle of a pipeline differ by the microbatches alive alone."""
+    again, apart = job.layout.recomputed_layers(job.model.layers), list(frame.parts[:1])
+    kinds = [
+        [
+            (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
+            for stage in part.stages
+        ]
+        for part in frame.parts
+    ]
+    for part, before, kind in zip(frame.parts[1:], kinds, kinds[1:], strict=False):
+        if kind != before or not frame.timetable.emptier[part.rank]:
+            apart.append(part)
+    return apart
+
+
+def sum_held(account: MemoryAccount) -> float:
+    """What tells one rank from another."""
+    return (
+        account.parameters
+        + account.gradients
+        + account.optimizer_states
+        + account.activations
+        + account.logits
+        + account.communication_buffers
+    )
+
+
+def held_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> MemoryAccount:
+    """What a rank along pipeline holds but for the framework and fragmentation."""
+    # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
+    # the reduction's stream, which the compute stream's activations cannot use.
+    states = state_bytes(job, part.local, part.tensors)
+    groups = part.groups
+    activations, logits = peak_bytes(job, part, alive)
+    routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
+    buffers = gathered_bytes(job, groups) + reduction_bytes(job, groups) + context_buffer_bytes(job, part.cut)
+    return msgspec.structs.replace(
+        states,
+        activations=activations,
+        logits=logits,
+        communication_buffers=buffers + (expert_buffer_bytes(job) if routed else 0.0),
+    )
 
 
 def gathered_bytes(job: Job, groups: Groups) -> float:
@@ -59,7 +93,7 @@ def gathered_bytes(job: Job, groups: Groups) -> float:
     elements = groups.root + groups.head + min(2, groups.layers) * groups.largest_block
     if layout.zero < 3:
         elements = groups.whole()
-    if layout.shard > 1:
+    if sharding(layout) > 1:
         elements += max(groups.largest_block, groups.head, groups.root)
     return float(elements * BYTES[layout.precision])
 
@@ -71,7 +105,7 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
     """
     layout = job.layout
     in_flight = groups.largest_block * (BYTES[layout.precision] + STATE_BYTES)
-    keeps = (layout.zero == 1 or layout.shard == 1) and layout.accumulation(job.data.global_batch) > 1
+    keeps = (layout.zero == 1 or sharding(layout) == 1) and layout.accumulation(job.data.global_batch) > 1
     return float(in_flight + (STATE_BYTES * groups.whole() if keeps else 0))
 
 
@@ -82,8 +116,8 @@ def framework_bytes(job: Job) -> float:
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
-def fragmentation_bytes(job: Job, account: MemoryAccount) -> float:
+def fragmentation_bytes(job: Job, held: float) -> float:
     """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
     if job.cluster.device.kind == "cpu":
         return CPU_SCRATCH_BYTES
-    return FRAGMENTATION_SHARE * (account.total() - account.framework)
+    return FRAGMENTATION_SHARE * held

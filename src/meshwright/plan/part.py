@@ -1,17 +1,96 @@
-"""The part of a model that one rank holds and computes with: along tensor by its family's split table, along shard."""
+"""The part of a model that one rank holds and computes with: its stages along pipeline, split along tensor by the
+family's table, experts along expert, and the whole along shard and context."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from math import ceil, prod
 
 import msgspec
 
-from meshwright.spec import SPLIT_TABLES, Job, ModelSpec, SplitTable, block_shapes, end_shapes, split_of
+from meshwright.spec import (
+    Job,
+    Layout,
+    ModelSpec,
+    SplitTable,
+    block_shapes,
+    end_shapes,
+    held_stages,
+    split_layers,
+    split_of,
+    split_table,
+    stage_count,
+)
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
+# Masters, reduced gradients and optimizer states are fp32 in every precision (spec.Layout).
+STATE_BYTES = 4
+# Routed experts, stacked: divided by whole experts along expert, and never along tensor.
+ROUTED = "feed_forward.experts."
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True):
+    """A block, the embedding or the head, as the fullest rank of the tensor and expert axes has it.
+
+    elements: parameters where it is gathered; routed: of those, the routed experts'. local: parameters that the rank
+    holds between. tensors: number of parameter tensors. summed: elements of each parameter that is whole on all ranks
+    of the tensor axis, whose gradients they sum.
+    """
+
+    shapes: Shapes = {}
+    elements: int = 0
+    routed: int = 0
+    local: int = 0
+    tensors: int = 0
+    summed: tuple[int, ...] = ()
+
+
+class Cut(msgspec.Struct, frozen=True, kw_only=True):
+    """A job's whole model in groups, which stages are put together from.
+
+    dense: number of first blocks that a mixture keeps without experts; they are `first`, all others alike.
+    """
+
+    model: ModelSpec
+    tensor: int
+    dense: int
+    first: Group
+    others: Group
+    root: Group
+    head: Group
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline stage: blocks `start` to `stop`; root, head: whether the embedding or the head is with them."""
+
+    index: int
+    start: int
+    stop: int
+    root: bool
+    head: bool
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks."""
+        return self.stop - self.start
+
+    def first(self, blocks: int) -> int:
+        """How many of the model's first `blocks` it holds."""
+        return min(max(0, blocks - self.start), self.layers)
+
+    def runs(self, cut: Cut) -> list[tuple[int, Group]]:
+        """(number, group) of its blocks that are alike, in order."""
+        dense = self.first(cut.dense)
+        return [run for run in ((dense, cut.first), (self.layers - dense, cut.others)) if run[0]]
+
+    def groups(self, cut: Cut) -> list[tuple[int, Group]]:
+        """(number, group) of all that it holds, in order."""
+        ends = [(1, cut.root)] if self.root else [], [(1, cut.head)] if self.head else []
+        return [*ends[0], *self.runs(cut), *ends[1]]
 
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters (elements) of FSDP's groups: the mean block and the largest, the head with its norm, and the root."""
+    """Parameters (elements) of a rank's FSDP groups: mean block, largest block, head with its norm, root."""
 
     block: float
     largest_block: int
@@ -25,85 +104,136 @@ class Groups(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What the fullest rank has of a job's model along the tensor axis, and of that along the shard axis.
+    """What one rank of the pipeline axis has of a job's model; along the other axes, what the fullest there has.
 
-    blocks: each kind of block with the number of its blocks, and the shapes of its parameters along tensor: a mixture's
-    first blocks may have no experts. groups: whole along shard. local: parameters (elements) that the rank holds.
-    tensors: number of parameter tensors. summed, summed_ends: elements of each parameter that is whole on all ranks of
-    the tensor axis, whose gradients they sum: of one block, and of the rest of the model.
+    groups: whole along shard and context. local: parameters (elements) that the rank holds. tensors: number of
+    parameter tensors.
     """
 
-    model: ModelSpec
-    tensor: int
-    blocks: tuple[tuple[int, Shapes], ...]
+    cut: Cut
+    rank: int
+    stages: tuple[Stage, ...]
     groups: Groups
     local: int
     tensors: int
-    summed: tuple[int, ...]
-    summed_ends: tuple[int, ...]
 
 
-def build_part(job: Job) -> Part:
-    """The fullest rank's part of the job's model. It depends on the sizes of the tensor and shard axes alone."""
-    model, tensor, shard = job.model, job.layout.tensor, job.layout.shard
-    table = SPLIT_TABLES[model.family]
+def build_part(job: Job, rank: int = 0) -> Part:
+    """The part of one rank along pipeline. It depends on the axes, the schedule and the split into stages alone."""
+    return build_parts(job, (rank,))[0]
 
-    def part(shapes: Shapes, prefix: str = "") -> Shapes:
-        return {name: split_shape(model, table, prefix + name, shape, tensor) for name, shape in shapes.items()}
 
-    before, after = end_shapes(model)
-    root, head = part(before), part(after)
-    if model.tied_embeddings:
-        # A tied head stays with the embedding in the root, and its norm with it.
-        root, head = root | head, {}
-    whole_ends = before | after
-    dense = model.experts.dense_layers if model.experts else 0
-    whole_block = block_shapes(model)
-    first, others = part(block_shapes(model, 0), "blocks.0."), part(whole_block, "blocks.0.")
-    blocks = tuple(kind for kind in ((dense, first), (model.layers - dense, others)) if kind[0])
-    stretches = [*blocks, (1, root), (1, head)]
+def build_parts(job: Job, ranks: Sequence[int] | None = None, cut: Cut | None = None) -> tuple[Part, ...]:
+    """The parts of these ranks along pipeline, or of all. cut: what cut_model gives, where the caller has it."""
+    layout = job.layout
+    cut = cut or cut_model(job)
+    stages = build_stages(job)
+    return tuple(
+        part_of(cut, rank, tuple(stages[stage] for stage in held_stages(layout, rank)))
+        for rank in (range(layout.pipeline) if ranks is None else ranks)
+    )
+
+
+def build_stages(job: Job) -> list[Stage]:
+    """Every stage of the job's pipeline."""
+    ends = list(accumulate(split_layers(job.model, job.layout, job.data.sequence), initial=0))
+    last = stage_count(job.layout) - 1
+    return [
+        Stage(index=index, start=ends[index], stop=ends[index + 1], root=index == 0, head=index == last)
+        for index in range(last + 1)
+    ]
+
+
+def part_of(cut: Cut, rank: int, stages: tuple[Stage, ...]) -> Part:
+    """A rank's stages, summed up."""
+    held = [group for stage in stages for group in stage.groups(cut)]
+    blocks = [run for stage in stages for run in stage.runs(cut)]
+    layers = sum(stage.layers for stage in stages)
     return Part(
+        cut=cut,
+        rank=rank,
+        stages=stages,
+        groups=Groups(
+            block=sum(count * group.elements for count, group in blocks) / layers,
+            largest_block=max(group.elements for _, group in blocks),
+            head=cut.head.elements if any(stage.head for stage in stages) else 0,
+            root=cut.root.elements if any(stage.root for stage in stages) else 0,
+            layers=layers,
+        ),
+        local=sum(count * group.local for count, group in held),
+        tensors=sum(count * group.tensors for count, group in held),
+    )
+
+
+def cut_model(job: Job) -> Cut:
+    """The model in groups. They depend on the sizes of the axes alone."""
+    model, layout = job.model, job.layout
+    before, after = end_shapes(model)
+    if model.tied_embeddings and layout.pipeline > 1:
+        # The last stage has a copy of the embedding of its own.
+        after = after | {"head.weight": before["embedding.weight"]}
+    elif model.tied_embeddings:
+        # A tied head stays with the embedding in the root, and its norm with it.
+        before, after = before | after, {}
+    return Cut(
         model=model,
-        tensor=tensor,
-        blocks=blocks,
-        groups=build_groups(blocks, root, head),
-        local=sum(count * local_elements(shapes, shard) for count, shapes in stretches),
-        tensors=sum(count * len(shapes) for count, shapes in stretches),
-        summed=same_shape(others, whole_block) if tensor > 1 else (),
-        summed_ends=same_shape(root | head, whole_ends) if tensor > 1 else (),
+        tensor=layout.tensor,
+        dense=model.experts.dense_layers if model.experts else 0,
+        first=build_group(model, layout, block_shapes(model, 0), "blocks.0."),
+        others=build_group(model, layout, block_shapes(model), f"blocks.{model.layers - 1}."),
+        root=build_group(model, layout, before),
+        head=build_group(model, layout, after),
     )
 
 
-def same_shape(part: Shapes, whole: Shapes) -> tuple[int, ...]:
-    """Elements of each parameter that is in the part as it is in the whole."""
-    return tuple(prod(shape) for name, shape in whole.items() if part[name] == shape)
-
-
-def build_groups(blocks: tuple[tuple[int, Shapes], ...], root: Shapes, head: Shapes) -> Groups:
-    """FSDP's groups as parallel/shard.py makes them."""
-    sizes = [(count, elements(shapes)) for count, shapes in blocks]
-    layers = sum(count for count, _ in blocks)
-    return Groups(
-        block=sum(count * size for count, size in sizes) / layers,
-        largest_block=max(size for _, size in sizes),
-        head=elements(head),
-        root=elements(root),
-        layers=layers,
+def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "") -> Group:
+    """One group of parameters, cut as the layout says."""
+    table = split_table(model)
+    shapes: Shapes = {
+        name: split_experts(shape, layout.expert)
+        if name.startswith(ROUTED)
+        else split_shape(model, table, prefix + name, shape, layout.tensor)
+        for name, shape in whole.items()
+    }
+    routed = {name: shape for name, shape in shapes.items() if name.startswith(ROUTED)}
+    others = {name: shape for name, shape in shapes.items() if name not in routed}
+    same = (name for name, shape in others.items() if layout.tensor > 1 and shape == whole[name])
+    return Group(
+        shapes=shapes,
+        elements=elements(shapes),
+        routed=elements(routed),
+        local=local_elements(others, sharding(layout)) + local_routed(routed, layout.expert_shard),
+        tensors=len(shapes),
+        summed=tuple(prod(shapes[name]) for name in same),
     )
+
+
+def sharding(layout: Layout) -> int:
+    """Ranks that parameters are sharded over."""
+    return layout.shard * layout.context
+
+
+def split_experts(shape: Shape, ranks: int) -> Shape:
+    """A stack of experts, divided over the expert axis."""
+    return (ceil(shape[0] / ranks), *shape[1:])
 
 
 def split_shape(model: ModelSpec, table: SplitTable, name: str, shape: Shape, tensor: int) -> Shape:
     """What the fullest rank has of one parameter: rows and columns are split as torch.chunk does, rounding up."""
+    dim = split_dim(model, table, name, shape, tensor)
+    return shape if dim is None else (*shape[:dim], ceil(shape[dim] / tensor), *shape[dim + 1 :])
+
+
+def split_dim(model: ModelSpec, table: SplitTable, name: str, shape: Shape, tensor: int) -> int | None:
+    """The dim of a parameter that is divided along tensor; None where it is whole on each rank."""
     word = split_of(table, name.removesuffix(".weight").removesuffix(".bias"))
     whole_heads = word == "kv_heads" and model.kv_heads % tensor
     if tensor == 1 or whole_heads or word not in ("vocabulary", "logits", "column", "kv_heads", "row"):
-        return shape
+        return None
     if word == "row":
         # Its bias is added once, after the sum over ranks.
-        return shape if len(shape) == 1 else (*shape[:-1], ceil(shape[-1] / tensor))
-    # Outputs are a matrix's rows; in a stack of experts' matrices the dim before the last.
-    dim = max(0, len(shape) - 2)
-    return (*shape[:dim], ceil(shape[dim] / tensor), *shape[dim + 1 :])
+        return None if len(shape) == 1 else len(shape) - 1
+    return 0
 
 
 def elements(shapes: Shapes) -> int:
@@ -111,11 +241,11 @@ def elements(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values())
 
 
-def local_elements(shapes: Shapes, shard: int) -> int:
-    """Elements that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / shard).
+def local_elements(shapes: Shapes, ranks: int) -> int:
+    """Elements that the fullest rank holds: dim 0 is split as torch.chunk does, in rows of ceil(rows / ranks)."""
+    return sum(ceil(shape[0] / ranks) * prod(shape[1:]) for shape in shapes.values())
 
-    Stacked experts count as split evenly along both dims before the last: no trainer here splits them yet, and by
-    experts alone some ranks would hold twice what others do.
-    """
-    split = ((shape, max(1, len(shape) - 1)) for shape in shapes.values())
-    return sum(ceil(prod(shape[:dim]) / shard) * prod(shape[dim:]) for shape, dim in split)
+
+def local_routed(shapes: Shapes, ranks: int) -> int:
+    """The same of stacked experts, each of which is split evenly, by its rows or its columns."""
+    return sum(prod(shape) // ranks for shape in shapes.values())

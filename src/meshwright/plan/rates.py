@@ -12,7 +12,7 @@ import msgspec
 
 from meshwright.spec import Device
 
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +21,9 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
         1 + matmul_edge (1/M + 1/K + 1/N) times as long.
     attention_forward, attention_backward: of the peak, on the causal half of the products alone.
-    elementwise: norms, rotations, activation functions and residuals; loss: cross entropy over the vocabulary.
+    elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
+    loss: cross entropy over the vocabulary.
+    grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
     copy_in, copy_out: FSDP's copies before a reduction and after a gather.
     update, clip: the optimizer's pass over states, and the gradient norm with the rescaling of gradients.
     links: of the link's bandwidth, what a large collective moves along a ring.
@@ -36,7 +38,9 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     attention_forward: float
     attention_backward: float
     elementwise: float
+    eager: float
     loss: float
+    grouped: float
     copy_in: float
     copy_out: float
     update: float
@@ -60,8 +64,13 @@ GPU = Rates(
     attention_backward=0.37,
     # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
     elementwise=0.53,
+    # Assumed as far below a copy (the next line) as on the CPU below, where it is measured: not compiled, the same work
+    # passes over memory more often.
+    eager=0.27,
     # Device copy 4.26 TB/s of 4.8: the compiled loss is a few passes over large tensors. Assumed to equal a copy.
     loss=0.89,
+    # Assumed: not measured yet.
+    grouped=0.85,
     # 8.03e9 parameters x (2 + 4) bytes in 26 ms: 1.85 TB/s of 4.8.
     copy_in=0.39,
     # 2 gathers x 8.03e9 parameters x (2 + 2) bytes in 17 ms: 3.8 TB/s of 4.8.
@@ -72,8 +81,9 @@ GPU = Rates(
     # benchmarks/training_gpu.py, 17.8 ms, less the update at the rate above. (torch's clip_grad_norm_ takes 4 times
     # as long: 57 ms in the notes' step.)
     clip=0.68,
-    # Bus bandwidth at 1 GiB on 4 H200s: 353, 325 and 320 GB/s of NVLink's 450.
-    links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71},
+    # Bus bandwidth at 1 GiB on 4 H200s: 353, 325 and 320 GB/s of NVLink's 450. The last two are assumed to be as fast
+    # as a gather.
+    links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71, "all_to_all": 0.72, "send": 0.72},
     overlaps=True,
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
@@ -94,7 +104,10 @@ CPU = Rates(
     attention_backward=0.17,
     # A block's rest, 11.5 ms for 109 MB by elementwise_elements (eager, many passes): 9.5 GB/s of a copy's 32.
     elementwise=0.30,
+    eager=0.30,
     loss=0.30,
+    # A loop over experts of plain products.
+    grouped=1.0,
     # Plain copies are what the row's bandwidth was measured with.
     copy_in=1.0,
     copy_out=1.0,
@@ -103,7 +116,8 @@ CPU = Rates(
     clip=1.0,
     # The link rows of plan/machine.py are those of all-reduce; the other two in the same run: 1.36 and 0.83 of
     # 1.83 GB/s in 2 processes, 1.23 and 0.59 of 1.03 in 4.
-    links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5},
+    # Assumed: exchanges as a reduction, whose parts go to each rank as theirs do; sends at the link's rate.
+    links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0},
     # gloo blocks the training thread.
     overlaps=False,
     # Between what the measured accounts of two jobs in training say: 24 ms of `host` in a step of

@@ -7,9 +7,9 @@ gradients of what each of them holds whole: norms, the biases of row layers, key
 
 import msgspec
 
-from meshwright.plan.activations import BYTES
+from meshwright.plan.activations import BYTES, tokens_of
 from meshwright.plan.collective import build_ring, predict_collective
-from meshwright.plan.part import Part
+from meshwright.plan.part import Cut, Group
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Job
 
@@ -33,8 +33,7 @@ class TensorTransfers(msgspec.Struct, frozen=True, kw_only=True):
 def move_seconds(job: Job) -> tuple[float, float]:
     """Gathering one microbatch's activations [B, S, D] along the tensor axis, and reducing them to a part each."""
     ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
-    tokens = job.layout.microbatch * job.data.sequence
-    whole_bytes = tokens * job.model.d_model * BYTES[job.layout.precision]
+    whole_bytes = tokens_of(job) * job.model.d_model * BYTES[job.layout.precision]
     return (
         predict_collective("all_gather", whole_bytes, ring, rates),
         predict_collective("reduce_scatter", whole_bytes, ring, rates),
@@ -47,7 +46,7 @@ def sum_seconds(job: Job, sizes: tuple[int, ...]) -> float:
     return sum(predict_collective("all_reduce", size * BYTES[job.layout.precision], ring, rates) for size in sizes)
 
 
-def block_transfers(job: Job, part: Part, products_s: tuple[float, float]) -> TensorTransfers:
+def block_transfers(job: Job, group: Group, products_s: tuple[float, float]) -> TensorTransfers:
     """One block.
 
     products_s: forward seconds of the products that read a gathered input, and of those whose output is reduced.
@@ -63,19 +62,18 @@ def block_transfers(job: Job, part: Part, products_s: tuple[float, float]) -> Te
     exposed_s = whole_s - hidden_s
     return TensorTransfers(
         forward_s=exposed_s,
-        backward_s=exposed_s + sum_seconds(job, part.summed),
+        backward_s=exposed_s + sum_seconds(job, group.summed),
         hidden_s=2 * hidden_s,
         last_s=scatter_s * (exposed_s / whole_s if whole_s else 0.0),
     )
 
 
-def end_transfers(job: Job, part: Part) -> tuple[TensorTransfers, TensorTransfers]:
+def end_transfers(job: Job, cut: Cut) -> tuple[TensorTransfers, TensorTransfers]:
     """The embedding, whose outputs are summed and split, and the head, which gathers its input and sums the loss."""
     ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
     gather_s, scatter_s = move_seconds(job)
-    tokens = job.layout.microbatch * job.data.sequence
-    sums_s = sum(predict_collective("all_reduce", size * tokens, ring, rates) for size in LOSS_BYTES)
+    sums_s = sum(predict_collective("all_reduce", size * tokens_of(job), ring, rates) for size in LOSS_BYTES)
     return (
-        TensorTransfers(forward_s=scatter_s, backward_s=gather_s + sum_seconds(job, part.summed_ends)),
-        TensorTransfers(forward_s=gather_s + sums_s, backward_s=scatter_s),
+        TensorTransfers(forward_s=scatter_s, backward_s=gather_s + sum_seconds(job, cut.root.summed)),
+        TensorTransfers(forward_s=gather_s + sums_s, backward_s=scatter_s + sum_seconds(job, cut.head.summed)),
     )

@@ -5,63 +5,96 @@ import msgspec
 from meshwright.account import StepAccount
 from meshwright.plan.collective import Ring, predict_collective
 from meshwright.plan.compute import has_known_peak, predict_optimizer
-from meshwright.plan.part import Part, build_part
+from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.passes import StageWalks, rank_launches, walk_stages
+from meshwright.plan.pipeline import Idle, explain_idle
 from meshwright.plan.rates import rates_of
-from meshwright.plan.walk import Walk, walk_backward, walk_forward
-from meshwright.plan.work import Piece, build_pieces
+from meshwright.plan.walk import Walk
 from meshwright.spec import Job, count_flops
 
 # Loss, gradient norm and a stop request, summed over all ranks once a step.
 CONTROL_BYTES = 12
 
 
-def predict_step(job: Job, part: Part | None = None) -> tuple[StepAccount, dict[str, float]]:
-    """Seconds of one step by bucket, and transfers hidden under compute by purpose.
+def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -> tuple[StepAccount, dict[str, float]]:
+    """Seconds of one step by bucket, the mean over a pipeline's ranks, and transfers hidden under compute by purpose.
 
-    All zero where the device's peak is not known: a step time would be a guess. part: what build_part gives for the
-    job, where the caller has it already.
+    All zero where the device's peak is not known: a step time would be a guess. frame: what build_frame gives for the
+    job, where the caller has it already. brief: for the step's sum alone, with all that a pipeline waits for as bubble.
     """
     device = job.cluster.device
     if not has_known_peak(device, job):
         return StepAccount(), {}
-    part = part or build_part(job)
-    rates, microbatches = rates_of(device), accumulation_of(job)
-    pieces = build_pieces(job, part)
-    walk = walk_step(job, pieces)
+    frame = frame or build_frame(job)
+    rates, microbatches, ranks = rates_of(device), accumulation_of(job), job.layout.pipeline
+    stages = walk_stages(job, frame)
+    walk = mean_walk(stages, microbatches, ranks)
+    launches_s = sum(rank_launches(job, part) for part in frame.parts) * microbatches / ranks
+    eager_s = launches_s if device.kind == "cpu" else 0.0
+    idle = explain_idle(job, frame, stages, walk.busy_s() + eager_s, brief=brief)
     useful_s = useful_seconds(job)
-    exposed_s = walk.exposed_shard_s + walk.exposed_replica_s + walk.tensor_s
-    # FSDP wraps each block, the head and the root. A block that runs again is launched again.
-    layers, again = job.model.layers, job.layout.recomputed_layers(job.model.layers)
-    launches_s = rates.block_host_s * (layers + again / 2) + rates.group_host_s * (layers + 2)
-    launches_s += rates.tensor_host_s * (layers + 1 + again / 2) if job.layout.tensor > 1 else 0.0
-    launches_s *= microbatches
-    device_s = walk.compute_s + walk.recompute_s + exposed_s
+    optimizers = [predict_optimizer(job, part.local) for part in frame.parts]
+    optimizer_s = sum(optimizers) / ranks
     # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
-    late_s = launches_s if device.kind == "cpu" else max(0.0, launches_s - device_s)
+    late_s = eager_s if device.kind == "cpu" else max(0.0, launches_s - walk.busy_s() - idle.total_s())
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,
         recompute=walk.recompute_s,
-        optimizer=predict_optimizer(job, part),
+        optimizer=optimizer_s,
         comm_shard=walk.exposed_shard_s,
         comm_replica=walk.exposed_replica_s,
         comm_tensor=walk.tensor_s,
+        comm_context=walk.context_s,
+        comm_expert=walk.expert_s,
+        comm_pipeline=idle.transfers_s,
         comm_control=predict_control(job),
+        imbalance=walk.uneven_s + idle.imbalance_s + max(optimizers) - optimizer_s,
+        bubble=idle.bubble_s,
         host=late_s + rates.step_s,
     )
+    return account, hidden_seconds(stages, walk, idle, microbatches, ranks)
+
+
+def bound_step(job: Job, frame: Frame) -> float:
+    """Seconds that a 1F1B step cannot be shorter than, but for what all layouts have alike; 0 without known peaks.
+
+    A stage begins when the first microbatch has come through those before it, and when it ends the last one's gradient
+    has to go back through them.
+    """
+    if not has_known_peak(job.cluster.device, job):
+        return 0.0
+    microbatches = accumulation_of(job)
+    before_s = bound_s = 0.0
+    for stage in walk_stages(job, frame):
+        whole_s = stage.first.busy_s() + stage.last.busy_s() + (microbatches - 1) * stage.middle.busy_s()
+        bound_s = max(bound_s, before_s + whole_s)
+        before_s += stage.middle.busy_s()
+    return bound_s
+
+
+def hidden_seconds(stages: list[StageWalks], walk: Walk, idle: Idle, microbatches: int, ranks: int) -> dict[str, float]:
+    """Transfers that run while the device computes, by purpose."""
+    inside = {
+        name.removesuffix("_s"): sum(getattr(stage.hidden, name) for stage in stages) * microbatches / ranks
+        for name in ("tensor_s", "context_s")
+    }
     hidden = {
         "shard": walk.shard_s - walk.exposed_shard_s,
         "replica": walk.replica_s - walk.exposed_replica_s,
-        "tensor": sum(p.count * p.tensor_hidden_s for p in pieces) * microbatches,
+        **inside,
+        "pipeline": idle.sent_s - idle.transfers_s,
     }
-    return account, {purpose: seconds for purpose, seconds in hidden.items() if seconds > 0}
+    return {purpose: seconds for purpose, seconds in hidden.items() if seconds > 0}
 
 
 def useful_seconds(job: Job) -> float:
-    """One rank's part of a step's model FLOPs at its device's peak; ranks of the tensor axis share their sequences'."""
-    sequences = job.data.global_batch // job.layout.data_size
-    flops = sequences * count_flops(job.model, job.data.sequence).training() / job.layout.tensor
-    return flops / job.cluster.device.peak_flops_per_s(job.layout.precision)
+    """One rank's part of a step's model FLOPs at its device's peak; ranks that share sequences share theirs."""
+    layout = job.layout
+    sequences = job.data.global_batch / layout.data_size
+    sharing = layout.pipeline * layout.context * layout.tensor
+    flops = sequences * count_flops(job.model, job.data.sequence).training() / sharing
+    return flops / job.cluster.device.peak_flops_per_s(layout.precision)
 
 
 def accumulation_of(job: Job) -> int:
@@ -69,30 +102,12 @@ def accumulation_of(job: Job) -> int:
     return job.layout.accumulation(job.data.global_batch)
 
 
-def walk_step(job: Job, pieces: list[Piece]) -> Walk:
-    """All microbatches of a step. What is gathered and reduced in which of them is `zero`'s meaning (spec.Layout)."""
-    layout = job.layout
-    overlaps = rates_of(job.cluster.device).overlaps
-    microbatches = accumulation_of(job)
-    # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.
-    holds = layout.shard == 1 or layout.zero == 1
-
-    def pass_over(*, first: bool, last: bool) -> Walk:
-        forward = walk_forward(pieces, gathers=first or not holds, overlaps=overlaps)
-        reduces = last or not holds
-        return forward + walk_backward(
-            pieces,
-            gathers=layout.zero == 3,
-            scatters=reduces,
-            all_reduces=last and layout.replica > 1,
-            accumulates=holds and microbatches > 1,
-            overlaps=overlaps,
-        )
-
-    if microbatches == 1:
-        return pass_over(first=True, last=True)
-    middle = pass_over(first=False, last=False).repeated(microbatches - 2)
-    return pass_over(first=True, last=False) + middle + pass_over(first=False, last=True)
+def mean_walk(stages: list[StageWalks], microbatches: int, ranks: int) -> Walk:
+    """All passes of a step, of the mean rank along pipeline."""
+    whole = Walk()
+    for stage in stages:
+        whole = whole + stage.first + stage.last + stage.middle.repeated(microbatches - 1)
+    return whole if ranks == 1 else whole.repeated(1 / ranks)
 
 
 def predict_control(job: Job) -> float:

@@ -4,27 +4,36 @@ from collections.abc import Sequence
 
 import msgspec
 
-from meshwright.plan.work import Piece
+from meshwright.plan.work import Moves, Piece
 
 
 class Walk(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of passes over the model: compute, copies included; forward work done again; transfers in all; and
-    their exposed part. tensor_s: exposed transfers along the tensor axis, which no overlap is reckoned for here.
+    their exposed part. tensor_s, context_s, expert_s: exposed transfers inside blocks, which no overlap is reckoned for
+    here; uneven_s: waiting for the busiest experts.
     """
 
     compute_s: float = 0.0
     recompute_s: float = 0.0
     tensor_s: float = 0.0
+    context_s: float = 0.0
+    expert_s: float = 0.0
+    uneven_s: float = 0.0
     shard_s: float = 0.0
     replica_s: float = 0.0
     exposed_shard_s: float = 0.0
     exposed_replica_s: float = 0.0
 
+    def busy_s(self) -> float:
+        """All that passes one after another: what the rank is not free in."""
+        inside_s = self.tensor_s + self.context_s + self.expert_s + self.uneven_s
+        return self.compute_s + self.recompute_s + inside_s + self.exposed_shard_s + self.exposed_replica_s
+
     def __add__(self, other: "Walk") -> "Walk":
         names = self.__struct_fields__
         return Walk(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
-    def repeated(self, times: int) -> "Walk":
+    def repeated(self, times: float) -> "Walk":
         """The same passes `times` over."""
         return Walk(**{name: getattr(self, name) * times for name in self.__struct_fields__})
 
@@ -37,7 +46,7 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
     """
     whole = Walk(
         compute_s=sum(p.count * (p.forward_s + (p.copy_out_s if gathers else 0.0)) for p in pieces),
-        tensor_s=sum(p.count * p.tensor_forward_s for p in pieces),
+        **sum_moves([(p.count, p.forward) for p in pieces]),
         shard_s=sum(p.count * p.gather_s for p in pieces) if gathers else 0.0,
     )
     if not overlaps or not whole.shard_s:
@@ -45,7 +54,7 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
     # Seconds from now until the coming piece is whole.
     ahead_s, waited_s = pieces[0].gather_s, 0.0
     for index, piece in enumerate(pieces):
-        busy_s = piece.copy_out_s + piece.forward_s + piece.tensor_forward_s
+        busy_s = piece.copy_out_s + piece.forward_s + piece.forward.total()
         # The first waits for what was gathered under the piece before it, the others of its kind under one of them.
         waited_s += max(0.0, ahead_s) + (piece.count - 1) * max(0.0, piece.gather_s - busy_s)
         if index + 1 < len(pieces):
@@ -54,13 +63,21 @@ def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> W
 
 
 def walk_backward(
-    pieces: Sequence[Piece], *, gathers: bool, scatters: bool, all_reduces: bool, accumulates: bool, overlaps: bool
+    pieces: Sequence[Piece],
+    *,
+    gathers: bool,
+    scatters: bool,
+    all_reduces: bool,
+    accumulates: bool,
+    overlaps: bool,
+    last: bool = True,
 ) -> Walk:
     """A backward pass, from the last piece to the first.
 
     Gathers and reductions share the links and are sent in the order in which FSDP issues them: the next piece's
     gather when a piece begins, a piece's reduction when it ends. FSDP keeps one reduction in flight: a piece that
-    ends before the previous one's reduction waits for it. The last reduction is exposed.
+    ends before the previous one's reduction waits for it. Only in a step's last backward pass is the last reduction
+    waited for.
     """
     order = list(reversed(pieces))
     # The head stays whole between the passes; the root is gathered first of all, when the backward pass begins.
@@ -70,8 +87,8 @@ def walk_backward(
             count=p.count,
             gather_s=p.gather_s if gathers and index else 0.0,
             busy_s=p.again_s
-            + p.tensor_again_s
-            + p.tensor_backward_s
+            + p.again.total()
+            + p.backward.total()
             + computed_of(p, gathers and index > 0, reduces)
             + (p.accumulate_s if accumulates else 0.0),
             reduce_s=(p.scatter_s if scatters else 0.0) + (p.all_reduce_s if all_reduces else 0.0),
@@ -79,26 +96,32 @@ def walk_backward(
         for index, p in enumerate(order)
     ]
     recompute_s = sum(p.count * p.again_s for p in order)
-    tensor_s = sum(p.count * (p.tensor_again_s + p.tensor_backward_s) for p in order)
+    moves = sum_moves([(p.count, part) for p in order for part in (p.again, p.backward)])
     gathered_s = sum(s.count * s.gather_s for s in stretches)
     reduced_s = sum(s.count * s.reduce_s for s in stretches)
     replica_s = sum(p.count * p.all_reduce_s for p in order) if all_reduces else 0.0
     whole = Walk(
-        compute_s=sum(s.count * s.busy_s for s in stretches) - recompute_s - tensor_s,
+        compute_s=sum(s.count * s.busy_s for s in stretches) - recompute_s - sum(moves.values()),
         recompute_s=recompute_s,
-        tensor_s=tensor_s,
+        **moves,
         shard_s=gathered_s + reduced_s - replica_s,
         replica_s=replica_s,
     )
     if not overlaps:
         return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s, exposed_replica_s=replica_s)
-    gather_wait_s, reduce_wait_s = overlap_backward(stretches)
+    gather_wait_s, reduce_wait_s, left_s = overlap_backward(stretches)
+    reduce_wait_s += left_s if last else 0.0
     replica_share = replica_s / reduced_s if replica_s else 0.0
     return msgspec.structs.replace(
         whole,
         exposed_shard_s=gather_wait_s + reduce_wait_s * (1 - replica_share),
         exposed_replica_s=reduce_wait_s * replica_share,
     )
+
+
+def sum_moves(parts: Sequence[tuple[int, Moves]]) -> dict[str, float]:
+    """Transfers inside passes (how often, which) by the names of Walk, which are theirs."""
+    return {name: sum(count * getattr(moves, name) for count, moves in parts) for name in Moves.__struct_fields__}
 
 
 def computed_of(piece: Piece, gathered: bool, reduces: bool) -> float:
@@ -133,8 +156,8 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         return all(abs(max(0.0, one) - max(0.0, two)) <= 1e-12 for one, two in pairs)
 
 
-def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float]:
-    """Seconds that compute waits for gathers and for reductions, the tail included."""
+def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float, float]:
+    """Seconds that compute waits for gathers and for reductions, and what is left of the last one at the end."""
     clock = Clock(links_s=stretches[-1].gather_s)
     for index, stretch in enumerate(stretches):
         # The root, last, is whole since the pass began.
@@ -152,7 +175,7 @@ def overlap_backward(stretches: Sequence[Stretch]) -> tuple[float, float]:
                 )
                 left = 1
         clock = pass_piece(clock, stretch, following_s)
-    return clock.gather_wait_s, clock.reduce_wait_s + max(0.0, clock.in_flight_s)
+    return clock.gather_wait_s, clock.reduce_wait_s, max(0.0, clock.in_flight_s)
 
 
 def pass_piece(clock: Clock, piece: Stretch, following_s: float) -> Clock:

@@ -1,35 +1,58 @@
 """What one rank computes, copies and sends in a microbatch, piece by piece, in seconds."""
 
+from itertools import pairwise
+
 import msgspec
 
-from meshwright.plan.activations import BYTES
-from meshwright.plan.collective import Ring, build_ring, predict_collective
+from meshwright.plan.activations import BYTES, is_compiled
+from meshwright.plan.collective import (
+    Ring,
+    build_expert_rings,
+    build_ring,
+    build_shard_ring,
+    predict_collective,
+)
 from meshwright.plan.compute import Passes, block_passes, head_passes
-from meshwright.plan.memory import STATE_BYTES
-from meshwright.plan.part import Part
+from meshwright.plan.context import context_transfers
+from meshwright.plan.expert import exchange_seconds, uneven_seconds
+from meshwright.plan.part import STATE_BYTES, Cut, Group, Stage
 from meshwright.plan.rates import rates_of
 from meshwright.plan.tensor import TensorTransfers, block_transfers, end_transfers
 from meshwright.spec import Job
 
 
+class Moves(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of transfers inside one pass, by purpose, and of waiting for the busiest experts."""
+
+    tensor_s: float = 0.0
+    context_s: float = 0.0
+    expert_s: float = 0.0
+    uneven_s: float = 0.0
+
+    def total(self) -> float:
+        """All of them."""
+        return self.tensor_s + self.context_s + self.expert_s + self.uneven_s
+
+
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
     """One FSDP group with what runs while it is whole: the embedding (root), a block, or the head.
 
-    Seconds for one microbatch. count: pieces in a row that are alike. again_s: forward work done again before the
-    backward pass. tensor_*_s: exposed transfers along the tensor axis in each of the three, and hidden ones of all
-    three. copy_out_s: making the group whole in compute precision, once. copy_in_s: turning its gradients into a
-    reduction's input. accumulate_s: adding whole gradients to those kept for a later reduction. gather_s, scatter_s,
-    all_reduce_s: its transfers, once.
+    Seconds for one microbatch. count: pieces in a row that are alike. weights_s: of the backward pass, the gradients
+    of matrices. again_s: forward work done again before the backward pass. forward, backward, again: exposed transfers
+    inside each of the three; hidden: of all three. copy_out_s: making the group whole in compute precision, once.
+    copy_in_s: turning its gradients into a reduction's input. accumulate_s: adding whole gradients to those kept for a
+    later reduction. gather_s, scatter_s, all_reduce_s: its transfers, once.
     """
 
     count: int = 1
     forward_s: float
     backward_s: float
+    weights_s: float = 0.0
     again_s: float = 0.0
-    tensor_forward_s: float = 0.0
-    tensor_backward_s: float = 0.0
-    tensor_again_s: float = 0.0
-    tensor_hidden_s: float = 0.0
+    forward: Moves = Moves()
+    backward: Moves = Moves()
+    again: Moves = Moves()
+    hidden: Moves = Moves()
     copy_out_s: float
     copy_in_s: float
     accumulate_s: float
@@ -38,25 +61,81 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     all_reduce_s: float
 
 
-def build_pieces(job: Job, part: Part) -> list[Piece]:
-    """The model's pieces in the order of the forward pass; needs known peaks."""
-    groups, layers = part.groups, job.model.layers
-    rings = (build_ring(job.layout, "shard", job.cluster), build_ring(job.layout, "replica", job.cluster))
-    passes, (embedding, logits) = block_passes(job, part), end_transfers(job, part)
-    transfers = block_transfers(job, part, (passes.reads_s, passes.reduces_s))
-    block = build_piece(job, groups.block, passes, rings, transfers)
+class Pieces(msgspec.Struct, frozen=True, kw_only=True):
+    """The pieces that stages are put together from: embedding, each kind of block, kept or run again, and head."""
+
+    root: Piece
+    first: Piece
+    first_again: Piece
+    others: Piece
+    others_again: Piece
+    head: Piece
+
+
+def build_pieces(job: Job, cut: Cut) -> Pieces:
+    """Every kind of piece; needs known peaks."""
+    embedding, logits = end_transfers(job, cut)
+    others = build_block(job, cut, cut.others)
+    first = build_block(job, cut, cut.first) if cut.dense else others
+    return Pieces(
+        root=build_piece(job, cut.root, Passes(), embedding),
+        first=first[0],
+        first_again=first[1],
+        others=others[0],
+        others_again=others[1],
+        head=build_piece(job, cut.head, head_passes(job), logits),
+    )
+
+
+def stage_pieces(job: Job, cut: Cut, pieces: Pieces, stage: Stage) -> list[Piece]:
+    """A stage's pieces in the order of its forward pass. Each has both ends, if only in name."""
+    again = job.layout.recomputed_layers(job.model.layers)
+    bounds = sorted({stage.start, stage.stop, *(n for n in (again, cut.dense) if stage.start < n < stage.stop)})
+    order = [pieces.root if stage.root else EMPTY]
+    for start, stop in pairwise(bounds):
+        kept, run_again = (
+            (pieces.first, pieces.first_again) if start < cut.dense else (pieces.others, pieces.others_again)
+        )
+        order.append(msgspec.structs.replace(run_again if start < again else kept, count=stop - start))
+    return [*order, pieces.head if stage.head else EMPTY]
+
+
+# What stands for either end in a stage that has not got it.
+EMPTY = Piece(
+    forward_s=0.0,
+    backward_s=0.0,
+    copy_out_s=0.0,
+    copy_in_s=0.0,
+    accumulate_s=0.0,
+    gather_s=0.0,
+    scatter_s=0.0,
+    all_reduce_s=0.0,
+)
+
+
+def build_block(job: Job, cut: Cut, group: Group) -> tuple[Piece, Piece]:
+    """A block, and one whose forward pass runs again."""
+    passes = block_passes(job, cut, group)
+    transfers = block_transfers(job, group, (passes.reads_s, passes.reduces_s))
+    block = build_piece(job, group, passes, transfers)
+    around = context_transfers(job, cut, passes)
+    expert_s, uneven_s = (exchange_seconds(job), uneven_seconds(job, passes.routed_s)) if group.routed else (0.0, 0.0)
+    replace = msgspec.structs.replace
+    block = replace(
+        block,
+        forward=replace(block.forward, context_s=around[0][0], expert_s=expert_s, uneven_s=uneven_s),
+        backward=replace(block.backward, context_s=around[1][0], expert_s=expert_s, uneven_s=2 * uneven_s),
+        hidden=replace(block.hidden, context_s=around[0][1] + around[1][1]),
+    )
     if job.layout.recompute == "selective":
         block = recompute_elementwise(job, block, passes)
-    first = job.layout.recomputed_layers(layers)
-    blocks = [recompute_block(job, msgspec.structs.replace(block, count=first), passes, transfers)] if first else []
-    blocks += [msgspec.structs.replace(block, count=layers - first)] if first < layers else []
-    root = build_piece(job, groups.root, Passes(), rings, embedding)
-    head = build_piece(job, groups.head, head_passes(job), rings, logits)
-    return [root, *blocks, head]
+    return block, recompute_block(job, block, passes, transfers, around[0][1])
 
 
-def recompute_block(job: Job, piece: Piece, passes: Passes, transfers: TensorTransfers) -> Piece:
-    """A block whose forward pass runs again, its transfers along the tensor axis too.
+def recompute_block(
+    job: Job, piece: Piece, passes: Passes, transfers: TensorTransfers, context_hidden_s: float
+) -> Piece:
+    """A block whose forward pass runs again, with the transfers inside it.
 
     On a CPU, not compiled, it stops where all is there that the backward pass needs: before the last product.
     """
@@ -64,42 +143,56 @@ def recompute_block(job: Job, piece: Piece, passes: Passes, transfers: TensorTra
     return msgspec.structs.replace(
         piece,
         again_s=piece.forward_s - (passes.last_s if eager else 0.0),
-        tensor_again_s=piece.tensor_forward_s - (transfers.last_s if eager else 0.0),
-        # Hidden in the forward pass, in its second run and in the backward pass, alike.
-        tensor_hidden_s=1.5 * piece.tensor_hidden_s,
+        again=msgspec.structs.replace(
+            piece.forward, tensor_s=piece.forward.tensor_s - (transfers.last_s if eager else 0.0)
+        ),
+        # Hidden in the forward pass, in its second run and in the backward pass, along tensor alike.
+        hidden=Moves(tensor_s=1.5 * piece.hidden.tensor_s, context_s=piece.hidden.context_s + context_hidden_s),
     )
 
 
 def recompute_elementwise(job: Job, piece: Piece, passes: Passes) -> Piece:
-    """A block whose element-wise work runs again: on a GPU, compiled, inside the backward pass's fused kernels."""
-    if job.cluster.device.kind == "cuda":
+    """A block whose element-wise work runs again: compiled, inside the backward pass's fused kernels."""
+    if is_compiled(job):
         return msgspec.structs.replace(piece, backward_s=piece.backward_s + passes.elementwise_s)
     return msgspec.structs.replace(piece, again_s=passes.elementwise_s)
 
 
-def build_piece(
-    job: Job, parameters: float, passes: Passes, rings: tuple[Ring, Ring], transfers: TensorTransfers
-) -> Piece:
-    """A group of `parameters` elements with its copies and transfers."""
-    shard, replica = rings
-    rates = rates_of(job.cluster.device)
+def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfers) -> Piece:
+    """A group of parameters with its copies and transfers."""
+    rates, parameters = rates_of(job.cluster.device), group.elements
     size, memory_bytes_per_s = BYTES[job.layout.precision], job.cluster.device.memory_bytes_per_s
+    gather_s, scatter_s, all_reduce_s = group_transfers(job, group) if parameters else (0.0, 0.0, 0.0)
     # A gather arrives in compute precision; one process casts its fp32 masters instead.
-    read = size if shard.size > 1 else STATE_BYTES
+    read = size if gather_s else STATE_BYTES
     # Reductions are fp32. FSDP runs the copy into the reduction's input without other ranks too.
     return Piece(
         forward_s=passes.forward_s,
         backward_s=passes.backward_s,
-        tensor_forward_s=transfers.forward_s,
-        tensor_backward_s=transfers.backward_s,
-        tensor_hidden_s=transfers.hidden_s,
+        weights_s=passes.weights_s,
+        forward=Moves(tensor_s=transfers.forward_s),
+        backward=Moves(tensor_s=transfers.backward_s),
+        hidden=Moves(tensor_s=transfers.hidden_s),
         copy_out_s=parameters * (read + size) / (memory_bytes_per_s * rates.copy_out),
         copy_in_s=parameters * (size + STATE_BYTES) / (memory_bytes_per_s * rates.copy_in),
         # Reads the new gradient and the fp32 sum, writes the sum: a plain pass, as fast as a copy.
         accumulate_s=parameters * (size + 2 * STATE_BYTES) / (memory_bytes_per_s * rates.copy_out),
-        gather_s=predict_collective("all_gather", parameters * size, shard, rates) if parameters else 0.0,
-        scatter_s=predict_collective("reduce_scatter", parameters * STATE_BYTES, shard, rates) if parameters else 0.0,
-        all_reduce_s=predict_collective("all_reduce", parameters * STATE_BYTES / shard.size, replica, rates)
-        if parameters
-        else 0.0,
+        gather_s=gather_s,
+        scatter_s=scatter_s,
+        all_reduce_s=all_reduce_s,
+    )
+
+
+def group_transfers(job: Job, group: Group) -> tuple[float, float, float]:
+    """Seconds of a group's gather, reduction and sum over replicas; routed experts have groups of their own."""
+    layout, cluster = job.layout, job.cluster
+    replica, plain = build_ring(layout, "replica", cluster), build_shard_ring(layout, cluster)
+    parts: list[tuple[int, Ring]] = [(group.elements - group.routed, plain)]
+    if group.routed:
+        parts.append((group.routed, build_expert_rings(layout, cluster)[1]))
+    rates, size = rates_of(cluster.device), BYTES[layout.precision]
+    return (
+        sum(predict_collective("all_gather", count * size, ring, rates) for count, ring in parts),
+        sum(predict_collective("reduce_scatter", count * STATE_BYTES, ring, rates) for count, ring in parts),
+        sum(predict_collective("all_reduce", count * STATE_BYTES / ring.size, replica, rates) for count, ring in parts),
     )

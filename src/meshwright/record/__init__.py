@@ -1,6 +1,18 @@
 """The run folder: one writer, one reader, lines of JSON between them. Loads no torch."""
 
-from meshwright.record.events import Ended, Evaluation, Event, Fault, Memory, Metrics, Prediction, Span, Step
+from meshwright.record.events import (
+    Ended,
+    Evaluation,
+    Event,
+    Fault,
+    Memory,
+    Metrics,
+    PlannedPass,
+    PlannedPipeline,
+    Prediction,
+    Span,
+    Step,
+)
 from meshwright.record.folder import (
     MANIFEST,
     LineWriter,
@@ -24,6 +36,8 @@ __all__ = [
     "LineWriter",
     "Memory",
     "Metrics",
+    "PlannedPass",
+    "PlannedPipeline",
     "Prediction",
     "RunFolder",
     "Span",

@@ -11,7 +11,9 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
 
     loss: mean over the global batch's tokens, nats; None where it was not a finite number (JSON has no such thing),
     so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;
-    None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set).
+    None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set). Of a mixture, else None:
+    expert_load, tokens of the fullest expert over its layer's mean, in the layer where that is largest; balance_loss,
+    what it adds to the loss that is minimised, which `loss` leaves out.
     """
 
     step: int
@@ -24,6 +26,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_s: float
     mfu: float | None
     memory_bytes: float
+    expert_load: float | None = None
+    balance_loss: float | None = None
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,8 +89,35 @@ class Ended(msgspec.Struct, frozen=True, kw_only=True, tag="ended", tag_field="e
 Event = Span | Step | Memory | Fault | Ended
 
 
+class PlannedPass(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One pass of a microbatch through a stage (F, B, or a backward pass in two: I and W), as predicted."""
+
+    kind: str
+    stage: int
+    microbatch: int
+    begin_s: float
+    end_s: float
+
+
+class PlannedPipeline(msgspec.Struct, frozen=True, kw_only=True):
+    """A pipeline's stages and the passes of each rank, in seconds from the step's begin.
+
+    stage_layers, stage_ranks: blocks of each stage, and the rank that holds it. left_out: microbatches of the middle of
+    the step that are not drawn, each like those before it.
+    """
+
+    schedule: str
+    stage_layers: tuple[int, ...]
+    stage_ranks: tuple[int, ...]
+    left_out: int
+    ranks: tuple[tuple[PlannedPass, ...], ...]
+
+
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank."""
+    """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank.
+
+    Along pipeline the step is the mean over ranks. pipeline: what each of them runs when, where it is drawn.
+    """
 
     layout: Layout
     step: StepAccount
@@ -95,3 +126,4 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     tokens_per_s: float
     notes: tuple[str, ...] = ()
+    pipeline: PlannedPipeline | None = None

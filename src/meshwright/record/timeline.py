@@ -81,12 +81,16 @@ def expose(idle: Sequence[Interval], transfers: Sequence[Transfer]) -> list[list
 
 
 def numbered(transfers: Sequence[Transfer]) -> list[Transfer]:
-    """The same transfers with their index among those of the same purpose and ranks, in order of launch."""
+    """The same transfers with their index among those of the same purpose and ranks, in order of launch.
+
+    Messages between stages have one: ranks do not wait for them in the order in which they are sent.
+    """
     count: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
     done: list[Transfer] = []
     for transfer in transfers:
         key = (transfer.purpose, transfer.ranks)
-        done.append(msgspec.structs.replace(transfer, index=count[key]))
+        own = transfer.purpose == "pipeline"
+        done.append(transfer if own else msgspec.structs.replace(transfer, index=count[key]))
         count[key] += 1
     return done
 

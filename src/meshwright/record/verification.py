@@ -62,10 +62,12 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     weights after the last, and every step's loss and gradient norm.
 
     foreign: of its samples, the first whose tokens are not those of its index in the global batch; -1: none.
+    misplaced: of its tokens of a sample, the first whose place is not the one it has in the sequence; -1: none.
     """
 
     rank: int
     foreign: int
+    misplaced: int = -1
     outputs: dict[str, Comparison]
     gradients: dict[str, Comparison]
     weights: dict[str, Comparison]
@@ -85,11 +87,13 @@ class Rounding(msgspec.Struct, frozen=True, kw_only=True):
 class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """One process in fp32: every step's loss and gradient norm, and what there is to compare, elements by name.
 
-    Modules stand in the order in which they ran. rounding: of the job's precision; None in fp32.
+    Modules stand in the order in which they ran. counted: targets of the first step that count. rounding: of the job's
+    precision; None in fp32.
     """
 
     losses: list[float]
     norms: list[float]
+    counted: int
     outputs: dict[str, int]
     gradients: dict[str, int]
     weights: dict[str, int]

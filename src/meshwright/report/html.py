@@ -18,6 +18,7 @@ from meshwright.report.charts import (
     run_figure,
 )
 from meshwright.report.colours import COLOURS
+from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
     Row,
     Unit,
@@ -95,6 +96,7 @@ def sections(explanation: Explanation, figures: dict[str, Figure]) -> Iterable[s
     yield found(explanation)
     yield loss_section(explanation, figures)
     yield step_section(explanation, figures)
+    yield pipeline_section(explanation, figures)
     if explanation.step is not None and len(explanation.step.ranks) > 1:
         yield rank_section(explanation.step, figures)
     yield memory_section(explanation, figures)
@@ -186,6 +188,16 @@ def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
     )
     beside = overlapped_rows(explanation)
     return section(title, under, chart("step") + comparison_table("bucket", rows, unit, beside))
+
+
+def pipeline_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
+    """What each rank of a pipeline runs when; nothing without one."""
+    planned = explanation.prediction.pipeline if explanation.prediction is not None else None
+    if planned is None:
+        return ""
+    unit = time_unit(max(passes[-1].end_s for passes in planned.ranks))
+    figures["pipeline"] = pipeline_figure(planned, unit)
+    return section("The pipeline", pipeline_words(planned), chart("pipeline"))
 
 
 def overlapped_rows(explanation: Explanation) -> list[Row]:

@@ -8,6 +8,7 @@ import msgspec
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
 from meshwright.record import Prediction
+from meshwright.report.pipeline import blocks_held
 from meshwright.report.text import labelled, show
 
 if TYPE_CHECKING:
@@ -96,24 +97,34 @@ def ranking(plan: Plan) -> "Table | None":
     """The fastest layouts that fit; the job's own is marked."""
     if not plan.ranked:
         return None
-    shown = plan.ranked[:LISTED_LAYOUTS]
-    known = bool(shown[0].step_s)
-    order = f"{'Fastest' if known else 'First'} {len(shown)}"
-    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first)"
+    fastest = plan.ranked[:LISTED_LAYOUTS]
+    shown = [p for place, p in enumerate(plan.ranked) if place < LISTED_LAYOUTS or leads(plan.ranked, place)]
+    order = f"{'Fastest' if fastest[0].step_s else 'First'} {len(fastest)}"
+    others = " and the first with each other axis" if len(shown) > len(fastest) else ""
+    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
-    for position, prediction in enumerate(shown, 1):
+    for prediction in shown:
         own = prediction.layout == plan.job.layout
-        table.add_row(f"{position}", *layout_cells(prediction, own=own), style="bold" if own else "")
+        table.add_row(
+            f"{plan.ranked.index(prediction) + 1}", *layout_cells(prediction, own=own), style="bold" if own else ""
+        )
     if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
         table.add_row("...", *layout_cells(plan.job, own=True), style="bold")
     return titled(title, table)
 
 
+def leads(ranked: Sequence[Prediction], place: int) -> bool:
+    """Whether a layout is the first with an axis that divides models or sequences."""
+    axes = ("pipeline", "context", "tensor", "expert")
+    used = [axis for axis in axes if getattr(ranked[place].layout, axis) > 1]
+    return any(all(getattr(before.layout, axis) == 1 for before in ranked[:place]) for axis in used)
+
+
 def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
     """A row of the ranking; the job's own layout is marked."""
     layout, size = prediction.layout, gb(prediction.memory.total())
-    where = layout.placement() + (" <- this job" if own else "")
-    zero = str(layout.zero) if layout.shard > 1 or layout.zero < 3 else "-"
+    where = layout.placement() + layout.manner() + (" <- this job" if own else "")
+    zero = str(layout.zero) if layout.shard * layout.context > 1 or layout.zero < 3 else "-"
     recompute = {"none": "-", 0: "-"}.get(layout.recompute, f"{layout.recompute}")
     first = " layers" if isinstance(layout.recompute, int) and layout.recompute else ""
     cells = [where, zero, str(layout.microbatch), recompute + first, str(layout.world_size)]
@@ -147,7 +158,8 @@ def notes(prediction: Prediction) -> "Table":
     lines = list(prediction.notes)
     largest = max(prediction.step.rows(), key=lambda row: row[1])
     lines += [f"{name}: {MEANINGS[name]}" for name in dict.fromkeys(("useful", "inefficiency", largest[0]))]
-    table = labelled([("" if number else "Notes", line) for number, line in enumerate(lines)])
+    stages = [("Stages", blocks_held(prediction.pipeline))] if prediction.pipeline is not None else []
+    table = labelled([*stages, *(("" if number else "Notes", line) for number, line in enumerate(lines))])
     table.style = "dim"
     return table
 

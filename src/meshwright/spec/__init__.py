@@ -1,7 +1,16 @@
 """Model, layout, cluster, job: frozen types, decoded and checked once at the edge. Loads no torch."""
 
 from meshwright.spec.cluster import Cluster, Device, Link
-from meshwright.spec.count import Flops, block_shapes, count_flops, count_parameters, end_shapes, parameter_shapes
+from meshwright.spec.count import (
+    Flops,
+    block_shapes,
+    count_flops,
+    count_parameters,
+    end_shapes,
+    home_of,
+    parameter_shapes,
+)
+from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError, closest, nearest_choice
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -26,31 +35,61 @@ from meshwright.spec.job import (
 )
 from meshwright.spec.layout import (
     AXES,
-    OFFERED_AXES,
     Axis,
+    ContextForm,
     Layout,
+    Offload,
     Precision,
     Recompute,
+    Schedule,
     check_axes,
     check_layout,
     check_split,
 )
-from meshwright.spec.model import Experts, LatentAttention, ModelSpec, RopeScaling, check_built, check_model
+from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages, walk
+from meshwright.spec.model import (
+    Experts,
+    LatentAttention,
+    ModelSpec,
+    RopeScaling,
+    check_built,
+    check_model,
+    split_table,
+)
 from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.schedule import (
+    SPLIT_BACKWARD,
+    TURNING,
+    Action,
+    Pass,
+    Table,
+    build_schedule,
+    check_schedule,
+    held_stages,
+    rank_of_stage,
+    stage_count,
+    stages_per_rank,
+)
+from meshwright.spec.stages import split_layers, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
     "AXES",
     "BUILT_FAMILIES",
+    "DURATIONS",
     "FAMILIES",
-    "OFFERED_AXES",
+    "SPLIT_BACKWARD",
     "SPLIT_TABLES",
+    "TURNING",
     "ZOO",
+    "Action",
     "Axis",
     "CheckpointSettings",
     "Cluster",
+    "ContextForm",
     "DataSettings",
     "Device",
+    "Direction",
     "EvaluationSettings",
     "Experts",
     "Family",
@@ -60,31 +99,52 @@ __all__ = [
     "LatentAttention",
     "Layout",
     "Link",
+    "Message",
     "ModelSpec",
     "NamedModel",
+    "Offload",
     "OptimizerSettings",
+    "Pass",
     "Precision",
     "Recompute",
     "RopeScaling",
     "RunSettings",
+    "Schedule",
     "SettingError",
     "Source",
     "Split",
     "SplitTable",
+    "Table",
     "TraceSettings",
     "block_shapes",
+    "build_schedule",
     "check_axes",
     "check_built",
+    "check_context",
+    "check_expert",
     "check_job",
     "check_layout",
     "check_model",
+    "check_schedule",
     "check_split",
     "closest",
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "forward_only",
+    "held_stages",
+    "home_of",
+    "message_from",
     "nearest_choice",
     "nearest_divisor",
+    "order_messages",
     "parameter_shapes",
+    "rank_of_stage",
+    "split_layers",
     "split_of",
+    "split_table",
+    "stage_costs",
+    "stage_count",
+    "stages_per_rank",
+    "walk",
 ]

@@ -113,6 +113,14 @@ def parameter_shapes(model: ModelSpec) -> Shapes:
     return shapes | after
 
 
+def home_of(model: ModelSpec, name: str) -> str:
+    """The parameter of the whole model that one of this name is: itself, or what it is a copy of.
+
+    A tied head is the embedding, and has a copy of it where the two lie in different stages of a pipeline.
+    """
+    return "embedding.weight" if model.tied_embeddings and name == "head.weight" else name
+
+
 def count_parameters(model: ModelSpec) -> int:
     """Number of parameters."""
     # Blocks are alike, but for first ones without experts: two are counted, whatever the number of layers.

@@ -13,7 +13,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
 
     norm: RMSNorm, or LayerNorm. positions: rotary, or a learned table. gated: SwiGLU in the feed-forward part, or
     else GELU (its tanh form) between two matrices. biases: in every linear layer but the head. head_norms: an
-    RMSNorm over each query and key head. built: whether `models` has it; the others can be counted and planned.
+    RMSNorm over each query and key head. mixture: experts in place of feed-forward parts. scores: what their router
+    makes of its outputs. built: whether `models` has it; the others can be counted and planned.
     """
 
     norm: Literal["rms", "layer"] = "rms"
@@ -21,6 +22,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     gated: bool = True
     biases: bool = False
     head_norms: bool = False
+    mixture: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
     built: bool = True
 
 
@@ -33,9 +36,9 @@ FAMILIES: dict[FamilyName, Family] = {
     # GPT-2, Radford et al. 2019.
     "gpt2": Family(norm="layer", positions="learned", gated=False, biases=True),
     # Mixtral, arXiv:2401.04088; DeepSeek-V3, arXiv:2412.19437.
-    "mixtral": Family(built=False),
-    "qwen3-moe": Family(head_norms=True, built=False),
-    "deepseek-v3": Family(built=False),
+    "mixtral": Family(mixture=True),
+    "qwen3-moe": Family(head_norms=True, mixture=True),
+    "deepseek-v3": Family(mixture=True, scores="sigmoid", built=False),
 }
 BUILT_FAMILIES: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if FAMILIES[name].built)
 
@@ -50,7 +53,21 @@ BUILT_FAMILIES: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyN
 #   heads       whole on each rank, applied to its heads
 #   row         each rank has some inputs; outputs are summed and split along the sequence
 #   logits      column whose input is gathered along the sequence and whose outputs, logits, stay split
-Split = Literal["vocabulary", "positions", "sequence", "gather", "column", "kv_heads", "heads", "row", "logits"]
+#   router      whole on each rank, applied to its part of the sequence: a mixture's router
+#   experts     not split: each rank sends its part of the sequence to the experts, which the expert axis divides
+Split = Literal[
+    "vocabulary",
+    "positions",
+    "sequence",
+    "gather",
+    "column",
+    "kv_heads",
+    "heads",
+    "row",
+    "logits",
+    "router",
+    "experts",
+]
 # Module pattern (a * stands for one or more parts of a name) to word.
 SplitTable = dict[str, Split]
 
@@ -77,18 +94,16 @@ PLAIN: SplitTable = {name: word for name, word in GATED.items() if not name.ends
 ENDS: SplitTable = {"embedding": "vocabulary", "norm": "sequence", "head": "logits"}
 LEARNED: SplitTable = {"positions": "positions"}
 
-# What only planning knows so far. An expert is split as a dense feed-forward part is; its matrices have no module.
 EXPERTS: SplitTable = {
     "blocks.*.feed_forward_norm": "sequence",
-    "blocks.*.feed_forward": "gather",
-    "blocks.*.feed_forward.router": "sequence",
-    "blocks.*.feed_forward.experts.gate": "column",
-    "blocks.*.feed_forward.experts.up": "column",
-    "blocks.*.feed_forward.experts.down": "row",
+    "blocks.*.feed_forward.router": "router",
+    "blocks.*.feed_forward.experts": "experts",
+    "blocks.*.feed_forward.shared": "gather",
     "blocks.*.feed_forward.shared.gate": "column",
     "blocks.*.feed_forward.shared.up": "column",
     "blocks.*.feed_forward.shared.down": "row",
 }
+# What only planning knows so far.
 LATENT: SplitTable = {
     "blocks.*.attention.query_down": "sequence",
     "blocks.*.attention.query_norm": "sequence",
@@ -103,7 +118,7 @@ SPLIT_TABLES: dict[FamilyName, SplitTable] = {
     "gpt2": ENDS | LEARNED | ATTENTION | PLAIN,
     "mixtral": ENDS | ATTENTION | EXPERTS,
     "qwen3-moe": ENDS | ATTENTION | HEAD_NORMS | EXPERTS,
-    "deepseek-v3": ENDS | ATTENTION | LATENT | GATED | EXPERTS,
+    "deepseek-v3": ENDS | ATTENTION | LATENT | EXPERTS,
 }
 
 

@@ -62,6 +62,8 @@ OMITTED: Config = {
     "max_position_embeddings": 0,
 }
 ONLY: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+# Noise on a router's input in training.
+MIXTRAL_ONLY = ONLY | {"router_jitter_noise": (0.0,)}
 QWEN3_ONLY = ONLY | {"attention_bias": (False,)}
 
 FORMATS: dict[FamilyName, ConfigFormat] = {
@@ -106,14 +108,20 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
         numbers=NUMBERS,
         experts={"count": "num_local_experts", "per_token": "num_experts_per_tok", "feed_forward": "intermediate_size"},
         omitted=OMITTED | {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None},
-        only=ONLY,
+        only=MIXTRAL_ONLY,
     ),
     "qwen3-moe": ConfigFormat(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         numbers=NUMBERS,
-        experts={"count": "num_experts", "per_token": "num_experts_per_tok", "feed_forward": "moe_intermediate_size"},
-        omitted=OMITTED | {"num_key_value_heads": 4, "sliding_window": 4096, "max_window_layers": 0},
+        experts={
+            "count": "num_experts",
+            "per_token": "num_experts_per_tok",
+            "feed_forward": "moe_intermediate_size",
+            "normalised": "norm_topk_prob",
+        },
+        omitted=OMITTED
+        | {"norm_topk_prob": False, "num_key_value_heads": 4, "sliding_window": 4096, "max_window_layers": 0},
         only=QWEN3_ONLY | {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
     ),
     "deepseek-v3": ConfigFormat(
@@ -126,6 +134,10 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
             "feed_forward": "moe_intermediate_size",
             "shared": "n_shared_experts",
             "dense_layers": "first_k_dense_replace",
+            "normalised": "norm_topk_prob",
+            "scale": "routed_scaling_factor",
+            "groups": "n_group",
+            "groups_per_token": "topk_group",
         },
         latent={
             "query_rank": "q_lora_rank",
@@ -133,7 +145,9 @@ FORMATS: dict[FamilyName, ConfigFormat] = {
             "rope_head_dim": "qk_rope_head_dim",
             "value_head_dim": "v_head_dim",
         },
-        omitted=OMITTED | {"num_key_value_heads": 128},
+        omitted=OMITTED
+        | {"num_key_value_heads": 128, "norm_topk_prob": True}
+        | {"routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4},
         only=ONLY | {"attention_bias": (False,), "moe_layer_freq": (1,)},
     ),
 }
@@ -295,6 +309,13 @@ def config_of_model(model: ModelSpec) -> Config:
         config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     else:
         config |= rope_config(model.rope_theta, model.rope_scaling) | window_config(model)
+    if model.selection_bias and model.parts.scores == "softmax":
+        reason = f"{form.architecture} of transformers has no bias to choose experts by; this one was trained with one"
+        raise SettingError("model.experts.bias_rate", reason, "a model trained without it")
+    if model.experts is not None:
+        # How a model was balanced in training is no part of what it is.
+        experts = msgspec.structs.replace(model.experts, balance_loss=0.0, bias_rate=0.0)
+        model = msgspec.structs.replace(model, experts=experts)
     said, meant = (msgspec.to_builtins(m) for m in (model_of_config(config), model))
     for setting in said.keys() - {"name", "path"}:
         if said[setting] != meant[setting]:

@@ -6,10 +6,12 @@ from typing import Literal
 import msgspec
 
 from meshwright.spec.cluster import Cluster, check_cluster
+from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout, check_layout, check_split
 from meshwright.spec.model import ModelSpec, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
+from meshwright.spec.schedule import check_schedule
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
@@ -172,6 +174,14 @@ def check_job(job: Job) -> None:
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_split(job.layout, job.model, job.data.sequence)
+    check_context(job.layout, job.model, job.data.sequence)
+    check_expert(job.layout, job.model)
+    check_schedule(job.layout, job.layout.accumulation(job.data.global_batch), job.model.layers)
+    if job.layout.offload != "none" and job.cluster.device.kind != "cuda":
+        reason = "devices are CPUs, whose memory is the host's"
+        raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')
+    if job.layout.offload == "optimizer" and job.optimizer.name == "sgd":
+        raise SettingError('layout.offload = "optimizer"', "sgd keeps no states", 'layout.offload = "none"')
     check_cluster(job.cluster, job.layout.world_size)
 
 

@@ -11,11 +11,12 @@ from meshwright.spec.numbers import nearest_divisor
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
-# Axes that `parallel` can apply today; the others refuse any size but 1.
-OFFERED_AXES: tuple[Axis, ...] = ("replica", "shard", "tensor")
 
 Precision = Literal["fp32", "bf16"]
 Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev"]
+ContextForm = Literal["ring", "all-to-all"]
+Offload = Literal["none", "optimizer", "parameters"]
 
 
 class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -25,10 +26,19 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recompute: what of the forward pass is not kept for the backward pass but computed again: "none" of it;
         "selective", all but the results of matrix products, attention and transfers; "full", all inside a block;
         or a number n, all inside each of the first n blocks.
+    expert: ranks that divide a mixture's experts. They are those of shard x context x tensor once more, neighbours
+        first, and what they leave of those divides each expert's matrices.
     async_tensor: cut the tensor axis's transfers up to run beside the matrix products that need them (GPUs only).
-    zero: what a rank of the `shard` axis holds whole, and when (docs/layouts.md has the bytes):
+    zero: what a rank of `shard` x `context` holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
         1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
+    schedule: the order in which a rank of the `pipeline` axis runs its stages' passes (spec/schedule.py).
+    stages_per_rank: stages that each of them holds; 0: as few as the schedule works with.
+    stage_layers: blocks of each stage, first to last; (): balanced by what they and both ends cost.
+    context_form: how ranks of the `context` axis attend to each other's tokens: keys and values passed around a
+        ring, or heads exchanged for tokens, all to all.
+    offload: what lies in the host's memory while the device does not need it: "optimizer", the optimizer's states; or
+        "parameters", with their gradients and states, updated there by its cores.
     precision: of the model's matrix products and of parameter transfers; parameters, gradient
         reductions and optimizer states are fp32 in both.
     """
@@ -44,6 +54,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zero: Literal[1, 2, 3] = 3
     recompute: Recompute | int = "none"
     async_tensor: bool = False
+    schedule: Schedule = "1f1b"
+    stages_per_rank: int = 0
+    stage_layers: tuple[int, ...] = ()
+    context_form: ContextForm = "ring"
+    offload: Offload = "none"
     precision: Precision = "bf16"
 
     @property
@@ -52,9 +67,19 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.pipeline * self.replica * self.shard * self.context * self.tensor
 
     @property
+    def expert_shard(self) -> int:
+        """Number of ranks that divide each expert's matrices: what `expert` leaves of shard x context x tensor."""
+        return self.shard * self.context * self.tensor // self.expert
+
+    @property
     def data_size(self) -> int:
         """Number of ranks that the global batch is divided over."""
         return self.replica * self.shard
+
+    @property
+    def parameter_shards(self) -> int:
+        """Number of ranks that parameters, gradients and optimizer states are divided over."""
+        return self.shard * self.context
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
@@ -67,18 +92,26 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def placement(self) -> str:
         """The axes in use: "replica 2 x shard 4"."""
         sizes = [f"{axis} {self.size(axis)}" for axis in self.order if self.size(axis) > 1]
-        return " x ".join(sizes) if sizes else "one process"
+        experts = f" with expert {self.expert}" if self.expert > 1 else ""
+        return (" x ".join(sizes) if sizes else "one process") + experts
 
     def label(self) -> str:
         """The layout in a few words: "replica 2 x shard 4, zero 3, microbatch 1"."""
-        zero = f", zero {self.zero}" if self.shard > 1 or self.zero < 3 else ""
+        zero = f", zero {self.zero}" if self.parameter_shards > 1 or self.zero < 3 else ""
         first = (
             f"of {self.recompute} layer{'' if self.recompute == 1 else 's'}"
             if isinstance(self.recompute, int)
             else self.recompute
         )
         recompute = f", recompute {first}" if self.recompute not in ("none", 0) else ""
-        return f"{self.placement()}{zero}, microbatch {self.microbatch}{recompute}"
+        return f"{self.placement()}{self.manner()}{zero}, microbatch {self.microbatch}{recompute}"
+
+    def manner(self) -> str:
+        """How it goes about it, where that is a choice: ", interleaved, 4 a rank"."""
+        schedule = f", {self.schedule}" if self.pipeline > 1 else ""
+        stages = f", {self.stages_per_rank} a rank" if self.stages_per_rank > 2 else ""
+        form = ", all-to-all" if self.context_form != "ring" else ""
+        return schedule + stages + form + (f", {self.offload} offloaded" if self.offload != "none" else "")
 
     def recomputed_layers(self, layers: int) -> int:
         """Of `layers` blocks, how many are computed again from their inputs."""
@@ -88,17 +121,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def check_axes(layout: Layout) -> None:
-    """Raise SettingError for an axis size that is not offered, or an order that leaves an axis out."""
+    """Raise SettingError for an axis without ranks, or an order that leaves an axis out."""
     for axis in (*AXES, "expert"):
         size: int = getattr(layout, axis)
         if size < 1:
             raise SettingError(f"layout.{axis} = {size}", "an axis has at least one rank", f"layout.{axis} = 1")
-        if size > 1 and axis not in OFFERED_AXES:
-            raise SettingError(
-                f"layout.{axis} = {size}",
-                f"the {axis} axis is not built yet",
-                f"layout.{axis} = 1 with layout.shard = {layout.shard * size}",
-            )
     if sorted(layout.order) != sorted(AXES):
         raise SettingError(
             f"layout.order = {list(layout.order)}",
@@ -144,6 +171,9 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
             f"must be a number of blocks, of which model.layers = {model.layers}",
             f"layout.recompute = {min(max(0, layout.recompute), model.layers)}",
         )
+    if layout.offload == "parameters" and layout.zero < 3:
+        reason = "parameters that stay gathered are not offloaded"
+        raise SettingError(f'layout.zero = {layout.zero} with layout.offload = "parameters"', reason, "layout.zero = 3")
     if layout.async_tensor and tensor == 1:
         raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")
 

@@ -5,7 +5,15 @@ from typing import Any
 import msgspec
 
 from meshwright.spec.errors import SettingError
-from meshwright.spec.family import BUILT_FAMILIES, FAMILIES, Family, FamilyName
+from meshwright.spec.family import (
+    BUILT_FAMILIES,
+    FAMILIES,
+    GATED,
+    SPLIT_TABLES,
+    Family,
+    FamilyName,
+    SplitTable,
+)
 from meshwright.spec.numbers import LARGEST, check_range, nearest_divisor
 
 
@@ -27,6 +35,12 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     count: routed experts, of which a token uses `per_token`. feed_forward: width of each. shared: experts of that
     width that every token uses, as one. dense_layers: first layers that keep a plain feed-forward part.
+    normalised: a token's weights sum to 1 before they are multiplied by `scale`. groups: experts come in so many equal
+    groups, of which a token uses the `groups_per_token` best.
+
+    balance_loss: coefficient of the loss that makes routers use experts alike within each sequence; 0: none.
+    bias_rate: how far the bias that a router chooses by moves after each step, up for an expert that got less than the
+    mean of the global batch and down for one that got more; 0: not at all.
     """
 
     count: int
@@ -34,6 +48,12 @@ class Experts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     feed_forward: int
     shared: int = 0
     dense_layers: int = 0
+    normalised: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    groups_per_token: int = 1
+    balance_loss: float = 0.0
+    bias_rate: float = 0.0
 
 
 class LatentAttention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,6 +102,30 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def parts(self) -> Family:
         """What the family's blocks are made of."""
         return FAMILIES[self.family]
+
+    @property
+    def selection_bias(self) -> bool:
+        """Whether routers choose by scores with a bias: DeepSeek-V3's always, others where a rate moves it."""
+        return self.experts is not None and (self.parts.scores == "sigmoid" or self.experts.bias_rate > 0)
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer has a plain feed-forward part."""
+        return self.experts is None or layer < self.experts.dense_layers
+
+
+def split_table(model: ModelSpec) -> SplitTable:
+    """How the model's modules are split along tensor: of its family's table, what this model has modules for."""
+    table = SPLIT_TABLES[model.family]
+    if model.experts is None:
+        return table
+    kept: SplitTable = {p: word for p, word in table.items() if model.experts.shared or ".shared" not in p}
+    # Named one by one: a plain part is gathered whole, and a mixture of the same name takes its tokens as they are.
+    plain: SplitTable = {
+        pattern.replace("*", str(layer)): word
+        for layer in range(model.experts.dense_layers)
+        for pattern, word in GATED.items()
+    }
+    return plain | kept
 
 
 def fill_model(section: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +201,7 @@ def check_rotary(model: ModelSpec) -> None:
 
 def check_mixture(model: ModelSpec) -> None:
     """Experts and latent attention belong to families that have them."""
-    mixture = model.family in ("mixtral", "qwen3-moe", "deepseek-v3")
+    mixture = model.parts.mixture
     if (model.experts is not None) != mixture:
         reason = "is missing" if mixture else f"means nothing to {model.family}"
         nearest = "add [model.experts]" if mixture else 'model.family = "mixtral"'
@@ -166,12 +210,33 @@ def check_mixture(model: ModelSpec) -> None:
         reason = "means nothing to" if model.latent is not None else "is missing for"
         raise SettingError("model.latent", f"{reason} family {model.family}", 'a model.name such as "deepseek-v3"')
     if model.experts is not None:
-        experts = model.experts
-        check_range("model.experts.count", experts.count, 1, LARGEST)
-        check_range("model.experts.per_token", experts.per_token, 1, experts.count)
-        check_range("model.experts.feed_forward", experts.feed_forward, 1, LARGEST)
-        check_range("model.experts.shared", experts.shared, 0, LARGEST)
-        check_range("model.experts.dense_layers", experts.dense_layers, 0, model.layers)
+        check_experts(model.experts, model.layers)
+
+
+def check_experts(experts: Experts, layers: int) -> None:
+    """Raise SettingError where the numbers cannot be a mixture."""
+    for setting, value, low, high in (
+        ("count", experts.count, 1, LARGEST),
+        ("per_token", experts.per_token, 1, experts.count),
+        ("feed_forward", experts.feed_forward, 1, LARGEST),
+        ("shared", experts.shared, 0, LARGEST),
+        ("dense_layers", experts.dense_layers, 0, layers - 1),
+        ("scale", experts.scale, 1e-6, 1e6),
+        ("groups", experts.groups, 1, experts.count),
+        ("groups_per_token", experts.groups_per_token, 1, experts.groups),
+        ("balance_loss", experts.balance_loss, 0.0, 1e3),
+        ("bias_rate", experts.bias_rate, 0.0, 1.0),
+    ):
+        check_range(f"model.experts.{setting}", value, low, high)
+    if experts.count % experts.groups:
+        near = nearest_divisor(experts.count, experts.groups)
+        reason = f"does not divide model.experts.count = {experts.count}"
+        raise SettingError(f"model.experts.groups = {experts.groups}", reason, f"model.experts.groups = {near}")
+    inside = experts.count // experts.groups * experts.groups_per_token
+    if experts.per_token > inside:
+        reason = f"is more than the {inside} experts in model.experts.groups_per_token = {experts.groups_per_token}"
+        setting = "model.experts.per_token"
+        raise SettingError(f"{setting} = {experts.per_token}", reason, f"{setting} = {inside}")
 
 
 def check_sequence(model: ModelSpec, sequence: int) -> None:

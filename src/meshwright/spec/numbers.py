@@ -18,6 +18,11 @@ def check_range(setting: str, value: float, low: float, high: float) -> None:
         raise SettingError(f"{setting} = {value}", limit, f"{setting} = {nearest}")
 
 
+def nearest_multiple(number: int, of: int) -> int:
+    """The multiple of `of`, at least one of it, nearest to `number`; the smaller of two."""
+    return max(1, (2 * number + of - 1) // (2 * of)) * of
+
+
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` (1 to LARGEST) nearest to `wanted`; the smaller of two."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]

@@ -8,10 +8,10 @@ from meshwright.spec.model import ModelSpec, check_built
 
 
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """One of our parameters as rows of one of their tensors.
+    """One of our parameters, or one expert's part of it, as rows of one of their tensors.
 
-    shape: ours. transposed: theirs is [inputs, outputs], where ours is [outputs, inputs]. first: which row of theirs,
-    laid our way round, is our first.
+    expert: which one's; None: the whole parameter. shape: of that, ours. transposed: theirs is [inputs, outputs], where
+    ours is [outputs, inputs]. first: which row of theirs, laid our way round, is our first.
     """
 
     ours: str
@@ -19,20 +19,23 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     transposed: bool = False
     first: int = 0
+    expert: int | None = None
 
 
 class Names(msgspec.Struct, frozen=True, kw_only=True):
     """A family's tensor names: our module to theirs.
 
     base: what stands before every name but the head's, unless the model was saved without its head. layers: before a
-    block's number. Modules of ours with one name of theirs are its rows, in our order. transposed: their modules with
-    [inputs, outputs] weights. ignored: tensors of old files that are no parameters.
+    block's number. Modules of ours with one name of theirs are its rows, in our order. experts: our stacks to their
+    matrices, {} standing for an expert's number. transposed: their modules with [inputs, outputs] weights. ignored:
+    tensors of old files that are no parameters.
     """
 
     base: str
     layers: str
     ends: dict[str, str]
     block: dict[str, str]
+    experts: dict[str, str] = {}
     transposed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -77,11 +80,34 @@ GPT2_NAMES = Names(
     # The causal mask and its filler.
     ignored=("*.attn.bias", "*.attn.masked_bias"),
 )
+# What a mixture has in place of the feed-forward part's matrices.
+DENSE_PART = ("feed_forward.gate", "feed_forward.up", "feed_forward.down")
+SPARSE_BLOCK = {ours: theirs for ours, theirs in LLAMA_NAMES.block.items() if ours not in DENSE_PART}
+MIXTRAL_NAMES = msgspec.structs.replace(
+    LLAMA_NAMES,
+    block=SPARSE_BLOCK | {"feed_forward.router": "block_sparse_moe.gate"},
+    experts={
+        "feed_forward.experts.gate": "block_sparse_moe.experts.{}.w1",
+        "feed_forward.experts.up": "block_sparse_moe.experts.{}.w3",
+        "feed_forward.experts.down": "block_sparse_moe.experts.{}.w2",
+    },
+)
+QWEN3_MOE_NAMES = msgspec.structs.replace(
+    LLAMA_NAMES,
+    block=SPARSE_BLOCK | {"feed_forward.router": "mlp.gate"},
+    experts={
+        "feed_forward.experts.gate": "mlp.experts.{}.gate_proj",
+        "feed_forward.experts.up": "mlp.experts.{}.up_proj",
+        "feed_forward.experts.down": "mlp.experts.{}.down_proj",
+    },
+)
 TENSOR_NAMES: dict[FamilyName, Names] = {
     "llama": LLAMA_NAMES,
     "mistral": LLAMA_NAMES,
     "qwen3": LLAMA_NAMES,
     "gpt2": GPT2_NAMES,
+    "mixtral": MIXTRAL_NAMES,
+    "qwen3-moe": QWEN3_MOE_NAMES,
 }
 
 
@@ -95,6 +121,9 @@ def pieces_of(model: ModelSpec) -> list[Piece]:
         module, _, kind = ours.rpartition(".")
         if module.startswith("blocks."):
             _, layer, part = module.split(".", 2)
+            if stack := names.experts.get(f"{part}.{kind}"):
+                pieces += stacked_pieces(ours, shape, f"{names.base}{names.layers}.{layer}.{stack}.weight")
+                continue
             theirs = f"{names.base}{names.layers}.{layer}.{names.block[part]}.{kind}"
             transposed = len(shape) == 2 and names.block[part] in names.transposed
         else:
@@ -104,6 +133,12 @@ def pieces_of(model: ModelSpec) -> list[Piece]:
         filled[theirs] = first + shape[0]
         pieces.append(Piece(ours=ours, theirs=theirs, shape=shape, transposed=transposed, first=first))
     return pieces
+
+
+def stacked_pieces(ours: str, shape: tuple[int, ...], theirs: str) -> list[Piece]:
+    """A stack of experts' matrices, which are a tensor each of theirs."""
+    numbers = range(shape[0])
+    return [Piece(ours=ours, theirs=theirs.format(number), shape=shape[1:], expert=number) for number in numbers]
 
 
 def their_shapes(pieces: list[Piece]) -> Shapes:

@@ -30,16 +30,17 @@ class MemoryProbe:
         self._cuda = device.type == "cuda"
         # What the process holds before it has a model: libraries, the device context.
         self._baseline_bytes = 0 if self._cuda else resident_bytes()
+        # Sums over a rank's stages, in the one step that is watched.
         self._activations = self._logits = self._gathered = 0.0
         self._states: dict[str, float] = {}
 
     @contextmanager
-    def forward(self, model: nn.Module, *, first: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Around a forward pass that ends in the loss; yields what the logits are to be passed through.
+    def forward(self, model: nn.Module, *, times: int) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Around a forward pass; yields what logits are to be passed through, if it ends in them.
 
-        Only the step's first microbatch is watched.
+        times: how many alike are kept at once at the step's peak; 0: not watched, because one like it was.
         """
-        if not (self.active and first):
+        if not (self.active and times):
             yield lambda logits: logits
             return
         held = self._allocator() if self._cuda else self._saved(model)
@@ -49,7 +50,7 @@ class MemoryProbe:
             self._gathered = gathered_bytes(model)
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
         kept -= self._gathered if self._cuda else 0.0
-        self._activations = max(0.0, kept - self._logits / 2)
+        self._activations += times * max(0.0, kept - self._logits / 2)
 
     def _note(self, logits: Tensor) -> Tensor:
         # Twice: the gradient has the same size, and both are there when the backward pass begins.
@@ -81,12 +82,17 @@ class MemoryProbe:
         """Count parameters, gradients and optimizer states, exactly, while all of them are there."""
         if not self.active:
             return
+        states = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        found = {
+            "parameters": model.parameters(),
+            "gradients": (p.grad for p in model.parameters() if p.grad is not None),
+            "optimizer_states": states,
+        }
+        # What is offloaded lies in the host's memory, not in this account.
+        kind = "cuda" if self._cuda else "cpu"
         self._states = {
-            "parameters": tensor_bytes(model.parameters()),
-            "gradients": tensor_bytes(p.grad for p in model.parameters() if p.grad is not None),
-            "optimizer_states": tensor_bytes(
-                v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
-            ),
+            name: tensor_bytes(tensor for tensor in tensors if local(tensor).device.type == kind)
+            for name, tensors in found.items()
         }
 
     def account(self) -> MemoryAccount:
@@ -158,4 +164,4 @@ def gathered_bytes(model: nn.Module) -> float:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a rank's part along FSDP's axes."""
     axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
-    return "shard" in (axes or ())
+    return not {"shard", "expert_shard"}.isdisjoint(axes or ())

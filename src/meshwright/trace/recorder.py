@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -132,7 +133,8 @@ class Recorder:
         except (OSError, LookupError, ValueError) as error:
             self.fault(step, f"step {step} was profiled but not measured: {type(error).__name__}: {error}")
         else:
-            self._writer.append(Step(measured=measured))
+            share = expert_share(self._job, sum(measured.expert_rows))
+            self._writer.append(Step(measured=msgspec.structs.replace(measured, expert_share=share)))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -174,13 +176,22 @@ def group_purposes(layout: Layout) -> dict[str, Purpose]:
     """What each process group carries, by its description.
 
     The mesh names its groups after its axes, but an axis that spans the world shares the group of all ranks, which
-    otherwise carries small syncs alone. (Those are told apart by the phase that launches them.)
+    otherwise carries small syncs alone. (Those are told apart by the phase that launches them, and so are attention's
+    transfers along context.)
     """
     purposes: dict[str, Purpose] = {"default_pg": "control"}
     for axis in AXES:
         purposes[f"mesh_{axis}"] = axis
         if layout.size(axis) == layout.world_size > 1:
             purposes["default_pg"] = axis
+    # Parameters are sharded over shard and context as over one axis.
+    purposes["mesh_shard_context"] = "shard"
+    if layout.parameter_shards == layout.world_size > 1:
+        purposes["default_pg"] = "shard"
+    # A mixture's experts are sent to along one axis of their own, and split over the other, which may span the world.
+    purposes["mesh_expert"], purposes["mesh_expert_shard"] = "expert", "shard"
+    if layout.expert_shard == layout.world_size > 1 and purposes["default_pg"] == "control":
+        purposes["default_pg"] = "shard"
     return purposes
 
 
@@ -189,6 +200,20 @@ def useful_seconds(job: Job) -> float:
     peak = job.cluster.device.peak_flops_per_s(job.layout.precision)
     flops = count_flops(job.model, job.data.sequence).training() * job.data.global_batch / job.layout.world_size
     return flops / peak if peak else 0.0
+
+
+def expert_share(job: Job, rows: int) -> float:
+    """The share of a rank's FLOPs of a step that its experts took, given the rows that they were sent; 0 of none."""
+    model, layout = job.model, job.layout
+    if model.experts is None or not rows:
+        return 0.0
+    # Three matrices, each multiplied once forward and twice backward, at two FLOPs an element.
+    row_flops = 3 * 3 * 2 * model.d_model * model.experts.feed_forward
+    passes = (model.layers - model.experts.dense_layers) * job.data.global_batch * job.data.sequence
+    rows_of_all = passes * model.experts.per_token
+    flops = count_flops(model, job.data.sequence).training() * job.data.global_batch
+    others = (flops - rows_of_all * row_flops) / layout.world_size
+    return rows * row_flops / (others + rows * row_flops)
 
 
 def compile_seconds() -> float:

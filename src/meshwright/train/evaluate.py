@@ -2,18 +2,17 @@
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.data import Batch, Stream, Tokens, to_tensors
 from meshwright.models import NOT_COUNTED
-from meshwright.parallel import Loss, data_rank, free_gathered, sum_over_ranks
+from meshwright.parallel import Loss, Stages, data_rank, sum_over_ranks
 from meshwright.spec import Job
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
+    model: Stages, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
 ) -> float | None:
     """Mean loss over the first evaluation.sequences held-out samples, nats per counted token; None if there is none.
 
@@ -29,16 +28,14 @@ def evaluate(
     for start in range(0, samples, layout.data_size * layout.microbatch):
         first = start + data_rank(mesh) * layout.microbatch
         batch = to_tensors(held_out(stream, first, layout.microbatch, samples), device)
-        total[0] += loss_of(logits_of(model, batch), batch.targets)
-        total[1] += (batch.targets != NOT_COUNTED).sum()
-    free_gathered(model)
+        held = model.cut(batch)
+        logits = model(held.tokens, held.view)
+        if logits is not None:
+            total[0] += loss_of(logits, held.targets)
+            total[1] += (held.targets != NOT_COUNTED).sum()
+    model.free()
     loss, counted = sum_over_ranks(total).tolist()
     return loss / counted if counted else None
-
-
-def logits_of(model: nn.Module, batch: Batch[Tensor]) -> Tensor:
-    """The model's logits for a batch; it is told of documents only where a token must not look past its own."""
-    return model(batch.tokens) if batch.documents is None else model(batch.tokens, batch.documents)
 
 
 def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:

@@ -1,6 +1,5 @@
-"""Training, whole, on one page.
-
-Every layout runs this same loop: what differs between one process and a thousand is inside `parallel`.
+"""Training, whole, on one page: the loop of every layout. What differs between one process and a thousand is inside
+`parallel`.
 """
 
 import torch
@@ -8,22 +7,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.data import StepBatches
-from meshwright.models import Decoder
 from meshwright.parallel import (
     Loss,
+    Passes,
+    Stages,
     StepTotals,
-    begin_microbatch,
     build_loss,
     build_mesh,
     build_parallel_model,
     clip_gradients,
+    move_biases,
     reduce_step,
     squared_norm,
+    take_loads,
 )
 from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.trace import MemoryProbe, Recorder
-from meshwright.train.evaluate import evaluate, logits_of
+from meshwright.train.evaluate import evaluate
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Reporter
 from meshwright.train.setup import StopRequest, build_batches, due, open_data, restore, save
@@ -32,14 +33,13 @@ from meshwright.train.setup import StopRequest, build_batches, due, open_data, r
 def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop: StopRequest, *, began_s: float) -> str:
     """Run a job's steps on this rank, from its newest checkpoint if there is one; return "finished" or "stopped".
 
-    Called on every rank, after start_distributed. A stop asked for on any rank stops all of them after the same
-    step, with a checkpoint.
+    Called on every rank, after start_distributed. A stop asked of any rank stops all after one step, with a checkpoint.
     """
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
     stream = open_data(job)
     model = build_parallel_model(job, mesh, device)
-    optimizer = build_optimizer(model, job.optimizer)
+    optimizer = build_optimizer(model, job.optimizer, job.layout.offload)
     first = restore(folder, model, optimizer, stream)
     loss_of = build_loss(job, mesh, device)
     batches = build_batches(stream, job, mesh, device)
@@ -47,7 +47,6 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
     reporter = Reporter(folder, attempt, job, device, first)
     with recorder.span("evaluation", first):
         reporter.evaluated(first, evaluate(model, loss_of, stream, job, mesh, device), stream.bigram_entropy)
-
     how = "finished"
     for step in range(first, job.run.steps):
         # Memory is watched in the second step: every buffer is there by then, and nothing is compiled any more.
@@ -56,10 +55,10 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
             reporter.begin_step()
             with recorder.phase("input"):
                 share = batches.next(step)
-            loss = forward_backward(model, share, loss_of, job, recorder, memory)
-            totals, rate = update(step, model, optimizer, loss, job, recorder, memory, stop=stop.asked)
+            loss = forward_backward(model, share, loss_of, recorder, memory)
+            rate = set_learning_rate(optimizer, step, job)
+            totals = update(model, optimizer, loss, job, recorder, memory, stop=stop.asked)
         stopping = reporter.end_step(step, totals, rate)
-
         done = step + 1
         last = done == job.run.steps or stopping
         if memory.active:
@@ -80,40 +79,38 @@ def train(job: Job, folder: RunFolder, attempt: int, device: torch.device, stop:
 
 
 def forward_backward(
-    model: Decoder, share: StepBatches, loss_of: Loss, job: Job, recorder: Recorder, memory: MemoryProbe
+    model: Stages, share: StepBatches, loss_of: Loss, recorder: Recorder, memory: MemoryProbe
 ) -> Tensor:
-    """Accumulate the gradients of this rank's microbatches; return its part of the global batch's mean loss."""
-    microbatches = share.microbatches
-    loss = torch.zeros((), device=microbatches[0].tokens.device)
-    for index, batch in enumerate(microbatches):
-        with recorder.phase("forward"), memory.forward(model, first=index == 0) as logits_seen:
-            begin_microbatch(model, job.layout, last=index == len(microbatches) - 1)
-            part = loss_of(logits_seen(logits_of(model, batch)), batch.targets) / share.counted
-        with recorder.phase("backward"):
-            part.backward()
-            loss += part.detach()
+    """Run the schedule's passes over this rank's microbatches; return its part of the global batch's mean loss."""
+    passes = Passes(model, len(share.microbatches))
+    loss = torch.zeros((), device=share.microbatches[0].tokens.device)
+    for action in passes.actions:
+        if action.kind == "F":
+            with recorder.phase("forward"), memory.forward(model, times=passes.alike(action)) as logits_seen:
+                held = model.cut(share.microbatches[action.microbatch])
+                made = passes.forward(action, held.tokens, held.view)
+                if action.stage == model.last:
+                    made = loss_of(logits_seen(made), held.targets) / share.counted
+                    loss += made.detach()
+                passes.keep(action, made)
+        else:
+            with recorder.phase("backward"):
+                passes.backward(action)
+    passes.close()
     return loss
 
 
 def update(
-    step: int,
-    model: Decoder,
-    optimizer: Optimizer,
-    loss: Tensor,
-    job: Job,
-    recorder: Recorder,
-    memory: MemoryProbe,
-    *,
-    stop: bool,
-) -> tuple[StepTotals, float]:
-    """Clip by the whole gradient's norm and step the optimizer; return the step's totals and learning rate."""
+    model: Stages, optimizer: Optimizer, loss: Tensor, job: Job, recorder: Recorder, memory: MemoryProbe, *, stop: bool
+) -> StepTotals:
+    """Clip by the whole gradient's norm and step the optimizer; return the step's totals."""
     with recorder.phase("optimizer"):
-        squared = squared_norm(model)
+        squared = squared_norm(model, but=model.tied_copy())
         with recorder.phase("control"):
-            totals = reduce_step(loss, squared, job.layout, stop=stop)
+            totals = reduce_step(loss, squared, job.layout, stop=stop, loads=take_loads(model))
         clip_gradients(model, totals.gradient_norm, job.optimizer.clip_norm)
-        rate = set_learning_rate(optimizer, step, job)
         optimizer.step()
+        move_biases(model, totals)
         memory.states(model, optimizer)
         optimizer.zero_grad(set_to_none=True)
-    return totals, rate
+    return totals

@@ -1,25 +1,34 @@
 """The optimizer and its schedule."""
 
 import math
+from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from meshwright.spec import Job, OptimizerSettings
+from meshwright.parallel import HostAdamW
+from meshwright.spec import Job, Offload, OptimizerSettings
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
-    """AdamW, fused into one kernel for all parameters, or SGD; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, offload: Offload = "none") -> Optimizer:
+    """AdamW, fused into one kernel for all parameters, or SGD; weight decay on matrices only.
+
+    offload: "optimizer" keeps AdamW's states in the host's memory.
+    """
+    groups: dict[tuple[bool, object], dict[str, Any]] = {}
+    for parameter in model.parameters():
+        # One kernel takes parameters of one mesh, and experts lie on one of their own.
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        decay = settings.weight_decay if parameter.dim() >= 2 else 0.0
+        group = groups.setdefault((parameter.dim() >= 2, mesh), {"params": [], "weight_decay": decay})
+        group["params"].append(parameter)
+    kinds = list(groups.values())
     if settings.name == "sgd":
         # Fused SGD does not know sharded parameters, in torch 2.13.
-        return SGD(groups, lr=settings.learning_rate, foreach=True)
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
+        return SGD(kinds, lr=settings.learning_rate, foreach=True)
+    kind = HostAdamW if offload == "optimizer" else AdamW
+    return kind(kinds, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def learning_rate(step: int, steps: int, settings: OptimizerSettings) -> float:

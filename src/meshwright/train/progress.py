@@ -41,6 +41,8 @@ def describe(line: Metrics) -> str:
     if line.mfu is not None:
         words.append(f"MFU {line.mfu:.1%}")
     words.append(f"{line.memory_bytes / 2**30:.2f} GiB")
+    if line.expert_load is not None:
+        words.append(f"fullest expert {line.expert_load:.1f}x")
     return "  ".join(words)
 
 

@@ -59,6 +59,8 @@ class Reporter:
                 tokens_per_s=self._tokens / step_s,
                 mfu=self._mfu_seconds / step_s if self._mfu_seconds else None,
                 memory_bytes=peak_memory_bytes(self._device),
+                expert_load=totals.expert_load(),
+                balance_loss=totals.balance_loss(),
             )
             self._writer.append(line)
             self._display.step(line)

@@ -5,14 +5,12 @@ import sys
 from types import FrameType
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from meshwright.checkpoint import CheckpointError, load_checkpoint, load_pretrained, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
-from meshwright.models import Decoder
-from meshwright.parallel import data_rank, tell_all
+from meshwright.parallel import Stages, data_rank, tell_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
@@ -57,7 +55,7 @@ def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.devi
     )
 
 
-def restore(folder: RunFolder, model: Decoder, optimizer: Optimizer, stream: Stream) -> int:
+def restore(folder: RunFolder, model: Stages, optimizer: Optimizer, stream: Stream) -> int:
     """Fill model and optimizer from the run's newest checkpoint and return its step.
 
     If there is none: 0, and the model starts from the weights in model.path, or stays as it was built.
@@ -73,7 +71,7 @@ def restore(folder: RunFolder, model: Decoder, optimizer: Optimizer, stream: Str
 def save(
     folder: RunFolder,
     step: int,
-    model: nn.Module,
+    model: Stages,
     optimizer: Optimizer,
     stream: Stream,
     job: Job,

@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import build_model, initialize_
+from meshwright.models import NOT_COUNTED, Decoder, Mixture, build_model, build_view, initialize_
 from meshwright.record.verification import Comparison, Reference, Rounding, relative_differences
 from meshwright.spec import Job, Precision
-from meshwright.train.evaluate import logits_of
 from meshwright.train.optimizer import learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +37,10 @@ class Alone:
         self._model = build_model(job.model, device=device)
         initialize_(self._model, job.model, job.run.seed)
         self.weights = {name: p.detach().clone() for name, p in self._model.named_parameters()}
-        self._model.to(DTYPES[job.layout.precision])
+        self.biases = dict(self._model.named_buffers())
+        for parameter in self._model.parameters():
+            # Not the biases that routers choose by, which a rank keeps in fp32 too.
+            parameter.data = parameter.data.to(DTYPES[job.layout.precision])
 
     def batch(self, step: int) -> Batch[Tensor]:
         """The whole global batch of a step."""
@@ -72,6 +74,9 @@ class Alone:
             decay = settings.weight_decay if weight.dim() >= 2 else 0.0
             weight -= rate * (scale * gradients[name] + decay * weight)
             parameter.copy_(weight)
+        for module in self._model.modules():
+            if isinstance(module, Mixture):
+                balance(module)
         return norm
 
     def train(self) -> "Training":
@@ -95,6 +100,19 @@ class Training(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+def logits_of(model: Decoder, batch: Batch[Tensor]) -> Tensor:
+    """The model's logits for whole samples."""
+    return model(batch.tokens, build_view(model.spec, batch.tokens.shape[1], batch.documents, batch.tokens.device))
+
+
+def balance(mixture: Mixture) -> None:
+    """Move a mixture's bias by what its experts had in the step that ends, if it has one that moves."""
+    counts = mixture.experts.load.take(mixture.router.weight)[1:]
+    if mixture.router.bias is not None:
+        error = counts.double().mean() - counts.double()
+        mixture.router.bias += mixture.experts.settings.bias_rate * error.sign().float()
+
+
 def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
     """The job's steps in fp32; what the ranks will compare with goes into a safetensors file at `written`.
 
@@ -105,15 +123,17 @@ def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
     training = alone.train()
     tensors = {SAMPLES: alone.batch(0).tokens} | {OUTPUT + name: output for name, output in outputs.items()}
     tensors |= {GRADIENT + name: gradient for name, gradient in training.gradients.items()}
-    tensors |= {WEIGHT + name: weight for name, weight in alone.weights.items()}
+    weights = alone.weights | alone.biases
+    tensors |= {WEIGHT + name: weight for name, weight in weights.items()}
     whole = torch.contiguous_format
     save_file({name: tensor.cpu().clone(memory_format=whole) for name, tensor in tensors.items()}, written)
     return Reference(
         losses=training.losses,
         norms=training.norms,
+        counted=int((alone.batch(0).targets != NOT_COUNTED).sum()),
         outputs={name: output.numel() for name, output in outputs.items()},
         gradients={name: gradient.numel() for name, gradient in training.gradients.items()},
-        weights={name: weight.numel() for name, weight in alone.weights.items()},
+        weights={name: weight.numel() for name, weight in weights.items()},
         rounding=measure_rounding(job, device) if job.layout.precision != "fp32" else None,
     )
 

@@ -1,29 +1,30 @@
 """One rank of a layout, run as the trainer runs it and held against the reference as it goes."""
 
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from meshwright.data import Batch
 from meshwright.parallel import (
+    Stages,
     build_loss,
     build_mesh,
     build_parallel_model,
-    free_gathered,
+    cut_sequence,
     local_part,
 )
 from meshwright.record import RunFolder
 from meshwright.record.verification import Comparison, RankReport
-from meshwright.spec import Job
+from meshwright.spec import Job, ModelSpec, home_of
 from meshwright.trace import MemoryProbe, Recorder
 from meshwright.train import loop
-from meshwright.train.evaluate import logits_of
-from meshwright.train.optimizer import build_optimizer
+from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.setup import build_batches, open_data
 from meshwright.verify.alone import GRADIENT, OUTPUT, SAMPLES, WEIGHT, compare, watching
 
@@ -33,7 +34,8 @@ Offset = tuple[int, ...]
 class ReferenceFile:
     """The reference's tensors on disk; of each only the part that is asked for is read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: ModelSpec) -> None:
+        self._model = model
         self._file = safe_open(path, framework="pt")
         self._names = set(self._file.keys())
 
@@ -55,43 +57,47 @@ class ReferenceFile:
         found: dict[str, Comparison] = {}
         for name, tensor in tensors.items():
             local, offset, _ = local_part(tensor)
-            found[name] = self.compare(prefix + name, local, offset)
+            home = home_of(self._model, name)
+            found[home] = found.get(home, Comparison()) + self.compare(prefix + home, local, offset)
         return found
 
 
 def run_layout(job: Job, folder: RunFolder, attempt: int, device: torch.device, reference: Path) -> RankReport:
     """Train the job's steps on this rank with the trainer's own parts. Called after start_distributed."""
-    file = ReferenceFile(reference)
+    file = ReferenceFile(reference, job.model)
     mesh = build_mesh(job.layout, device)
     memory = MemoryProbe(device)
     stream = open_data(job)
     model = build_parallel_model(job, mesh, device)
-    optimizer = build_optimizer(model, job.optimizer)
+    optimizer = build_optimizer(model, job.optimizer, job.layout.offload)
     loss_of = build_loss(job, mesh, device)
     batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=0.0)
     losses: list[float] = []
     norms: list[float] = []
-    foreign, outputs, gradients = -1, {}, {}
+    foreign, misplaced, outputs, gradients = -1, -1, {}, {}
     for step in range(job.run.steps):
         share = batches.next(step)
         if step == 0:
             foreign = first_foreign(file, share.microbatches, job, mesh)
+            misplaced = first_misplaced(share.microbatches[0], job, mesh)
             outputs = compare_outputs(file, model, share.microbatches, job, mesh)
-        loss = loop.forward_backward(model, share, loss_of, job, recorder, memory)
+        loss = loop.forward_backward(model, share, loss_of, recorder, memory)
         if step == 0:
             gradients = file.compare_parts(
                 GRADIENT, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             )
-        totals, _ = loop.update(step, model, optimizer, loss, job, recorder, memory, stop=False)
+        set_learning_rate(optimizer, step, job)
+        totals = loop.update(model, optimizer, loss, job, recorder, memory, stop=False)
         losses.append(totals.loss.item())
         norms.append(totals.gradient_norm.item())
-    weights = file.compare_parts(WEIGHT, dict(model.named_parameters()))
+    weights = file.compare_parts(WEIGHT, dict(chain(model.named_parameters(), model.named_buffers())))
     batches.close()
     recorder.close("finished")
     return RankReport(
         rank=dist.get_rank(),
         foreign=foreign,
+        misplaced=misplaced,
         outputs=outputs,
         gradients=gradients,
         weights=weights,
@@ -121,9 +127,31 @@ def first_foreign(file: ReferenceFile, microbatches: list[Batch[Tensor]], job: J
     return -1
 
 
+def first_misplaced(batch: Batch[Tensor], job: Job, mesh: DeviceMesh) -> int:
+    """The first of this rank's tokens of a sample that does not stand where it should; -1 where all do.
+
+    By its own count: walking through the sequence, a token's place is one more than the one before it, or 0 where a
+    document begins.
+    """
+    held = cut_sequence(batch, job.model, job.layout, mesh)
+    length = batch.tokens.shape[1] // (2 * job.layout.context)
+    rank = mesh["context"].get_local_rank()
+    starts = rank * length, (2 * job.layout.context - 1 - rank) * length
+    documents = torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents
+    for sample, places in zip(documents.tolist(), held.view.places.expand_as(held.tokens).tolist(), strict=True):
+        wanted = [0]
+        for before, document in pairwise(sample):
+            wanted.append(wanted[-1] + 1 if document == before else 0)
+        mine = [place for start in starts for place in wanted[start : start + length]]
+        wrong = [number for number, (place, right) in enumerate(zip(places, mine, strict=True)) if place != right]
+        if wrong:
+            return wrong[0]
+    return -1
+
+
 @torch.no_grad()
 def compare_outputs(
-    file: ReferenceFile, model: nn.Module, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
+    file: ReferenceFile, model: Stages, microbatches: list[Batch[Tensor]], job: Job, mesh: DeviceMesh
 ) -> dict[str, Comparison]:
     """Every module's output over this rank's samples of the first step, in a forward pass of its own.
 
@@ -132,25 +160,37 @@ def compare_outputs(
     found: dict[str, Comparison] = {}
     for number, batch in enumerate(microbatches):
         seen: dict[str, Tensor] = {}
+        held = model.cut(batch)
         with torch.compiler.set_stance("force_eager"), watching(model, seen):
-            logits_of(model, batch)
+            model(held.tokens, held.view)
+        first = first_sample(job, mesh, number)
         for name, output in seen.items():
-            offset, local = locate(output, file.shape(OUTPUT + name), mesh)
-            part = file.compare(OUTPUT + name, local, (offset[0] + first_sample(job, mesh, number), *offset[1:]))
-            found[name] = found.get(name, Comparison()) + part
-    free_gathered(model)
+            for offset, local in locate(output, file.shape(OUTPUT + name), mesh):
+                part = file.compare(OUTPUT + name, local, (offset[0] + first, *offset[1:]))
+                found[name] = found.get(name, Comparison()) + part
+    model.free()
     return found
 
 
-def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> tuple[Offset, Tensor]:
-    """Where a module's output [samples, ...] stands in the whole one, along all dims but the first.
+def locate(output: Tensor, whole: tuple[int, ...], mesh: DeviceMesh) -> list[tuple[Offset, Tensor]]:
+    """Where a module's output [samples, S, ...] stands in the whole one, along all dims but the first, in pieces.
 
     Plain tensors are split evenly along tensor: sequences, heads and widths divide. Where heads are shared by several
-    ranks, there are fewer different parts than ranks.
+    ranks, there are fewer different parts than ranks. Along context, what the ranks of tensor split is two stretches
+    of the sequence: one counted from its start, and one of the same length counted from its end.
     """
+    context, size = mesh["context"], mesh["tensor"].size()
+    cut = (whole[0], whole[1] // context.size(), *whole[2:])
     if isinstance(output, DTensor):
-        local, offset, _ = local_part(output)
-        return offset, local
-    rank, size = mesh["tensor"].get_local_rank(), mesh["tensor"].size()
-    dims = zip(output.shape[1:], whole[1:], strict=True)
-    return (0, *(rank * (full // part) // size * part for part, full in dims)), output
+        output, offset, _ = local_part(output)
+    else:
+        dims = zip(output.shape[1:], cut[1:], strict=True)
+        offset = (0, *(mesh["tensor"].get_local_rank() * (full // part) // size * part for part, full in dims))
+    if context.size() == 1:
+        return [(offset, output)]
+    length, rank = cut[1] // 2, context.get_local_rank()
+    turn = min(max(0, length - offset[1]), output.shape[1])  # tokens of it that are in the first stretch
+    early, late = output[:, :turn], output[:, turn:]
+    starts = rank * length + offset[1], whole[1] - (rank + 1) * length + max(0, offset[1] - length)
+    pieces = zip(starts, (early, late), strict=True)
+    return [((offset[0], start, *offset[2:]), piece) for start, piece in pieces if piece.shape[1]]

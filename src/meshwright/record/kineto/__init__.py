@@ -3,13 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from meshwright.account import MeasuredStep, Purpose
 from meshwright.record.kineto.cpu import cpu_timeline
-from meshwright.record.kineto.events import PHASES, PREFIX, STEP, group_ranks
+from meshwright.record.kineto.events import PHASES, PREFIX, ROWS, STEP, expert_rows, group_ranks, message_label
 from meshwright.record.kineto.gpu import gpu_timeline
 from meshwright.record.timeline import book
 
-__all__ = ["PHASES", "PREFIX", "STEP", "measure_step"]
+__all__ = ["PHASES", "PREFIX", "ROWS", "STEP", "measure_step", "message_label"]
 
 
 def measure_step(
@@ -25,5 +27,6 @@ def measure_step(
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     groups = group_ranks(trace)
     on_gpu = any(event.get("cat") == "kernel" for event in events)
-    timeline = gpu_timeline(events, groups, purposes) if on_gpu else cpu_timeline(events, groups)
-    return book(timeline, step=step, rank=rank, host=host, useful_s=useful_s)
+    timeline = gpu_timeline(events, groups, purposes) if on_gpu else cpu_timeline(events, groups, purposes)
+    measured = book(timeline, step=step, rank=rank, host=host, useful_s=useful_s)
+    return msgspec.structs.replace(measured, expert_rows=expert_rows(events))

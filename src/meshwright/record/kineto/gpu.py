@@ -1,11 +1,12 @@
 """A GPU rank's step, on the device's clock: from the end of the previous step's last kernel to the end of its own."""
 
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import STEP, TraceEvent, phases, span, within
+from meshwright.record.kineto.events import STEP, MessageSpan, TraceEvent, message_spans, phase_of, phases, span, within
 from meshwright.record.timeline import Timeline, contention, numbered
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -32,12 +33,9 @@ def gpu_timeline(
     start, end = device_window(events, step, device, launched)
     inside = [e for e in device if start < span(e)[1] and span(e)[0] < end]
     kernels = [e for e in inside if not is_nccl(e)]
+    sent = [message for message in message_spans(events) if message.what != "take" or message.number < 0]
     transfers = numbered(
-        [
-            transfer_of(e, groups, purposes, control=within(launch_of(e, launched)[0], during["control"]))
-            for e in inside
-            if is_nccl(e)
-        ]
+        [transfer_of(e, launch_of(e, launched)[0], groups, purposes, during, sent) for e in inside if is_nccl(e)]
     )
     updating, again = (
         union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
@@ -81,20 +79,26 @@ def device_window(
 
 def transfer_of(
     event: TraceEvent,
+    launch: float,
     groups: Mapping[str, tuple[str, tuple[int, ...]]],
     purposes: Mapping[str, Purpose],
-    *,
-    control: bool,
+    during: Mapping[str, list[Interval]],
+    sent: Sequence[MessageSpan],
 ) -> Transfer:
-    """A collective's kernel as a transfer, with the process group that the trace names.
+    """A transfer's kernel, with the process group that the trace names, or between the ranks that its launch names.
 
-    One that the loop launched in its control phase is a small sync, whatever else its group carries.
+    Its phase may say what it is for, whatever else its group carries.
     """
     args = event.get("args", {})
     description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
     described = str(args.get("Process Group Description", description))
     start, end = span(event)
-    purpose = "control" if control else purposes.get(described, "control")
+    purpose = phase_of(launch, during) or purposes.get(described, "control")
+    position = bisect_right(sent, launch, key=lambda message: message.interval[0]) - 1
+    if position >= 0 and launch <= sent[position].interval[1]:
+        message = sent[position]
+        ends = (message.source, message.target)
+        return Transfer(purpose="pipeline", ranks=ends, index=message.number, start_s=start, end_s=end)
     return Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end)
 
 

@@ -1,0 +1,112 @@
+"""What ranks along pipeline wait for: the schedule itself, stages that the layout made unequal, and ranks too slow."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import msgspec
+
+from meshwright.account import Purpose, ResolvedStep, StepAccount
+from meshwright.plan.collective import stride_of
+from meshwright.spec import (
+    DURATIONS,
+    Action,
+    Job,
+    Layout,
+    build_schedule,
+    split_layers,
+    stage_costs,
+    walk,
+)
+
+# At these a rank of a pipeline waits even where all are equally fast: for a state, and at the step's end.
+WAITS_IN_TURN: tuple[Purpose, ...] = ("pipeline", "control")
+
+
+class Idle(msgspec.Struct, frozen=True, kw_only=True):
+    """By rank along pipeline, as shares of the mean rank's busy time.
+
+    bubble: idle with equal stages; imbalance: what unequal ones add; busy: how long the rank's own passes take.
+    """
+
+    bubble: tuple[float, ...]
+    imbalance: tuple[float, ...]
+    busy: tuple[float, ...]
+
+
+def predict_idle(job: Job) -> Idle:
+    """The schedule replayed with free messages: first with equal stages, then with stages as long as their FLOPs."""
+    layout = job.layout
+    schedule = build_schedule(layout, layout.accumulation(job.data.global_batch))
+    costs = stage_shares(job)
+    again = layout.recomputed_layers(job.model.layers) / job.model.layers
+    passes = {kind: DURATIONS[kind] + (again if kind in ("B", "I") else 0.0) for kind in DURATIONS}
+    equal = idle_seconds(layout, schedule, {(kind, stage): passes[kind] for kind in passes for stage in costs})
+    unequal = idle_seconds(
+        layout, schedule, {(kind, stage): passes[kind] * costs[stage] for kind in passes for stage in costs}
+    )
+    mean = fmean(busy for _, busy in equal)
+    return Idle(
+        bubble=tuple(idle / mean for idle, _ in equal),
+        imbalance=tuple(max(0.0, more - less) / mean for (more, _), (less, _) in zip(unequal, equal, strict=True)),
+        busy=tuple(busy / mean for _, busy in unequal),
+    )
+
+
+def stage_shares(job: Job) -> dict[int, float]:
+    """Each stage's cost over the mean stage's."""
+    blocks, first, last = stage_costs(job.model, job.data.sequence)
+    split = split_layers(job.model, job.layout, job.data.sequence)
+    ends = [sum(split[:stage]) for stage in range(len(split) + 1)]
+    costs = [sum(blocks[ends[stage] : ends[stage + 1]]) for stage in range(len(split))]
+    costs[0] += first
+    costs[-1] += last
+    return {stage: cost / fmean(costs) for stage, cost in enumerate(costs)}
+
+
+def idle_seconds(
+    layout: Layout, schedule: Sequence[Sequence[Action]], seconds: Mapping[tuple[str, int], float]
+) -> list[tuple[float, float]]:
+    """Idle and busy time of each rank along pipeline, until the last one is done."""
+    ends = walk(layout, schedule, lambda action: seconds[action.kind, action.stage])
+    end = max(ends.values())
+    busy = [sum(seconds[action.kind, action.stage] for action in actions) for actions in schedule]
+    return [(end - own, own) for own in busy]
+
+
+def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[ResolvedStep]:
+    """One step of all ranks, with what each waited in turn divided over `bubble`, `imbalance` and `straggler`.
+
+    The first two are what the replay gives, no more than was waited; what is left is blamed on the ranks that were
+    busier than their stages' cost explains.
+    """
+    layout, idle = job.layout, predict_idle(job)
+    stride = stride_of(layout, "pipeline")
+    places = {one.rank: one.rank // stride % layout.pipeline for one in resolved}
+    busy = {one.rank: busy_seconds(one.account) for one in resolved}
+    mean = fmean(busy.values())
+    excess = {rank: max(0.0, busy[rank] - mean * idle.busy[places[rank]]) for rank in busy}
+    late = {rank: more / sum(excess.values()) for rank, more in excess.items() if more > 0}
+    found: list[ResolvedStep] = []
+    for one in resolved:
+        waited = sum(one.waited.get(purpose, 0.0) for purpose in WAITS_IN_TURN)
+        bubble = min(waited, mean * idle.bubble[places[one.rank]])
+        imbalance = min(waited - bubble, mean * idle.imbalance[places[one.rank]])
+        rest = waited - bubble - imbalance
+        blame = dict(one.blame)
+        for rank, share in late.items():
+            if rank != one.rank and rest > 0:
+                blame[rank] = blame.get(rank, 0.0) + rest * share
+        account = msgspec.structs.replace(
+            one.account,
+            straggler=one.account.straggler - bubble - imbalance,
+            bubble=one.account.bubble + bubble,
+            imbalance=one.account.imbalance + imbalance,
+        )
+        found.append(msgspec.structs.replace(one, account=account, blame=blame))
+    return found
+
+
+def busy_seconds(account: StepAccount) -> float:
+    """What a rank's passes take, the transfers that they wait for included."""
+    moved = (account.comm_shard, account.comm_tensor, account.comm_context, account.comm_expert)
+    return account.compute + account.recompute + sum(moved)

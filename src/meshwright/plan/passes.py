@@ -1,0 +1,118 @@
+"""Seconds of each stage's passes in a step: what of them is gathered and reduced when is `zero`'s meaning."""
+
+import msgspec
+
+from meshwright.plan.frame import Frame
+from meshwright.plan.part import Part, Stage, sharding
+from meshwright.plan.rates import rates_of
+from meshwright.plan.replay import Seconds
+from meshwright.plan.walk import Walk, walk_backward, walk_forward
+from meshwright.plan.work import Moves, Piece, build_pieces, stage_pieces
+from meshwright.spec import SPLIT_BACKWARD, Job
+
+
+class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
+    """A stage's passes. first: the forward pass of a step's first microbatch; last: the backward pass of its last;
+    forward, backward: of all others; middle: both together. weights_s: of a backward pass, the gradients of matrices,
+    which come by themselves where it is cut in two. closing_s: reductions that begin only after all of these. launch_s:
+    what the host takes for either pass, where the device waits for it. hidden: transfers under one microbatch's passes.
+    """
+
+    first: Walk
+    forward: Walk
+    backward: Walk
+    last: Walk
+    middle: Walk
+    weights_s: float
+    closing_s: float
+    launch_s: float
+    hidden: Moves
+
+    def seconds(self) -> Seconds:
+        """How long each kind of pass keeps its rank."""
+        first, forward, backward, last = (
+            walk.busy_s() + self.launch_s for walk in (self.first, self.forward, self.backward, self.last)
+        )
+        weights_s, closing_s = self.weights_s, self.closing_s
+        inputs = (backward - weights_s, last - weights_s - closing_s)
+        return (first, forward, backward, last, *inputs, weights_s, weights_s + closing_s)
+
+
+def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
+    """Every stage's passes, first to last."""
+    pieces = build_pieces(job, frame.cut)
+    known: dict[tuple[object, ...], StageWalks] = {}
+    walks: dict[int, StageWalks] = {}
+    again = job.layout.recomputed_layers(job.model.layers)
+    for stage in (stage for part in frame.parts for stage in part.stages):
+        # Stages in the middle are alike.
+        alike = (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
+        if alike not in known:
+            known[alike] = walk_stage(job, stage_pieces(job, frame.cut, pieces, stage), stage)
+        walks[stage.index] = known[alike]
+    return [walks[index] for index in sorted(walks)]
+
+
+def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
+    """One stage's passes."""
+    layout, rates = job.layout, rates_of(job.cluster.device)
+    overlaps, microbatches = rates.overlaps, layout.accumulation(job.data.global_batch)
+    # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.
+    holds = sharding(layout) == 1 or layout.zero == 1
+    split = layout.schedule in SPLIT_BACKWARD
+
+    def back(*, last: bool) -> Walk:
+        reduces = (last or not holds) and not split
+        return walk_backward(
+            pieces,
+            gathers=layout.zero == 3,
+            scatters=reduces,
+            all_reduces=reduces and last and layout.replica > 1,
+            accumulates=holds and microbatches > 1,
+            overlaps=overlaps,
+            last=last,
+        )
+
+    first = walk_forward(pieces, gathers=True, overlaps=overlaps)
+    forward = walk_forward(pieces, gathers=not holds, overlaps=overlaps)
+    backward, last, closing = back(last=False), back(last=True), Walk()
+    if split:
+        # Weights' gradients come after the passes that FSDP would reduce behind: all of it shows.
+        scatter_s = sum(p.count * p.scatter_s for p in pieces)
+        replica_s = sum(p.count * p.all_reduce_s for p in pieces) if layout.replica > 1 else 0.0
+        closing = Walk(
+            compute_s=sum(p.count * p.copy_in_s for p in pieces),
+            shard_s=scatter_s,
+            replica_s=replica_s,
+            exposed_shard_s=scatter_s,
+            exposed_replica_s=replica_s,
+        )
+    return StageWalks(
+        first=first,
+        forward=forward,
+        backward=backward,
+        last=last + closing,
+        middle=forward + backward,
+        weights_s=sum(p.count * p.weights_s for p in pieces),
+        closing_s=closing.busy_s(),
+        launch_s=stage_launches(job, stage) / 2 if job.cluster.device.kind == "cpu" else 0.0,
+        hidden=Moves(
+            tensor_s=sum(p.count * p.hidden.tensor_s for p in pieces),
+            context_s=sum(p.count * p.hidden.context_s for p in pieces),
+        ),
+    )
+
+
+def rank_launches(job: Job, part: Part) -> float:
+    """What the host takes to launch all of a rank's work on one microbatch."""
+    return sum(stage_launches(job, stage) for stage in part.stages)
+
+
+def stage_launches(job: Job, stage: Stage) -> float:
+    """The same of one stage. FSDP wraps each block, the head and the root; what runs again is launched again."""
+    rates = rates_of(job.cluster.device)
+    again = stage.first(job.layout.recomputed_layers(job.model.layers))
+    launches_s = rates.block_host_s * (stage.layers + again / 2)
+    launches_s += rates.group_host_s * (stage.layers + 1 + stage.head)
+    ends = (stage.root + stage.head) / 2
+    return launches_s + (rates.tensor_host_s * (stage.layers + ends + again / 2) if job.layout.tensor > 1 else 0.0)

@@ -1,0 +1,172 @@
+"""Predictions, and the plan that is made of them."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import msgspec
+
+from meshwright.plan.compute import has_known_peak
+from meshwright.plan.fit import Rejected
+from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.memory import predict_memory
+from meshwright.plan.passes import walk_stages
+from meshwright.plan.pipeline import draw_pipeline
+from meshwright.plan.search import axes_in_use, search_layouts
+from meshwright.plan.time import predict_step, share_machine
+from meshwright.plan.verdict import TIE, explain_verdict
+from meshwright.record import Prediction
+from meshwright.spec import Cluster, Job, Layout
+
+# Layouts that a plan lists; the rest are counted.
+LISTED = 20
+
+PRECISION_NOTE = {
+    "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
+    "cpu": "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds",
+}
+UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
+EXPERTS_NOTE = (
+    "mixtures of experts: grouped products and uneven loads are assumed, not measured (plan/rates.py, plan/expert.py)"
+)
+EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What planning found.
+
+    verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
+    it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
+    of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
+    the job's own number of ranks.
+    """
+
+    verdict: str
+    model: str
+    cluster: Cluster
+    sequence: int
+    global_batch: int
+    capacity_bytes: float
+    job: Prediction
+    job_fits: bool
+    one_device: Prediction | None
+    ranked: tuple[Prediction, ...]
+    considered: int
+    rejected: tuple[Rejected, ...]
+
+
+def predict(job: Job) -> Prediction:
+    """The accounts of the job's own layout, and what its pipeline runs when."""
+    job = share_machine(job)
+    frame = build_frame(job)
+    prediction = predict_framed(job, frame)
+    if job.layout.pipeline == 1 or not has_known_peak(job.cluster.device, job):
+        return prediction
+    return msgspec.structs.replace(prediction, pipeline=draw_pipeline(job, frame, walk_stages(job, frame)))
+
+
+def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction:
+    """The same without what a pipeline runs when. frame: what build_frame gives for the job. brief: as predict_step."""
+    job = share_machine(job)
+    step, overlapped = predict_step(job, frame, brief=brief)
+    step_s = step.total()
+    tokens = job.data.global_batch * job.data.sequence
+    return Prediction(
+        layout=job.layout,
+        step=step,
+        overlapped=overlapped,
+        memory=predict_memory(job, frame),
+        step_s=step_s,
+        tokens_per_s=tokens / step_s if step_s else 0.0,
+        notes=tuple(notes_on(job, known=step_s > 0)),
+    )
+
+
+def notes_on(job: Job, *, known: bool) -> list[str]:
+    """How far to trust a prediction."""
+    split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.kind == "cuda"
+    notes = [PRECISION_NOTE[job.cluster.device.kind] if known else UNKNOWN_PEAK_NOTE]
+    return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
+
+
+def build_plan(job: Job) -> Plan:
+    """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
+    found, rejected = search_layouts(job, partial(predict_framed, brief=True))
+    own = predict(job)
+    ranked = rank_predictions(found)
+    one = next((p for p in ranked if p.layout.world_size == 1), None)
+    capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    return Plan(
+        verdict=explain_verdict(job, own, one, ranked),
+        model=job.model.name,
+        cluster=job.cluster,
+        sequence=job.data.sequence,
+        global_batch=job.data.global_batch,
+        capacity_bytes=capacity_bytes,
+        job=own,
+        job_fits=own.memory.total() <= capacity_bytes,
+        one_device=one,
+        ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
+        considered=len(ranked),
+        rejected=name_nearest(rejected, ranked),
+    )
+
+
+def list_of(ranked: Sequence[Prediction]) -> list[Prediction]:
+    """The fastest, and of each axis that divides models or sequences the fastest with it, however far behind."""
+    axes = ("pipeline", "context", "tensor", "expert")
+    firsts = [next((p for p in ranked if getattr(p.layout, axis) > 1), None) for axis in axes]
+    return [p for place, p in enumerate(ranked) if place < LISTED or any(p is first for first in firsts)]
+
+
+def in_full(job: Job, prediction: Prediction) -> Prediction:
+    """A prediction that the search made in brief, with what its pipeline waits for told apart."""
+    if prediction.layout.pipeline == 1 or not prediction.step_s:
+        return prediction
+    job = msgspec.structs.replace(job, layout=prediction.layout)
+    return predict_framed(job, build_frame(job))
+
+
+def rank_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
+    """Fastest first; within TIE of the fastest that is left, simplest first."""
+    left = sorted(predictions, key=lambda p: p.step_s)
+    ranked: list[Prediction] = []
+    while left:
+        ties = [p for p in left if p.step_s <= left[0].step_s * (1 + TIE)]
+        ranked += sorted(ties, key=complexity)
+        left = left[len(ties) :]
+    return ranked
+
+
+def complexity(prediction: Prediction) -> tuple[float, ...]:
+    """What makes a layout the harder one to run: ranks, axes in use and what is recomputed, then memory."""
+    layout = prediction.layout
+    again = layout.recompute not in ("none", 0)
+    turns = layout.pipeline > 1 and layout.schedule != "1f1b"
+    return (layout.world_size, axes_in_use(layout) + again + turns, prediction.memory.total())
+
+
+def name_nearest(rejected: Sequence[Rejected], ranked: Sequence[Prediction]) -> tuple[Rejected, ...]:
+    """Memory rejections with the nearest layout that works: as many ranks first, then as large a microbatch."""
+    by_ranks: dict[int, list[Prediction]] = {}
+    for prediction in ranked:
+        by_ranks.setdefault(prediction.layout.world_size, []).append(prediction)
+
+    def nearest(wanted: Layout) -> str:
+        def distance(prediction: Prediction) -> tuple[float, ...]:
+            layout = prediction.layout
+            return (
+                abs(layout.microbatch - wanted.microbatch),
+                layout.pipeline != wanted.pipeline,
+                layout.context != wanted.context,
+                layout.tensor != wanted.tensor,
+                layout.shard != wanted.shard,
+                abs(layout.zero - wanted.zero),
+                prediction.step_s,
+            )
+
+        ranks = min(by_ranks, key=lambda ranks: (abs(ranks - wanted.world_size), ranks))
+        return min(by_ranks[ranks], key=distance).layout.label()
+
+    return tuple(
+        r if r.nearest or not ranked else msgspec.structs.replace(r, nearest=nearest(r.layout)) for r in rejected
+    )

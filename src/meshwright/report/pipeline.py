@@ -1,0 +1,68 @@
+"""A pipeline's schedule as predicted: rank by time."""
+
+from meshwright.record import PlannedPass, PlannedPipeline
+from meshwright.report.charts import AXES_HEIGHT, CLOSE_BAR_HEIGHT, DRAWN_RANKS, Figure
+from meshwright.report.colours import COLOURS
+from meshwright.report.words import Unit
+
+# Passes drawn of each rank: more are too narrow to be seen.
+DRAWN_PASSES = 128
+# Each kind of pass in words.
+PASSES = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
+
+
+def pipeline_figure(planned: PlannedPipeline, unit: Unit) -> Figure:
+    """Each rank's passes along time, in a colour for each kind; numbered by microbatch where there is room."""
+    rows = [(f"rank {rank}", passes[:DRAWN_PASSES]) for rank, passes in enumerate(planned.ranks[:DRAWN_RANKS])]
+    kinds = [kind for kind in PASSES if any(one.kind == kind for _, passes in rows for one in passes)]
+    layout: Figure = {
+        "height": AXES_HEIGHT + CLOSE_BAR_HEIGHT * len(rows),
+        "barmode": "overlay",
+        "bargap": 0.15,
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
+        "xaxis": {"title": {"text": f"time from the step's begin, {unit.name}"}, "rangemode": "tozero"},
+        "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False},
+        "uniformtext": {"mode": "hide", "minsize": 8},
+    }
+    return {"data": [pass_trace(kind, rows, unit) for kind in kinds], "layout": layout}
+
+
+def pass_trace(kind: str, rows: list[tuple[str, tuple[PlannedPass, ...]]], unit: Unit) -> Figure:
+    """Every pass of one kind."""
+    found = [(name, one) for name, passes in rows for one in passes if one.kind == kind]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": PASSES[kind],
+        "y": [name for name, _ in found],
+        "base": [one.begin_s / unit.size for _, one in found],
+        "x": [(one.end_s - one.begin_s) / unit.size for _, one in found],
+        "marker": {"color": COLOURS[PASSES[kind]], "line": {"width": 0.5}},
+        "text": [str(one.microbatch) for _, one in found],
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textangle": 0,
+        "customdata": [one.stage for _, one in found],
+        "hovertemplate": f"{PASSES[kind]} of microbatch %{{text}}, stage %{{customdata}}: %{{x:,.2f}}<extra></extra>",
+    }
+
+
+def pipeline_words(planned: PlannedPipeline) -> str:
+    """The schedule, the stages, and what of the step is not drawn."""
+    ranks = len(planned.ranks)
+    words = f"As predicted. {blocks_held(planned)}"
+    if ranks > DRAWN_RANKS:
+        words += f"; the first {DRAWN_RANKS} of {ranks} ranks"
+    if any(len(passes) > DRAWN_PASSES for passes in planned.ranks):
+        words += "; the step's beginning"
+    elif planned.left_out:
+        words += f"; {planned.left_out} microbatches like those in the middle are left out"
+    return words + "."
+
+
+def blocks_held(planned: PlannedPipeline) -> str:
+    """The schedule with the blocks of each rank: "1f1b; blocks on each rank: 9, 9, 8, 6"."""
+    stages = list(zip(planned.stage_layers, planned.stage_ranks, strict=True))
+    held = ["+".join(str(layers) for layers, rank in stages if rank == place) for place in range(len(planned.ranks))]
+    return f"{planned.schedule}; blocks on each rank: {', '.join(held)}"

@@ -1,0 +1,361 @@
+"""Mixtures of experts: layouts against one process, what a run keeps and tells of them, and what is refused.
+
+Which experts a token goes to is a jump, not a slope: where two of them stand equal, round-off decides, and a layout
+could differ from one process without being wrong. So the inputs here keep the last that is chosen clear of the first
+that is not, in every token of every step, and a test holds them to it.
+"""
+
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from jobs import tiny_job
+from mixtures import MIXTURES, SEEDS, mixture_job
+from ranks import run_ranks
+from torch import Tensor
+from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
+from verifying import Fault, References, assert_agrees, verdict_of
+
+from meshwright.explain.verification import Cause
+from meshwright.launch.shrink import write_text
+from meshwright.models import Experts
+from meshwright.models.experts import Choice, keep_best_groups
+from meshwright.parallel import expert
+from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
+from meshwright.spec import Job, SettingError
+from meshwright.train import loop
+from meshwright.train.progress import describe
+from meshwright.verify.alone import train_alone
+
+# Of the scores that a router ranks, relative: a thousand times what fp32 rounds.
+LEAST_MARGIN = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where text, tokens and references are, for all cases."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> References:
+    return References(folder)
+
+
+@pytest.fixture
+def compare(folder: Path, references: References, tmp_path: Path) -> Callable[..., None]:
+    """Run a layout of a mixture and fail if it differs from one process."""
+
+    def run(mixture: str, **settings: Any) -> None:
+        job = mixture_job(folder, mixture, run={"folder": str(tmp_path)}, **settings)
+        assert_agrees(verdict_of(job, references))
+
+    return run
+
+
+# --- Layouts against one process ------------------------------------------------------------------------------------
+
+
+def margin(ranked: Tensor, chosen: int) -> float:
+    """How far the last of `chosen` is from the first that is not, relative, at the least over all tokens."""
+    last, beaten = ranked.topk(chosen + 1, dim=-1).values[..., -2:].unbind(-1)
+    return float(((last - beaten) / last.abs()).min())
+
+
+def margins_of(job: Job, written: Path) -> list[float]:
+    """The relative distance of each pass's closest call, in one process's training."""
+    seen: list[float] = []
+    choose = Experts.choose
+
+    def choosing(self: Experts, logits: Tensor, bias: Tensor | None) -> Choice:
+        choice = choose(self, logits, bias)
+        scores = (logits.sigmoid() if self.sigmoid else logits.softmax(-1)).detach()
+        ranked = scores if bias is None else scores + bias
+        if self.settings.groups > 1:
+            groups, kept = self.settings.groups, self.settings.groups_per_token
+            seen.append(margin(ranked.unflatten(-1, (groups, -1)).topk(2, dim=-1).values.sum(-1), kept))
+            ranked = keep_best_groups(ranked, groups, kept)
+        seen.append(margin(ranked, self.settings.per_token))
+        return choice
+
+    with mock.patch.object(Experts, "choose", choosing):
+        train_alone(job, torch.device("cpu"), written)
+    return seen
+
+
+@pytest.mark.parametrize(("mixture", "layers"), SEEDS)
+def test_no_choice_is_close(folder: Path, mixture: str, layers: int) -> None:
+    job = mixture_job(folder, mixture, model={"layers": layers})
+    margins = margins_of(job, folder / "margins.safetensors")
+    assert len(margins) > job.run.steps
+    assert min(margins) > LEAST_MARGIN
+
+
+NO_MORE: dict[str, Any] = {}
+
+
+class Case(NamedTuple):
+    mixture: str
+    axes: dict[str, int]
+    accumulation: int = 1
+    layout: dict[str, Any] = NO_MORE
+    layers: int = 2
+
+    def __str__(self) -> str:
+        words = [f"{name}{value}" for name, value in (self.axes | self.layout).items()]
+        return "-".join([self.mixture, *words, f"accumulation{self.accumulation}"])
+
+
+FAST = [
+    Case("mixtral", {}, 4),
+    Case("mixtral", {"shard": 2, "expert": 2}, 2, {"recompute": "selective"}),
+    Case("qwen3-moe", {"shard": 4, "expert": 2}, 1, {"recompute": 1}),
+    Case("shared", {"shard": 2, "tensor": 2, "expert": 4}, 2, {"recompute": "full"}),
+    Case("shared", {"replica": 2, "shard": 2, "expert": 2}, 1, {"zero": 2}),
+    Case("qwen3-moe", {"tensor": 2}),
+    Case("mixtral", {"pipeline": 2, "shard": 2, "expert": 2}, 2),
+    Case("qwen3-moe", {"context": 2, "expert": 2}, 1),
+    Case("shared", {"pipeline": 2, "shard": 2, "expert": 2}, 4, {"schedule": "zbv", "zero": 1}, 4),
+]
+SPREADS: list[dict[str, int]] = [
+    {"shard": 2},
+    {"replica": 2},
+    {"tensor": 2, "expert": 2},
+    {"tensor": 4, "expert": 2},
+    {"shard": 4, "expert": 4},
+    {"replica": 2, "tensor": 2, "expert": 2},
+    {"shard": 2, "tensor": 2},
+    {"shard": 2, "tensor": 2, "expert": 2},
+    {"replica": 2, "shard": 2, "tensor": 2, "expert": 4},
+    {"shard": 4, "tensor": 2, "expert": 8},
+    {"shard": 8, "expert": 4},
+    {"shard": 4, "tensor": 2},
+]
+POLICIES: list[tuple[int, dict[str, Any]]] = [
+    (1, {"recompute": "selective", "zero": 1}),
+    (2, {"recompute": "none", "zero": 2}),
+    (1, {"recompute": "full", "zero": 3}),
+    (2, {"recompute": 1, "zero": 1}),
+]
+# Mixtures and policies take turns, and another one begins each time, so that none always meets the same.
+SLOW = [
+    Case(list(MIXTURES)[(number + number // 3) % 3], axes, *POLICIES[(number + number // 4) % 4])
+    for number, axes in enumerate(SPREADS)
+] + [
+    Case("mixtral", {"pipeline": 2, "shard": 4, "expert": 4}, 2, {"recompute": "selective"}),
+    Case("mixtral", {"pipeline": 2, "replica": 2, "tensor": 2, "expert": 2}, 2, {"zero": 2}),
+    Case("mixtral", {"pipeline": 2, "tensor": 2, "expert": 2}, 4, {"schedule": "interleaved", "recompute": 1}, 4),
+    Case("shared", {"pipeline": 2, "shard": 2}, 4, {"schedule": "zero-bubble", "zero": 1, "recompute": "none"}, 4),
+    Case("shared", {"pipeline": 2, "context": 2, "expert": 2}, 4, {"schedule": "gpipe", "recompute": "full"}),
+    Case("shared", {"context": 2, "shard": 2, "expert": 2}, 2, {"context_form": "all-to-all"}),
+    Case("mixtral", {"shard": 2, "context": 2, "tensor": 2, "expert": 4}, 1, {"recompute": "full"}),
+    Case("qwen3-moe", {"context": 2, "tensor": 2}, 1, {"recompute": "selective", "zero": 1}),
+]
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_layout_equals_one_process(compare: Callable[..., None], case: Case) -> None:
+    model = {"layers": case.layers}
+    compare(case.mixture, accumulation=case.accumulation, layout=case.axes | case.layout, model=model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_every_layout_equals_one_process(compare: Callable[..., None], case: Case) -> None:
+    model = {"layers": case.layers}
+    compare(case.mixture, accumulation=case.accumulation, layout=case.axes | case.layout, model=model)
+
+
+def test_selections_hold_each_policy_and_each_way_to_divide_experts() -> None:
+    cases = FAST + SLOW
+    assert {case.layout.get("recompute", "none") for case in cases} == {"none", "selective", "full", 1}
+    assert {case.layout.get("zero", 3) for case in cases} == {1, 2, 3}
+    for mixture in MIXTURES:
+        assert {case.axes.get("expert", 1) > 1 for case in cases if case.mixture == mixture} == {False, True}
+
+
+# --- Faults ---------------------------------------------------------------------------------------------------------
+
+
+def weights_not_differentiated(_job: Job) -> AbstractContextManager[object]:
+    """Routers decide, and are never told how well."""
+    choose = Experts.choose
+
+    def choosing(self: Experts, *arguments: Any) -> Choice:
+        choice = choose(self, *arguments)
+        return choice._replace(weights=choice.weights.detach())
+
+    return mock.patch.object(Experts, "choose", choosing)
+
+
+def token_dropped(_job: Job) -> AbstractContextManager[object]:
+    """A rank's last row to another rank comes back as nothing."""
+    back = expert.AllToAll._send_back
+
+    def dropping(self: expert.AllToAll, *arguments: Any) -> Tensor:
+        rows = back(self, *arguments)
+        kept = torch.ones(len(rows), 1)
+        kept[-1] = 0
+        return rows * kept
+
+    return mock.patch.object(expert.AllToAll, "_send_back", dropping)
+
+
+def balance_of_each_rank(_job: Job) -> AbstractContextManager[object]:
+    """Biases follow what a rank's own tokens did."""
+    reduce_step = loop.reduce_step
+
+    def reducing(*arguments: Any, loads: Tensor, **more: Any) -> Any:
+        own = loads.clone()
+        return reduce_step(*arguments, loads=loads, **more)._replace(loads=own)
+
+    return mock.patch.object(loop, "reduce_step", reducing)
+
+
+@pytest.fixture
+def cause_of(folder: Path, references: References, tmp_path: Path) -> Callable[..., Cause]:
+    """What verify makes of a fault in a layout of a mixture."""
+
+    def find(fault: Fault, mixture: str, **layout: int) -> Cause:
+        job = mixture_job(folder, mixture, layout=layout, run={"folder": str(tmp_path)})
+        verdict = verdict_of(job, references, fault)
+        assert not verdict.agrees
+        assert verdict.cause is not None
+        return verdict.cause
+
+    return find
+
+
+@pytest.mark.parametrize("axes", [{"shard": 2}, {"tensor": 2, "expert": 2}], ids=str)
+def test_weights_that_are_not_differentiated_are_named(cause_of: Callable[..., Cause], axes: Any) -> None:
+    cause = cause_of(weights_not_differentiated, "mixtral", **axes)
+    assert cause.module == "blocks.1.feed_forward.router"
+    assert "differentiated" in cause.likely
+
+
+@pytest.mark.parametrize("axes", [{"shard": 2, "expert": 2}, {"shard": 2, "tensor": 2, "expert": 4}], ids=str)
+def test_a_dropped_token_is_named(cause_of: Callable[..., Cause], axes: Any) -> None:
+    cause = cause_of(token_dropped, "mixtral", **axes)
+    assert cause.module == "blocks.0.feed_forward.experts"
+    assert "dropped" in cause.likely
+
+
+def test_biases_moved_by_one_ranks_tokens_are_noticed(cause_of: Callable[..., Cause]) -> None:
+    cause_of(balance_of_each_rank, "mixtral", shard=2)
+
+
+# --- What a run keeps and tells -------------------------------------------------------------------------------------
+
+
+def test_another_layout_of_the_experts_goes_on_where_the_first_stopped(folder: Path, tmp_path: Path) -> None:
+    """Weights, moments and biases, saved by one layout and read by others."""
+
+    def train(name: str, steps: int, layout: dict[str, int]) -> tuple[list[Metrics], Tensors]:
+        """Train a run, begun or not, to the checkpoint after `steps`."""
+        job = mixture_job(
+            folder,
+            "shared",
+            accumulation=2,
+            layout=layout,
+            run={"folder": str(tmp_path), "name": name},
+            optimizer={"name": "adamw", "learning_rate": 0.01},
+            checkpoint={"every_steps": 1, "keep": 0},
+        )
+        run = RunFolder(tmp_path / name)
+        attempt = new_attempt(run, job) if run.path.exists() else new_run(job)[1]
+        run_ranks(job.layout.world_size, train_rank, job, run, attempt)
+        for later in run.checkpoints.glob("step-*"):
+            if int(later.name.removeprefix("step-")) > steps:
+                shutil.rmtree(later)
+        return read_metrics(run)[0], weights(job, run)
+
+    whole, end = train("whole", 5, {"shard": 2, "expert": 2})
+    train("parted", 1, {"shard": 2, "expert": 2})
+    train("parted", 3, {"pipeline": 2, "tensor": 2})
+    lines, again = train("parted", 5, {"shard": 4, "expert": 2})
+    assert [line.step for line in lines] == [0, 1, 2, 3, 4]
+    for line, wanted in zip(lines, whole, strict=True):
+        assert line.loss == pytest.approx(wanted.loss, rel=1e-5)
+        assert line.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
+    for name, tensor in again.items():
+        # Adam amplifies round-off where a gradient is nearly zero, so norms are compared, not elements.
+        assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
+    assert any(name.endswith("router.bias") and tensor.any() for name, tensor in again.items())
+
+
+def test_load_and_balance_are_told(folder: Path, tmp_path: Path) -> None:
+    job = mixture_job(
+        folder, "mixtral", layout={"shard": 2, "expert": 2}, run={"folder": str(tmp_path), "name": "told"}
+    )
+    lines, _, _ = train_layout(job)
+    for line in lines:
+        assert line.expert_load is not None and 1 <= line.expert_load <= 8 / 2
+        assert line.balance_loss is not None and line.balance_loss >= 2 * 0.3 * 0.9
+    assert "fullest expert" in describe(lines[-1])
+
+
+def test_a_profiled_step_says_what_each_ranks_experts_were_sent(folder: Path, tmp_path: Path) -> None:
+    """The rows of all ranks are the tokens' choices, computed again or not; their transfers are the expert axis's."""
+    job = mixture_job(
+        folder,
+        "mixtral",
+        accumulation=2,
+        layout={"shard": 2, "tensor": 2, "expert": 2, "recompute": "full"},
+        run={"folder": str(tmp_path), "name": "traced"},
+        trace={"every_steps": 2},
+    )
+    run, attempt = new_run(job)
+    run_ranks(4, train_rank, job, run, attempt)
+    steps = {
+        rank: [e.measured for e in events if isinstance(e, Step)] for rank, events in read_events(run, attempt).items()
+    }
+    profiled = [measured[0] for measured in steps.values()]
+    assert len(profiled) == 4
+    for measured in profiled:
+        assert len(measured.expert_rows) == 2 * 2
+        assert 0 < measured.expert_share < 0.5
+        ranks = {transfer.ranks for transfer in measured.transfers if transfer.purpose == "expert"}
+        assert ranks == {(0, 1)} if measured.rank < 2 else {(2, 3)}
+    rows = [sum(passes) for passes in zip(*(measured.expert_rows for measured in profiled), strict=True)]
+    assert rows == [4 * 16 * 2] * 4
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "experts", "names", "reason", "nearest"),
+    [
+        ({"shard": 4, "expert": 3}, {"count": 6}, "layout.expert = 3", "context x tensor = 4, which", "expert = 2"),
+        ({"shard": 4, "expert": 4}, {"count": 6}, "layout.expert = 4", "model.experts.count = 6", "expert = 2"),
+        ({"shard": 4}, {"feed_forward": 6}, "layout.expert = 1", "leaves 4 ranks", "layout.expert = 2"),
+        ({"shard": 4}, {"feed_forward": 6, "count": 5}, "layout.expert = 1", "nor model.d_model = 34", "fewer ranks"),
+        ({}, {"per_token": 9}, "model.experts.per_token = 9", "between 1 and 8", "per_token = 8"),
+        ({}, {"groups": 3}, "model.experts.groups = 3", "does not divide model.experts.count = 8", "groups = 2"),
+        ({}, {"groups": 4, "per_token": 3}, "model.experts.per_token = 3", "more than the 2 experts", "per_token = 2"),
+        ({}, {"dense_layers": 2}, "model.experts.dense_layers = 2", "between 0 and 1", "dense_layers = 1"),
+        ({}, {"bias_rate": -1.0}, "model.experts.bias_rate = -1.0", "between 0.0 and 1.0", "bias_rate = 0.0"),
+        ({}, {"balance_loss": -1.0}, "model.experts.balance_loss = -1.0", "between", "balance_loss = 0.0"),
+    ],
+)
+def test_what_cannot_be_divided_or_routed_is_one_line(
+    tmp_path: Path, layout: dict[str, int], experts: dict[str, Any], names: str, reason: str, nearest: str
+) -> None:
+    numbers = {"count": 8, "per_token": 2, "feed_forward": 24} | experts
+    with pytest.raises(SettingError) as refused:
+        mixture_job(tmp_path, "mixtral", layout=layout, model={"experts": numbers, "d_model": 34})
+    error = refused.value
+    assert names in error.setting and reason in error.reason and nearest in error.nearest
+
+
+@pytest.mark.parametrize("setting", [{"balance_loss": 0.1}, {"bias_rate": 0.1}])
+def test_balance_means_nothing_without_experts(tmp_path: Path, setting: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=r"model\.experts: means nothing to llama"):
+        tiny_job(tmp_path, model={"experts": {"count": 4, "per_token": 1, "feed_forward": 8} | setting})

@@ -1,0 +1,166 @@
+"""The pipeline axis: every schedule, alone and with other axes, equals one process; what planted faults look like."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from jobs import tiny_job
+from torch import Tensor
+from verifying import Fault, References, assert_agrees, verdict_of
+
+from meshwright.data import StepBatches
+from meshwright.launch.shrink import write_text
+from meshwright.parallel.reduce import local_gradients
+from meshwright.spec import Job
+from meshwright.train import loop
+
+SPLIT = ("zero-bubble", "zbv", "dualpipev")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    write_text(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> References:
+    return References(folder)
+
+
+def pipelined(folder: Path, runs: Path, layout: dict[str, Any], **sections: dict[str, Any]) -> Job:
+    """A job with more microbatches than stages, and layers that no number of stages divides."""
+    data = layout.get("replica", 1) * layout.get("shard", 1)
+    world = data * layout["pipeline"] * layout.get("tensor", 1)
+    table: dict[str, dict[str, Any]] = {
+        "run": {"folder": str(runs)},
+        "model": {"layers": 9, "vocabulary": 263},
+        "data": {"global_batch": 8 * data},
+        "layout": {"microbatch": 1, "zero": 1 if layout.get("schedule") in SPLIT else 3, **layout},
+    }
+    for name, section in sections.items():
+        table[name] = table.get(name, {}) | section
+    return tiny_job(folder, processes=world, **table)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"pipeline": 2},
+    {"pipeline": 3, "schedule": "gpipe"},
+    {"pipeline": 2, "schedule": "interleaved"},
+    {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 3},
+    {"pipeline": 2, "schedule": "zero-bubble"},
+    {"pipeline": 2, "schedule": "zbv"},
+    {"pipeline": 2, "schedule": "dualpipev"},
+    {"pipeline": 3, "stage_layers": [1, 2, 6]},
+    {"pipeline": 2, "shard": 2, "zero": 2},
+    {"pipeline": 2, "shard": 2, "zero": 1, "recompute": "full"},
+    {"pipeline": 2, "shard": 2, "schedule": "zbv", "recompute": "selective"},
+    {"pipeline": 2, "replica": 2, "schedule": "interleaved", "recompute": 4},
+    {"pipeline": 2, "tensor": 2, "schedule": "zero-bubble"},
+]
+
+
+def tied_in_turns() -> list[Any]:
+    """Each layout with the head tied to the embedding or not, in turns; the other half for `make test-all`."""
+    each = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
+    slow = [number // 2 % 2 != number % 2 for number in range(len(each))]
+    return [
+        pytest.param(*case, id=name_of(*case), marks=[pytest.mark.slow] if late else [])
+        for case, late in zip(each, slow, strict=True)
+    ]
+
+
+def name_of(layout: dict[str, Any], tied: bool) -> str:
+    return "-".join([f"{name}_{value}" for name, value in layout.items()] + ["tied"] * tied)
+
+
+@pytest.mark.parametrize(("layout", "tied"), tied_in_turns())
+def test_a_pipeline_equals_one_process(
+    folder: Path, tmp_path: Path, references: References, layout: dict[str, Any], tied: bool
+) -> None:
+    job = pipelined(folder, tmp_path, layout, model={"tied_embeddings": tied})
+    assert_agrees(verdict_of(job, references))
+
+
+@pytest.mark.parametrize(
+    ("layout", "sections"),
+    [
+        # gpt2's table of positions is in the first stage alone; documents are known in all of them.
+        ({"pipeline": 2, "tensor": 2}, {"model": {"family": "gpt2", "kv_heads": 4, "max_positions": 24}}),
+        ({"pipeline": 2, "schedule": "zbv"}, {"data": {"attention": "document"}}),
+        ({"pipeline": 2}, {"model": {"family": "mistral", "attention_window": 7}}),
+        ({"pipeline": 2, "order": ["replica", "shard", "context", "tensor", "pipeline"], "shard": 2}, {}),
+        ({"pipeline": 2, "microbatch": 2}, {}),
+    ],
+    ids=["learned-positions", "documents", "window", "order", "microbatch"],
+)
+def test_what_a_stage_is_told_equals_one_process(
+    folder: Path, tmp_path: Path, references: References, layout: dict[str, Any], sections: dict[str, Any]
+) -> None:
+    assert_agrees(verdict_of(pipelined(folder, tmp_path, layout, **sections), references))
+
+
+# --- Faults ---------------------------------------------------------------------------------------------------------
+
+
+def scaled(factor: float, *, by_tokens: bool) -> Fault:
+    """Gradients are scaled after the passes, and the loss is not: by a factor, or by it and the tokens that count."""
+    forward_backward = loop.forward_backward
+
+    def scaling(model: Any, share: StepBatches, *others: Any) -> Tensor:
+        loss = forward_backward(model, share, *others)
+        for gradient in local_gradients(model):
+            gradient *= factor / share.counted if by_tokens else factor
+        return loss
+
+    return lambda _job: mock.patch.object(loop, "forward_backward", scaling)
+
+
+def loss_of_each_microbatch(job: Job) -> AbstractContextManager[object]:
+    """Each microbatch's loss counts as if it were the whole step's."""
+    forward_backward = loop.forward_backward
+    accumulation = job.layout.accumulation(job.data.global_batch)
+
+    def multiplying(model: Any, share: StepBatches, *others: Any) -> Tensor:
+        return forward_backward(model, share._replace(counted=share.counted / accumulation), *others)
+
+    return mock.patch.object(loop, "forward_backward", multiplying)
+
+
+def norm_without(stage: int) -> Fault:
+    """The ranks of one stage put nothing into the norm."""
+    squared_norm = loop.squared_norm
+
+    def leaving_out(model: Any, **options: Any) -> Tensor:
+        return squared_norm(model, **options) * (stage not in model.parts)
+
+    return lambda _job: mock.patch.object(loop, "squared_norm", leaving_out)
+
+
+@pytest.mark.parametrize(
+    ("fault", "module", "words"),
+    [
+        (scaled(1 / 8, by_tokens=False), "head", "the 8 microbatches of a step: gradients are averaged"),
+        (scaled(1.0, by_tokens=True), "head", "tokens that count in a step: what is divided by them is divided once"),
+        (loss_of_each_microbatch, "loss", "the 8 microbatches of a step: each one's loss"),
+        (norm_without(0), "gradient norm", "leaves out stage 0"),
+        (norm_without(1), "gradient norm", "leaves out stage 1"),
+    ],
+    ids=[
+        "averaged",
+        "divided-by-tokens",
+        "loss-times-microbatches",
+        "no-first-stage",
+        "no-last-stage",
+    ],
+)
+def test_faults_of_pipelines_are_named(
+    folder: Path, tmp_path: Path, references: References, fault: Fault, module: str, words: str
+) -> None:
+    verdict = verdict_of(pipelined(folder, tmp_path, {"pipeline": 2}), references, fault)
+    assert not verdict.agrees and verdict.cause is not None
+    assert verdict.cause.module == module
+    assert words in verdict.cause.likely
