@@ -177,12 +177,12 @@ import os, threading, time
 
 def arm():
     from meshwright.train import loop
-    update = loop.update
-    def failing(step, *arguments, **options):
+    set_learning_rate = loop.set_learning_rate
+    def failing(optimizer, step, job):
         if step == 3 and os.environ.get("RANK") == "1":
             raise RuntimeError("boom on purpose")
-        return update(step, *arguments, **options)
-    loop.update = failing
+        return set_learning_rate(optimizer, step, job)
+    loop.set_learning_rate = failing
 
 import importlib.abc, sys
 
