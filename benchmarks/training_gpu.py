@@ -1,6 +1,6 @@
 """Speed, memory and account of a real training run on this machine's GPUs, one run a layout.
 
-    python benchmarks/training_gpu.py [--job examples/llama-1b.toml] [--steps 25] [--same-batch] [--output FOLDER]
+    python benchmarks/training_gpu.py [--table NAME] [--job JOB] [--steps 25] [--only TEXT] [--output FOLDER]
 
 Each layout is trained by the command itself, in processes of its own; the table is read from the run folders. A row
 is one run: compare rows of one table only, and expect a few per cent between machines. TFLOP/s counts model FLOPs
@@ -13,20 +13,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, get_args
 
 from meshwright.explain import explain_run
 from meshwright.plan import local_cluster
 from meshwright.record import open_run, read_metrics
-from meshwright.spec import Job, count_flops
+from meshwright.spec import ContextForm, Job, Offload, Schedule, count_flops
 from meshwright.spec.decode import read_job
+
+# Settings by the layout's name.
+Rows = dict[str, list[str]]
 
 # Steps whose mean loss a row shows.
 LAST = 10
 
 
-def layouts(gpus: int) -> dict[str, list[str]]:
-    """Settings by name: one GPU, and on several each way to share the data."""
+def throughput(gpus: int) -> Rows:
+    """One GPU, and on several each way to share the data."""
     found = {"one GPU": ["layout.shard=1", "data.global_batch=8"]}
     if gpus > 1:
         batch = f"data.global_batch={8 * gpus}"
@@ -40,15 +45,12 @@ def layouts(gpus: int) -> dict[str, list[str]]:
     return found
 
 
-def same_batch(gpus: int) -> dict[str, list[str]]:
-    """Settings by name: every layout on the same samples, so that their losses can be compared; what differs between
-    the first two, one process with other microbatches, is rounding."""
-    spread = ["layout.shard=1", f"layout.tensor={gpus}"]
-    found = {
-        "one GPU": ["layout.shard=1"],
-        "one GPU, microbatch 4": ["layout.shard=1", "layout.microbatch=4"],
-    }
+def same_batch(gpus: int) -> Rows:
+    """Every layout on the same samples, so that their losses can be compared; what differs between the first two, one
+    process with other microbatches, is rounding."""
+    found = {"one GPU": ["layout.shard=1"], "one GPU, microbatch 4": ["layout.shard=1", "layout.microbatch=4"]}
     if gpus > 1:
+        spread = ["layout.shard=1", f"layout.tensor={gpus}"]
         found |= {
             f"shard {gpus}": [],
             f"replica {gpus}": ["layout.shard=1", f"layout.replica={gpus}"],
@@ -58,6 +60,44 @@ def same_batch(gpus: int) -> dict[str, list[str]]:
             f"shard {gpus}, recompute full": ["layout.recompute=full"],
         }
     return {name: [*settings, f"data.global_batch={8 * gpus}"] for name, settings in found.items()}
+
+
+def model_axes(gpus: int) -> Rows:
+    """Pipelines by each schedule, and both forms of context, on the samples of `same_batch`."""
+    staged = ["layout.shard=1", f"layout.pipeline={gpus}", "layout.microbatch=2", "layout.zero=1"]
+    shared = ["layout.shard=1", f"layout.context={gpus}"]
+    found = {f"pipeline {gpus}, {name}": [*staged, f"layout.schedule={name}"] for name in get_args(Schedule)}
+    found |= {f"context {gpus}, {form}": [*shared, f"layout.context_form={form}"] for form in get_args(ContextForm)}
+    return {name: [*settings, f"data.global_batch={8 * gpus}"] for name, settings in found.items()}
+
+
+def experts(gpus: int) -> Rows:
+    """A mixture whose experts every rank gathers, or that ranks divide."""
+    return {
+        f"shard {gpus}": [f"layout.shard={gpus}"],
+        f"shard {gpus}, expert {gpus}": [f"layout.shard={gpus}", f"layout.expert={gpus}"],
+    }
+
+
+def offload(gpus: int) -> Rows:
+    """What the host's memory takes over."""
+    return {f"shard {gpus}, offload {what}": [f"layout.offload={what}"] for what in get_args(Offload)}
+
+
+class Table(NamedTuple):
+    """Rows that go on one table, and the job that they change."""
+
+    rows: Callable[[int], Rows]
+    job: str = "examples/llama-1b.toml"
+
+
+TABLES = {
+    "throughput": Table(throughput),
+    "same-batch": Table(same_batch),
+    "model-axes": Table(model_axes),
+    "experts": Table(experts, "examples/mixture.toml"),
+    "offload": Table(offload),
+}
 
 
 def train(job: Path, name: str, settings: list[str], folder: Path) -> Path:
@@ -108,32 +148,33 @@ def columns(name: str, cells: list[str]) -> str:
 def main() -> None:
     """Run every layout and print the table."""
     parser = argparse.ArgumentParser(description="Train on GPUs, one run a layout.")
-    parser.add_argument("--job", type=Path, default=Path("examples/llama-1b.toml"))
+    parser.add_argument("--table", choices=list(TABLES), default="throughput")
+    parser.add_argument("--job", type=Path, help="change this job, not the table's own")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--same-batch", action="store_true", help="every layout on the same samples, losses compared")
     parser.add_argument("--only", default="", help="run the layouts whose name contains this")
     parser.add_argument("--output", type=Path, help="keep each run's folder here")
     options = parser.parse_args()
     gpus = local_cluster(1).devices
-    job = read_job(options.job, local=lambda processes: local_cluster(processes))
+    table = TABLES[options.table]
+    path = options.job or Path(table.job)
+    job = read_job(path, local=lambda processes: local_cluster(processes))
     if job.cluster.device.kind != "cuda":
         sys.exit("error: no GPU here; nearest that works: benchmarks/step_overhead.py")
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
-        chosen = same_batch(gpus) if options.same_batch else layouts(gpus)
-        for name, settings in chosen.items():
+        for name, settings in table.rows(gpus).items():
             if options.only not in name:
                 continue
             try:
-                path = train(options.job, name, [*settings, f"run.steps={options.steps}"], Path(temporary))
+                run = train(path, name, [*settings, f"run.steps={options.steps}"], Path(temporary))
             except subprocess.CalledProcessError as error:
                 lines.append(columns(name, [f"exit {error.returncode}"]))
                 continue
-            lines.append(row(name, path))
+            lines.append(row(name, run))
             print(lines[-1], flush=True)
-            subprocess.run([sys.executable, "-m", "meshwright", "explain", str(path)], check=True)
+            subprocess.run([sys.executable, "-m", "meshwright", "explain", str(run)], check=True)
             if options.output:
-                shutil.copytree(path, options.output / path.name)
+                shutil.copytree(run, options.output / run.name)
     print(f"\n{job.model.name}, sequence {job.data.sequence}, {job.layout.precision}, on {job.cluster.device.name}")
     print(columns("layout", ["ms/step", "tok/s/GPU", "TFLOP/s", "MFU", "GiB", "other", "plan", "loss"]))
     print("\n".join(lines))
