@@ -24,7 +24,14 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # By name and layers, one that keeps the margin.
-SEEDS = {("mixtral", 2): 48, ("qwen3-moe", 2): 48, ("shared", 2): 2, ("mixtral", 4): 31, ("shared", 4): 51}
+SEEDS = {
+    ("mixtral", 2): 48,
+    ("mixtral", 4): 31,
+    ("qwen3-moe", 2): 48,
+    ("qwen3-moe", 4): 2,
+    ("shared", 2): 2,
+    ("shared", 4): 51,
+}
 
 
 def mixture_job(folder: Path, mixture: str, *, accumulation: int = 1, **sections: dict[str, Any]) -> Job:

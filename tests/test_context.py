@@ -11,15 +11,15 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import Case, build_job
 from jobs import cpu_cluster, tiny_job
 from ranks import run_ranks
-from test_equivalence import build_job, case_of
 from torch import Tensor
 from training import new_attempt, new_run, train_rank, weights
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.explain.verification import Cause
-from meshwright.launch.shrink import shrink_job, write_text
+from meshwright.launch.shrink import shrink_job
 from meshwright.parallel import apply, build_mesh, context, parallelize, ring, start_distributed, stop_distributed
 from meshwright.record import Memory, RunFolder, read_events, read_metrics
 from meshwright.spec import Job, Layout, SettingError
@@ -28,73 +28,8 @@ from meshwright.spec.decode import planning_job
 # --- In training ----------------------------------------------------------------------------------------------------
 
 
-def a_job(
-    folder: Path, *, recompute: str | int = "none", documents: bool = False, fault: str = "", **choices: Any
-) -> Job:
-    """The equivalence tests' job with ranks along context; `choices`: axes, form, zero, family, accumulation."""
-    size, form = choices.pop("context"), choices.pop("form", "ring")
-    case = case_of(**choices)
-    part = 2 * size * case.tensor
-    sequence = -(-32 // part) * part
-    return build_job(
-        folder,
-        case,
-        layout={"context": size, "context_form": form, "recompute": recompute},
-        cluster={"processes": size * case.processes},
-        model={"max_positions": sequence} if case.family == "gpt2" else {},
-        data={"attention": "document" if documents else "sample", "sequence": sequence},
-        run={"name": f"{fault}-{case}-{size}-{form}-{documents}-{recompute}".strip("-")},
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where text, tokens and runs are, for all cases."""
-    folder = tmp_path_factory.mktemp("context")
-    write_text(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def references(folder: Path) -> References:
-    return References(folder)
-
-
-LAYOUTS: list[dict[str, Any]] = [
-    {"context": 2, "replica": 2, "family": "gpt2", "documents": True},
-    {"context": 2, "form": "all-to-all", "family": "gpt2", "documents": True},
-    {"context": 2, "shard": 2, "accumulation": 4, "recompute": "full"},
-    {"context": 2, "tensor": 2, "family": "qwen3", "documents": True},
-    {"context": 2, "shard": 2, "zero": 1, "accumulation": 4, "family": "qwen3", "form": "all-to-all"},
-    {"context": 3, "family": "qwen3", "recompute": "selective"},
-    {"context": 2, "zero": 1, "accumulation": 4, "family": "mistral", "recompute": 1},
-    {"context": 2},
-    {"context": 4, "family": "mistral", "documents": True},
-    {"context": 4, "form": "all-to-all", "family": "mistral", "recompute": "selective"},
-    {"context": 2, "shard": 2, "zero": 2, "recompute": "selective", "family": "gpt2"},
-    {"context": 2, "tensor": 2, "shard": 2, "family": "gpt2", "recompute": "selective", "accumulation": 4},
-    {"context": 2, "tensor": 4, "form": "all-to-all"},
-    {"context": 2, "replica": 2, "shard": 2, "zero": 2, "form": "all-to-all"},
-    {"context": 4, "tensor": 2, "recompute": "full"},
-    # A rank of tensor has the end of one chunk and the beginning of another.
-    {"context": 2, "tensor": 3, "form": "all-to-all", "family": "gpt2"},
-]
-
-
 def named(choices: dict[str, Any]) -> str:
     return "-".join(f"{name}{value}" for name, value in choices.items())
-
-
-def some_slow(layouts: list[dict[str, Any]], fast: int) -> list[Any]:
-    """The first ones, each with something that those before it do not have; the others for `make test-all`."""
-    return [
-        pytest.param(each, marks=[pytest.mark.slow] if number >= fast else []) for number, each in enumerate(layouts)
-    ]
-
-
-@pytest.mark.parametrize("choices", some_slow(LAYOUTS, 7), ids=named)
-def test_layout_equals_one_process(folder: Path, references: References, choices: dict[str, Any]) -> None:
-    assert_agrees(verdict_of(a_job(folder, **choices), references))
 
 
 def compiled_in_one_graph(_job: Job) -> AbstractContextManager[object]:
@@ -112,9 +47,13 @@ def compiled_in_one_graph(_job: Job) -> AbstractContextManager[object]:
 
 # The compiler looks at the gradients of what it is given, which torch warns of.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("choices", [{"recompute": "selective"}, {"form": "all-to-all", "documents": True}], ids=named)
-def test_a_compiled_block_stays_one_graph(folder: Path, references: References, choices: dict[str, Any]) -> None:
-    job = a_job(folder, context=2, fault="compiled", **choices)
+@pytest.mark.parametrize(
+    "choices", [{"recompute": "selective"}, {"context_form": "all-to-all", "documents": True}], ids=named
+)
+def test_a_compiled_block_stays_one_graph(
+    folder: Path, references: References, tmp_path: Path, choices: dict[str, Any]
+) -> None:
+    job = build_job(folder, Case(context=2, **choices), run={"folder": str(tmp_path)})
     assert_agrees(verdict_of(job, references, compiled_in_one_graph))
 
 
@@ -232,7 +171,8 @@ def cause_of(folder: Path, references: References) -> Callable[..., Cause]:
     """What verify makes of a fault in a layout."""
 
     def find(fault: Fault, **choices: Any) -> Cause:
-        verdict = verdict_of(a_job(folder, fault=fault.__name__, **choices), references, fault)
+        case = Case(**choices)
+        verdict = verdict_of(build_job(folder, case, run={"name": f"{fault.__name__}-{case}"}), references, fault)
         assert not verdict.agrees
         assert verdict.cause is not None
         return verdict.cause

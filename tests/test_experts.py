@@ -9,20 +9,19 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from jobs import tiny_job
-from mixtures import MIXTURES, SEEDS, mixture_job
+from mixtures import SEEDS, mixture_job
 from ranks import run_ranks
 from torch import Tensor
 from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
-from verifying import Fault, References, assert_agrees, verdict_of
+from verifying import Fault, References, verdict_of
 
 from meshwright.explain.verification import Cause
-from meshwright.launch.shrink import write_text
 from meshwright.models import Experts
 from meshwright.models.experts import Choice, keep_best_groups
 from meshwright.parallel import expert
@@ -36,31 +35,7 @@ from meshwright.verify.alone import train_alone
 LEAST_MARGIN = 1e-4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where text, tokens and references are, for all cases."""
-    folder = tmp_path_factory.mktemp("experts")
-    write_text(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def references(folder: Path) -> References:
-    return References(folder)
-
-
-@pytest.fixture
-def compare(folder: Path, references: References, tmp_path: Path) -> Callable[..., None]:
-    """Run a layout of a mixture and fail if it differs from one process."""
-
-    def run(mixture: str, **settings: Any) -> None:
-        job = mixture_job(folder, mixture, run={"folder": str(tmp_path)}, **settings)
-        assert_agrees(verdict_of(job, references))
-
-    return run
-
-
-# --- Layouts against one process ------------------------------------------------------------------------------------
+# --- Choices that no round-off turns ----------------------------------------------------------------------------------
 
 
 def margin(ranked: Tensor, chosen: int) -> float:
@@ -96,89 +71,6 @@ def test_no_choice_is_close(folder: Path, mixture: str, layers: int) -> None:
     margins = margins_of(job, folder / "margins.safetensors")
     assert len(margins) > job.run.steps
     assert min(margins) > LEAST_MARGIN
-
-
-NO_MORE: dict[str, Any] = {}
-
-
-class Case(NamedTuple):
-    mixture: str
-    axes: dict[str, int]
-    accumulation: int = 1
-    layout: dict[str, Any] = NO_MORE
-    layers: int = 2
-
-    def __str__(self) -> str:
-        words = [f"{name}{value}" for name, value in (self.axes | self.layout).items()]
-        return "-".join([self.mixture, *words, f"accumulation{self.accumulation}"])
-
-
-FAST = [
-    Case("mixtral", {}, 4),
-    Case("mixtral", {"shard": 2, "expert": 2}, 2, {"recompute": "selective"}),
-    Case("qwen3-moe", {"shard": 4, "expert": 2}, 1, {"recompute": 1}),
-    Case("shared", {"shard": 2, "tensor": 2, "expert": 4}, 2, {"recompute": "full"}),
-    Case("shared", {"replica": 2, "shard": 2, "expert": 2}, 1, {"zero": 2}),
-    Case("qwen3-moe", {"tensor": 2}),
-    Case("mixtral", {"pipeline": 2, "shard": 2, "expert": 2}, 2),
-    Case("qwen3-moe", {"context": 2, "expert": 2}, 1),
-    Case("shared", {"pipeline": 2, "shard": 2, "expert": 2}, 4, {"schedule": "zbv", "zero": 1}, 4),
-]
-SPREADS: list[dict[str, int]] = [
-    {"shard": 2},
-    {"replica": 2},
-    {"tensor": 2, "expert": 2},
-    {"tensor": 4, "expert": 2},
-    {"shard": 4, "expert": 4},
-    {"replica": 2, "tensor": 2, "expert": 2},
-    {"shard": 2, "tensor": 2},
-    {"shard": 2, "tensor": 2, "expert": 2},
-    {"replica": 2, "shard": 2, "tensor": 2, "expert": 4},
-    {"shard": 4, "tensor": 2, "expert": 8},
-    {"shard": 8, "expert": 4},
-    {"shard": 4, "tensor": 2},
-]
-POLICIES: list[tuple[int, dict[str, Any]]] = [
-    (1, {"recompute": "selective", "zero": 1}),
-    (2, {"recompute": "none", "zero": 2}),
-    (1, {"recompute": "full", "zero": 3}),
-    (2, {"recompute": 1, "zero": 1}),
-]
-# Mixtures and policies take turns, and another one begins each time, so that none always meets the same.
-SLOW = [
-    Case(list(MIXTURES)[(number + number // 3) % 3], axes, *POLICIES[(number + number // 4) % 4])
-    for number, axes in enumerate(SPREADS)
-] + [
-    Case("mixtral", {"pipeline": 2, "shard": 4, "expert": 4}, 2, {"recompute": "selective"}),
-    Case("mixtral", {"pipeline": 2, "replica": 2, "tensor": 2, "expert": 2}, 2, {"zero": 2}),
-    Case("mixtral", {"pipeline": 2, "tensor": 2, "expert": 2}, 4, {"schedule": "interleaved", "recompute": 1}, 4),
-    Case("shared", {"pipeline": 2, "shard": 2}, 4, {"schedule": "zero-bubble", "zero": 1, "recompute": "none"}, 4),
-    Case("shared", {"pipeline": 2, "context": 2, "expert": 2}, 4, {"schedule": "gpipe", "recompute": "full"}),
-    Case("shared", {"context": 2, "shard": 2, "expert": 2}, 2, {"context_form": "all-to-all"}),
-    Case("mixtral", {"shard": 2, "context": 2, "tensor": 2, "expert": 4}, 1, {"recompute": "full"}),
-    Case("qwen3-moe", {"context": 2, "tensor": 2}, 1, {"recompute": "selective", "zero": 1}),
-]
-
-
-@pytest.mark.parametrize("case", FAST, ids=str)
-def test_layout_equals_one_process(compare: Callable[..., None], case: Case) -> None:
-    model = {"layers": case.layers}
-    compare(case.mixture, accumulation=case.accumulation, layout=case.axes | case.layout, model=model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=str)
-def test_every_layout_equals_one_process(compare: Callable[..., None], case: Case) -> None:
-    model = {"layers": case.layers}
-    compare(case.mixture, accumulation=case.accumulation, layout=case.axes | case.layout, model=model)
-
-
-def test_selections_hold_each_policy_and_each_way_to_divide_experts() -> None:
-    cases = FAST + SLOW
-    assert {case.layout.get("recompute", "none") for case in cases} == {"none", "selective", "full", 1}
-    assert {case.layout.get("zero", 3) for case in cases} == {1, 2, 3}
-    for mixture in MIXTURES:
-        assert {case.axes.get("expert", 1) > 1 for case in cases if case.mixture == mixture} == {False, True}
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from test_equivalence import DENSE_FAMILIES, Case, build_job
+from cases import DENSE_FAMILIES, Case, build_job
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -16,7 +17,6 @@ from verifying import Fault, References, assert_agrees, no_fault, verdict_of
 
 from meshwright.data import StepBatches
 from meshwright.explain.verification import Cause, Verdict
-from meshwright.launch.shrink import write_text
 from meshwright.parallel import tensor
 from meshwright.parallel.reduce import local_gradients
 from meshwright.spec import Job
@@ -150,15 +150,11 @@ Find = Callable[..., Verdict]
 
 
 @pytest.fixture(scope="module")
-def verdict(tmp_path_factory: pytest.TempPathFactory) -> Find:
+def verdict(folder: Path, references: References) -> Find:
     """What verify says of a layout, right or with a fault in it."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_text(folder)
-    references = References(folder)
-    choices = {"replica": 1, "shard": 1, "tensor": 1, "zero": 3, "accumulation": 1, "recompute": "none"}
 
     def find(fault: Fault = no_fault, precision: str = "fp32", **settings: Any) -> Verdict:
-        case = Case(**{**choices, "family": "llama", **settings})
+        case = Case(**settings)
         run = {"name": f"{fault.__name__}-{precision}-{case}"}
         return verdict_of(build_job(folder, case, run=run, layout={"precision": precision}), references, fault)
 

@@ -134,15 +134,16 @@ def first_misplaced(batch: Batch[Tensor], job: Job, mesh: DeviceMesh) -> int:
     document begins.
     """
     held = cut_sequence(batch, job.model, job.layout, mesh)
-    length = batch.tokens.shape[1] // (2 * job.layout.context)
-    rank = mesh["context"].get_local_rank()
-    starts = rank * length, (2 * job.layout.context - 1 - rank) * length
+    size, rank = job.layout.context, mesh["context"].get_local_rank()
+    # Two chunks of a sequence that is cut; without a context axis there may be no two equal ones.
+    length = batch.tokens.shape[1] // (2 * size)
+    chunks = [slice(n * length, (n + 1) * length) for n in (rank, 2 * size - 1 - rank)] if size > 1 else [slice(None)]
     documents = torch.zeros_like(batch.tokens) if batch.documents is None else batch.documents
     for sample, places in zip(documents.tolist(), held.view.places.expand_as(held.tokens).tolist(), strict=True):
         wanted = [0]
         for before, document in pairwise(sample):
             wanted.append(wanted[-1] + 1 if document == before else 0)
-        mine = [place for start in starts for place in wanted[start : start + length]]
+        mine = [place for chunk in chunks for place in wanted[chunk]]
         wrong = [number for number, (place, right) in enumerate(zip(places, mine, strict=True)) if place != right]
         if wrong:
             return wrong[0]
