@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from meshwright.models import Decoder, View
 from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
 from meshwright.parallel.later import Later
+from meshwright.parallel.part import local
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, free_gathered, reduce_gradients
 from meshwright.record.kineto import message_label
 from meshwright.spec import (
@@ -305,6 +305,6 @@ def sum_tied(model: Stages) -> None:
 
 
 def local_gradient(weight: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter's gradient."""
+    """This rank's part of a parameter's gradient, which there must be."""
     assert weight.grad is not None
-    return weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    return local(weight.grad)
