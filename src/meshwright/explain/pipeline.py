@@ -13,7 +13,7 @@ from meshwright.spec import (
     Job,
     Layout,
     build_schedule,
-    split_layers,
+    stage_blocks,
     stage_costs,
     walk,
 )
@@ -55,9 +55,8 @@ def predict_idle(job: Job) -> Idle:
 def stage_shares(job: Job) -> dict[int, float]:
     """Each stage's cost over the mean stage's."""
     blocks, first, last = stage_costs(job.model, job.data.sequence)
-    split = split_layers(job.model, job.layout, job.data.sequence)
-    ends = [sum(split[:stage]) for stage in range(len(split) + 1)]
-    costs = [sum(blocks[ends[stage] : ends[stage + 1]]) for stage in range(len(split))]
+    stages = stage_blocks(job.model, job.layout, job.data.sequence)
+    costs = [sum(blocks[stage.start : stage.stop]) for stage in stages]
     costs[0] += first
     costs[-1] += last
     return {stage: cost / fmean(costs) for stage, cost in enumerate(costs)}

@@ -70,7 +70,7 @@ from meshwright.spec.schedule import (
     stage_count,
     stages_per_rank,
 )
-from meshwright.spec.stages import split_layers, stage_costs
+from meshwright.spec.stages import split_layers, stage_blocks, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -143,6 +143,7 @@ __all__ = [
     "split_layers",
     "split_of",
     "split_table",
+    "stage_blocks",
     "stage_costs",
     "stage_count",
     "stages_per_rank",
