@@ -101,6 +101,9 @@ class Stages(nn.Module):
         # Worked out once for each number of microbatches.
         self.schedule = cache(lambda microbatches: build_schedule(layout, microbatches))
         self.messages = cache(lambda microbatches: order_messages(layout, self.schedule(microbatches)))
+        # The same of a forward pass alone.
+        self.forward_schedule = forward_only(layout)
+        self.forward_messages = order_messages(layout, self.forward_schedule)
 
     @property
     def last(self) -> int:
@@ -114,10 +117,9 @@ class Stages(nn.Module):
     def forward(self, tokens: Tensor, view: View) -> Tensor | None:
         """The logits of a batch as large as a microbatch, [B, S, V], on the rank that has the last stage; on others
         None. All ranks along pipeline call it together. tokens: [B, S]."""
-        schedule = forward_only(self.layout)
-        mail = Mail(self.pipe, order_messages(self.layout, schedule))
+        mail = Mail(self.pipe, self.forward_messages)
         made = tokens
-        for action in schedule[self.pipe.rank]:
+        for action in self.forward_schedule[self.pipe.rank]:
             given = tokens if action.stage == 0 else mail.take("forward", action)
             made = self.parts[action.stage](given, view)
             if message := message_from(self.layout, action):
