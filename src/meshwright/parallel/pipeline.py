@@ -240,10 +240,8 @@ class Mail:
         with self._labelled("send", message):
             work = start(dist.isend, state, self._pipe, message.target)
         self._leaving.append((work, state))
-        while self._leaving[0][0].is_completed():
+        while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()[0].wait()
-            if not self._leaving:
-                break
         self._post_receives()
 
     def take(self, direction: Direction, action: Action) -> Tensor:
