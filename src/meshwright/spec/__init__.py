@@ -46,7 +46,7 @@ from meshwright.spec.layout import (
     check_layout,
     check_split,
 )
-from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages, walk
+from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages
 from meshwright.spec.model import (
     Experts,
     LatentAttention,
@@ -147,5 +147,4 @@ __all__ = [
     "stage_costs",
     "stage_count",
     "stages_per_rank",
-    "walk",
 ]
