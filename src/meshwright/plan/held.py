@@ -3,7 +3,7 @@
 from math import prod
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, sharding, split_dim
+from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, split_dim
 from meshwright.spec import (
     AXES,
     Axis,
@@ -74,7 +74,7 @@ def local_shape(job: Job, places: dict[Axis, int], name: str, shape: tuple[int, 
     dim = split_dim(job.model, split_table(job.model), name, shape, layout.tensor)
     if dim is not None:
         shape = chunk(shape, dim, layout.tensor, places["tensor"])
-    return chunk(shape, 0, sharding(layout), along // layout.tensor)
+    return chunk(shape, 0, layout.parameter_shards, along // layout.tensor)
 
 
 def chunk(shape: tuple[int, ...], dim: int, parts: int, place: int) -> tuple[int, ...]:

@@ -200,15 +200,10 @@ def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "
         shapes=shapes,
         elements=elements(shapes),
         routed=elements(routed),
-        local=local_elements(others, sharding(layout)) + local_routed(routed, layout.expert_shard),
+        local=local_elements(others, layout.parameter_shards) + local_routed(routed, layout.expert_shard),
         tensors=len(shapes),
         summed=tuple(prod(shapes[name]) for name in same),
     )
-
-
-def sharding(layout: Layout) -> int:
-    """Ranks that parameters are sharded over."""
-    return layout.shard * layout.context
 
 
 def split_experts(shape: Shape, ranks: int) -> Shape:
