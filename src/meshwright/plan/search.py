@@ -275,7 +275,7 @@ def expert_sizes(job: Job, layout: Layout) -> list[int]:
     """Powers of two that divide both a mixture's experts and the ranks that hold them."""
     if job.model.experts is None:
         return [1]
-    common = gcd(job.model.experts.count, layout.shard * layout.context * layout.tensor)
+    common = gcd(job.model.experts.count, layout.expert_ranks)
     sizes = (1 << power for power in range(MOST_EXPERT_RANKS.bit_length()))
     return [size for size in sizes if common % size == 0]
 
