@@ -6,7 +6,6 @@ from statistics import fmean
 import msgspec
 
 from meshwright.account import Purpose, ResolvedStep, StepAccount
-from meshwright.plan.collective import stride_of
 from meshwright.plan.replay import KINDS, Seconds, Timetable, build_timetable, replay
 from meshwright.spec import DURATIONS, Job, Layout, stage_blocks, stage_costs
 
@@ -67,9 +66,8 @@ def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[Resolve
     The first two are what the replay gives, no more than was waited; what is left is blamed on the ranks that were
     busier than their stages' cost explains.
     """
-    layout, idle = job.layout, predict_idle(job)
-    stride = stride_of(layout, "pipeline")
-    places = {one.rank: one.rank // stride % layout.pipeline for one in resolved}
+    idle = predict_idle(job)
+    places = {one.rank: job.layout.coordinates(one.rank)["pipeline"] for one in resolved}
     busy = {one.rank: busy_seconds(one.account) for one in resolved}
     mean = fmean(busy.values())
     excess = {rank: max(0.0, busy[rank] - mean * idle.busy[places[rank]]) for rank in busy}

@@ -5,10 +5,8 @@ from math import prod
 from meshwright.account import MemoryAccount
 from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, split_dim
 from meshwright.spec import (
-    AXES,
     Axis,
     Job,
-    Layout,
     ModelSpec,
     block_shapes,
     end_shapes,
@@ -19,7 +17,7 @@ from meshwright.spec import (
 
 def predict_states(job: Job, rank: int) -> MemoryAccount:
     """Parameters, gradients and optimizer states of one rank of the world, in bytes; nothing else is filled in."""
-    places = coordinates(job.layout, rank)
+    places = job.layout.coordinates(rank)
     stages = build_stages(job)
     held = tensors = 0
     for stage in (stages[index] for index in held_stages(job.layout, places["pipeline"])):
@@ -37,14 +35,6 @@ def state_bytes(job: Job, held: int, tensors: int) -> MemoryAccount:
     moments = 0 if job.layout.offload == "optimizer" else 2 * STATE_BYTES * held
     states = moments + 4 * tensors if job.optimizer.name == "adamw" else 0
     return MemoryAccount(parameters=STATE_BYTES * held, gradients=STATE_BYTES * held, optimizer_states=states)
-
-
-def coordinates(layout: Layout, rank: int) -> dict[Axis, int]:
-    """Where a rank of the world lies along each axis."""
-    places: dict[Axis, int] = {}
-    for axis in reversed(layout.order):
-        rank, places[axis] = divmod(rank, layout.size(axis))
-    return {axis: places[axis] for axis in AXES}
 
 
 def stage_shapes(model: ModelSpec, start: int, stop: int, *, pipeline: int) -> dict[str, tuple[int, ...]]:

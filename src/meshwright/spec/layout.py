@@ -90,6 +90,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Number of ranks along `axis`."""
         return getattr(self, axis)
 
+    def coordinates(self, rank: int) -> dict[Axis, int]:
+        """Where a rank of the world lies along each axis."""
+        places: dict[Axis, int] = {}
+        for axis in reversed(self.order):
+            rank, places[axis] = divmod(rank, self.size(axis))
+        return {axis: places[axis] for axis in AXES}
+
     def accumulation(self, global_batch: int) -> int:
         """Microbatches that each rank runs in a step of `global_batch` sequences."""
         return global_batch // (self.data_size * self.microbatch)
