@@ -10,6 +10,7 @@ from meshwright.spec import (
     ModelSpec,
     block_shapes,
     end_shapes,
+    expert_dim,
     held_stages,
     split_table,
 )
@@ -58,9 +59,7 @@ def local_shape(job: Job, places: dict[Axis, int], name: str, shape: tuple[int, 
     if name.partition(".")[2].partition(".")[2].startswith(ROUTED):
         expert_place, shard_place = along % layout.expert, along // layout.expert
         shape = chunk(shape, 0, layout.expert, expert_place)
-        # By rows, or by columns where ranks do not divide the rows.
-        dim = 2 if shape[1] % layout.expert_shard else 1
-        return chunk(shape, dim, layout.expert_shard, shard_place)
+        return chunk(shape, expert_dim(shape[1], layout.expert_shard), layout.expert_shard, shard_place)
     dim = split_dim(job.model, split_table(job.model), name, shape, layout.tensor)
     if dim is not None:
         shape = chunk(shape, dim, layout.tensor, places["tensor"])

@@ -10,7 +10,7 @@ from meshwright.spec.count import (
     home_of,
     parameter_shapes,
 )
-from meshwright.spec.division import check_context, check_expert
+from meshwright.spec.division import check_context, check_expert, expert_dim
 from meshwright.spec.errors import SettingError, closest, nearest_choice
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -131,6 +131,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "expert_dim",
     "forward_only",
     "held_stages",
     "home_of",

@@ -60,3 +60,8 @@ def expert_refusal(layout: Layout, size: int, model: ModelSpec) -> str:
         widths = f"model.experts.feed_forward = {experts.feed_forward} nor model.d_model = {model.d_model}"
         return f"leaves {parts} ranks to divide each expert's matrices, which divide neither {widths}"
     return ""
+
+
+def expert_dim(rows: int, ranks: int) -> int:
+    """The dim of stacked matrices [X, rows, columns] that ranks divide: rows, or where that is uneven the columns."""
+    return 2 if rows % ranks else 1
