@@ -12,7 +12,6 @@ import pytest
 from meshwright.plan import build_plan, predict, predict_memory, predict_states
 from meshwright.plan.collective import build_expert_rings, hop_seconds, predict_exchange
 from meshwright.plan.frame import build_frame
-from meshwright.plan.held import coordinates
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.part import build_parts
 from meshwright.plan.passes import walk_stages
@@ -110,7 +109,7 @@ def test_the_fullest_rank_of_each_place_along_pipeline_is_the_part(model: ModelS
     job = a_job(model, layout)
     by_place: dict[int, list[float]] = {}
     for rank in range(layout.world_size):
-        by_place.setdefault(coordinates(layout, rank)["pipeline"], []).append(predict_states(job, rank).parameters)
+        by_place.setdefault(layout.coordinates(rank)["pipeline"], []).append(predict_states(job, rank).parameters)
     for part in build_parts(job):
         assert 4 * part.local == max(by_place[part.rank])
         states = predict_states(job, 0).optimizer_states if part.rank == 0 else None

@@ -1,22 +1,13 @@
 """What ranks along pipeline wait for: the schedule itself, stages that the layout made unequal, and ranks too slow."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import msgspec
 
 from meshwright.account import Purpose, ResolvedStep, StepAccount
-from meshwright.plan.collective import stride_of
-from meshwright.spec import (
-    DURATIONS,
-    Action,
-    Job,
-    Layout,
-    build_schedule,
-    split_layers,
-    stage_costs,
-    walk,
-)
+from meshwright.plan.replay import KINDS, Seconds, Timetable, build_timetable, replay
+from meshwright.spec import DURATIONS, Job, Layout, stage_blocks, stage_costs
 
 # At these a rank of a pipeline waits even where all are equally fast: for a state, and at the step's end.
 WAITS_IN_TURN: tuple[Purpose, ...] = ("pipeline", "control")
@@ -35,15 +26,15 @@ class Idle(msgspec.Struct, frozen=True, kw_only=True):
 
 def predict_idle(job: Job) -> Idle:
     """The schedule replayed with free messages: first with equal stages, then with stages as long as their FLOPs."""
-    layout = job.layout
-    schedule = build_schedule(layout, layout.accumulation(job.data.global_batch))
-    costs = stage_shares(job)
+    layout, costs = job.layout, stage_shares(job)
+    microbatches = layout.accumulation(job.data.global_batch)
+    # All of the step, for the busy time is summed over it.
+    timetable = build_timetable(layout, microbatches, rounds=microbatches)
     again = layout.recomputed_layers(job.model.layers) / job.model.layers
-    passes = {kind: DURATIONS[kind] + (again if kind in ("B", "I") else 0.0) for kind in DURATIONS}
-    equal = idle_seconds(layout, schedule, {(kind, stage): passes[kind] for kind in passes for stage in costs})
-    unequal = idle_seconds(
-        layout, schedule, {(kind, stage): passes[kind] * costs[stage] for kind in passes for stage in costs}
-    )
+    passes: dict[str, float] = {kind: DURATIONS[kind] + (again if kind in ("B", "I") else 0.0) for kind in DURATIONS}
+    seconds = [passes[kind[-1]] for kind in KINDS]
+    equal = idle_seconds(layout, timetable, [seconds] * len(costs))
+    unequal = idle_seconds(layout, timetable, [[each * cost for each in seconds] for cost in costs])
     mean = fmean(busy for _, busy in equal)
     return Idle(
         bubble=tuple(idle / mean for idle, _ in equal),
@@ -52,25 +43,21 @@ def predict_idle(job: Job) -> Idle:
     )
 
 
-def stage_shares(job: Job) -> dict[int, float]:
-    """Each stage's cost over the mean stage's."""
+def stage_shares(job: Job) -> list[float]:
+    """Each stage's cost over the mean stage's, first to last."""
     blocks, first, last = stage_costs(job.model, job.data.sequence)
-    split = split_layers(job.model, job.layout, job.data.sequence)
-    ends = [sum(split[:stage]) for stage in range(len(split) + 1)]
-    costs = [sum(blocks[ends[stage] : ends[stage + 1]]) for stage in range(len(split))]
+    stages = stage_blocks(job.model, job.layout, job.data.sequence)
+    costs = [sum(blocks[stage.start : stage.stop]) for stage in stages]
     costs[0] += first
     costs[-1] += last
-    return {stage: cost / fmean(costs) for stage, cost in enumerate(costs)}
+    return [cost / fmean(costs) for cost in costs]
 
 
-def idle_seconds(
-    layout: Layout, schedule: Sequence[Sequence[Action]], seconds: Mapping[tuple[str, int], float]
-) -> list[tuple[float, float]]:
-    """Idle and busy time of each rank along pipeline, until the last one is done."""
-    ends = walk(layout, schedule, lambda action: seconds[action.kind, action.stage])
-    end = max(ends.values())
-    busy = [sum(seconds[action.kind, action.stage] for action in actions) for actions in schedule]
-    return [(end - own, own) for own in busy]
+def idle_seconds(layout: Layout, timetable: Timetable, seconds: Sequence[Seconds]) -> list[tuple[float, float]]:
+    """Idle and busy time of each rank along pipeline, until the last one is done; seconds: of each stage's passes."""
+    end_s = replay(layout, timetable, seconds, hops=[0.0] * len(seconds)).finish_s
+    busy = [sum(seconds[stage][kind] for stage, _, kind in steps) for steps in timetable.steps]
+    return [(end_s - own, own) for own in busy]
 
 
 def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[ResolvedStep]:
@@ -79,9 +66,8 @@ def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[Resolve
     The first two are what the replay gives, no more than was waited; what is left is blamed on the ranks that were
     busier than their stages' cost explains.
     """
-    layout, idle = job.layout, predict_idle(job)
-    stride = stride_of(layout, "pipeline")
-    places = {one.rank: one.rank // stride % layout.pipeline for one in resolved}
+    idle = predict_idle(job)
+    places = {one.rank: job.layout.coordinates(one.rank)["pipeline"] for one in resolved}
     busy = {one.rank: busy_seconds(one.account) for one in resolved}
     mean = fmean(busy.values())
     excess = {rank: max(0.0, busy[rank] - mean * idle.busy[places[rank]]) for rank in busy}

@@ -1,14 +1,12 @@
 """What the differences between a layout and one process say: which are too large, where they begin, and why."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterable
-from itertools import accumulate
 
 import msgspec
 
 from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
-from meshwright.spec import Layout, Split, end_shapes, split_layers, split_of, split_table
+from meshwright.spec import Layout, Split, end_shapes, split_of, split_table, stage_blocks
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
@@ -197,12 +195,13 @@ def stage_left_out(trial: Trial, factor: float) -> int | None:
     job = trial.job
     if job.layout.pipeline == 1:
         return None
-    ends = list(accumulate(split_layers(job.model, job.layout, job.data.sequence)))
-    squares = [0.0] * len(ends)
+    stages = stage_blocks(job.model, job.layout, job.data.sequence)
+    squares = [0.0] * len(stages)
+    _, after = end_shapes(job.model)
     for name, part in merge("gradients", trial.ranks).items():
         # Before the blocks stands the first stage's, after them the last's.
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else ends[-1] * (name in end_shapes(job.model)[1])
-        squares[min(bisect_right(ends, layer), len(ends) - 1)] += part.reference
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else stages[-1][-1] * (name in after)
+        squares[next(stage for stage, blocks in enumerate(stages) if layer in blocks)] += part.reference
     for stage, square in enumerate(squares):
         if math.isclose(factor * factor, 1 - square / sum(squares), rel_tol=FACTOR_SPREAD):
             return stage

@@ -14,7 +14,7 @@ What changes the numbers that a block computes with, or where they are, comes be
 """
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -38,8 +38,8 @@ from meshwright.spec import (
     SettingError,
     SplitTable,
     held_stages,
-    split_layers,
     split_table,
+    stage_blocks,
 )
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -53,13 +53,14 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
     Tensors of `named_parameters` are DTensors, whole in shape and local in memory.
     """
     layout, spec = job.layout, job.model
-    ends = list(accumulate(split_layers(spec, layout, job.data.sequence), initial=0))
+    blocks = stage_blocks(spec, layout, job.data.sequence)
     pipe = build_pipe(job, mesh, device)
     axis = build_expert_axis(layout, mesh, job.data.global_batch) if spec.experts else None
     parts: dict[int, Decoder] = {}
     later: dict[int, Later] = {}
     for stage in held_stages(layout, pipe.rank):
-        part = build_model(spec, "meta", ends[stage], ends[stage + 1])
+        held = blocks[stage]
+        part = build_model(spec, "meta", held.start, held.stop)
         if layout.context > 1:
             window = spec.attention_window if spec.attention_window < job.data.sequence else 0
             apply_context(part, layout, mesh["context"], window)
@@ -71,7 +72,7 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
         units = list(part.blocks.values())
         tail = [] if part.norm is None or part.head is None or part.head.weight is None else [part.norm, part.head]
         heads = Heads(spec.kv_heads, spec.head_dim)
-        apply_layout(part, layout, mesh, units, tail, split_table(spec), heads, first=ends[stage], expert_axis=axis)
+        apply_layout(part, layout, mesh, units, tail, split_table(spec), heads, first=held.start, expert_axis=axis)
         allocate(part, layout, device)
         parts[stage] = part
     model = Stages(spec, layout, mesh, pipe, parts, later)

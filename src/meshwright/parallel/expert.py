@@ -24,7 +24,7 @@ from meshwright.parallel.mesh import build_expert_mesh
 from meshwright.parallel.shard import build_offload, build_policy, sum_gradients
 from meshwright.parallel.tensor import place
 from meshwright.record.kineto import PREFIX, ROWS
-from meshwright.spec import Layout
+from meshwright.spec import Layout, expert_dim
 
 
 class AllToAll:
@@ -146,7 +146,7 @@ def shard_experts(model: nn.Module, layout: Layout, axis: ExpertAxis) -> None:
     """
 
     def split(matrices: nn.Parameter) -> Shard:
-        return Shard(2 if matrices.shape[1] % layout.expert_shard else 1)
+        return Shard(expert_dim(matrices.shape[1], layout.expert_shard))
 
     plane = axis.mesh["expert_shard"] if layout.replica == 1 else axis.mesh["replica", "expert_shard"]
     policy: MixedPrecisionPolicy = build_policy(layout)

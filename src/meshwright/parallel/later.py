@@ -69,4 +69,7 @@ class ProductLater(torch.autograd.Function):
 def add_gradient(weight: Tensor, x: Tensor, gradient: Tensor) -> None:
     """Add a product's part to its weight's gradient; gradient: [..., outputs], of the product."""
     part = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-    weight.grad = part if weight.grad is None else weight.grad + part
+    if weight.grad is None:
+        weight.grad = part
+    else:
+        weight.grad += part

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from meshwright.parallel.part import local
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -52,11 +54,6 @@ class HostAdamW(AdamW):
     def _moments(self, parameter: Tensor) -> list[Tensor]:
         state = self.state.get(parameter, {})
         return [state[name] for name in MOMENTS if name in state]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def set_local(tensor: Tensor, part: Tensor) -> None:

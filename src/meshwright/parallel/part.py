@@ -7,6 +7,11 @@ from torch.distributed.tensor import DTensor, Shard
 Extent = tuple[int, int]
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor; all of one that is not split."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...], tuple[int, ...]]:
     """This rank's part of a tensor, with its offset and shape within the whole.
 
@@ -37,5 +42,5 @@ def cut(extent: Extent, parts: int, part: int) -> Extent:
 
 def copy_whole(parameter: torch.Tensor, whole: torch.Tensor) -> None:
     """Copy this rank's part of a whole tensor, known to every rank, into a parameter."""
-    local, offset, shape = local_part(parameter)
-    local.copy_(whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))])
+    part, offset, shape = local_part(parameter)
+    part.copy_(whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))])

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from meshwright.models import Decoder, View
 from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
 from meshwright.parallel.later import Later
+from meshwright.parallel.part import local
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, free_gathered, reduce_gradients
 from meshwright.record.kineto import message_label
 from meshwright.spec import (
@@ -101,6 +101,9 @@ class Stages(nn.Module):
         # Worked out once for each number of microbatches.
         self.schedule = cache(lambda microbatches: build_schedule(layout, microbatches))
         self.messages = cache(lambda microbatches: order_messages(layout, self.schedule(microbatches)))
+        # The same of a forward pass alone.
+        self.forward_schedule = forward_only(layout)
+        self.forward_messages = order_messages(layout, self.forward_schedule)
 
     @property
     def last(self) -> int:
@@ -114,10 +117,9 @@ class Stages(nn.Module):
     def forward(self, tokens: Tensor, view: View) -> Tensor | None:
         """The logits of a batch as large as a microbatch, [B, S, V], on the rank that has the last stage; on others
         None. All ranks along pipeline call it together. tokens: [B, S]."""
-        schedule = forward_only(self.layout)
-        mail = Mail(self.pipe, order_messages(self.layout, schedule))
+        mail = Mail(self.pipe, self.forward_messages)
         made = tokens
-        for action in schedule[self.pipe.rank]:
+        for action in self.forward_schedule[self.pipe.rank]:
             given = tokens if action.stage == 0 else mail.take("forward", action)
             made = self.parts[action.stage](given, view)
             if message := message_from(self.layout, action):
@@ -238,10 +240,8 @@ class Mail:
         with self._labelled("send", message):
             work = start(dist.isend, state, self._pipe, message.target)
         self._leaving.append((work, state))
-        while self._leaving[0][0].is_completed():
+        while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()[0].wait()
-            if not self._leaving:
-                break
         self._post_receives()
 
     def take(self, direction: Direction, action: Action) -> Tensor:
@@ -305,6 +305,6 @@ def sum_tied(model: Stages) -> None:
 
 
 def local_gradient(weight: nn.Parameter) -> Tensor:
-    """This rank's part of a parameter's gradient."""
+    """This rank's part of a parameter's gradient, which there must be."""
     assert weight.grad is not None
-    return weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    return local(weight.grad)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from meshwright.parallel.part import local
 from meshwright.spec import Layout
 
 
@@ -59,8 +60,7 @@ class StepTotals(NamedTuple):
 
 def local_gradients(model: nn.Module) -> list[torch.Tensor]:
     """This rank's part of every gradient that is there."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    return [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
 
 
 def squared_norm(model: nn.Module, but: nn.Parameter | None = None) -> torch.Tensor:
@@ -71,9 +71,7 @@ def squared_norm(model: nn.Module, but: nn.Parameter | None = None) -> torch.Ten
     by_copies: dict[int, list[torch.Tensor]] = {}
     for parameter in model.parameters():
         if parameter.grad is not None and parameter is not but:
-            grad = parameter.grad
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            by_copies.setdefault(copies(grad), []).append(local)
+            by_copies.setdefault(copies(parameter.grad), []).append(local(parameter.grad))
     # In fp32 whatever the gradients are in: sums in bf16 are off by more than clipping should be.
     parts = [
         torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, dtype=torch.float32))).square() / count

@@ -48,7 +48,7 @@ def place_ring(size: int, stride: int, world_size: int, cluster: Cluster) -> Rin
 def build_shard_ring(layout: Layout, cluster: Cluster) -> Ring:
     """The ring that parameters are sharded over: shard and context, as if they lay side by side."""
     stride = min(stride_of(layout, axis) for axis in ("shard", "context"))
-    return place_ring(layout.shard * layout.context, stride, layout.world_size, cluster)
+    return place_ring(layout.parameter_shards, stride, layout.world_size, cluster)
 
 
 def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:
@@ -57,10 +57,9 @@ def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:
     Both divide the ranks of shard, context and tensor, as if they lay side by side; neighbours have different experts.
     """
     stride = min(stride_of(layout, axis) for axis in ("shard", "context", "tensor"))
-    ranks = layout.shard * layout.context * layout.tensor
     return (
         place_ring(layout.expert, stride, layout.world_size, cluster),
-        place_ring(ranks // layout.expert, stride * layout.expert, layout.world_size, cluster),
+        place_ring(layout.expert_shard, stride * layout.expert, layout.world_size, cluster),
     )
 
 

@@ -3,15 +3,14 @@
 from math import prod
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, sharding, split_dim
+from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, split_dim
 from meshwright.spec import (
-    AXES,
     Axis,
     Job,
-    Layout,
     ModelSpec,
     block_shapes,
     end_shapes,
+    expert_dim,
     held_stages,
     split_table,
 )
@@ -19,7 +18,7 @@ from meshwright.spec import (
 
 def predict_states(job: Job, rank: int) -> MemoryAccount:
     """Parameters, gradients and optimizer states of one rank of the world, in bytes; nothing else is filled in."""
-    places = coordinates(job.layout, rank)
+    places = job.layout.coordinates(rank)
     stages = build_stages(job)
     held = tensors = 0
     for stage in (stages[index] for index in held_stages(job.layout, places["pipeline"])):
@@ -37,14 +36,6 @@ def state_bytes(job: Job, held: int, tensors: int) -> MemoryAccount:
     moments = 0 if job.layout.offload == "optimizer" else 2 * STATE_BYTES * held
     states = moments + 4 * tensors if job.optimizer.name == "adamw" else 0
     return MemoryAccount(parameters=STATE_BYTES * held, gradients=STATE_BYTES * held, optimizer_states=states)
-
-
-def coordinates(layout: Layout, rank: int) -> dict[Axis, int]:
-    """Where a rank of the world lies along each axis."""
-    places: dict[Axis, int] = {}
-    for axis in reversed(layout.order):
-        rank, places[axis] = divmod(rank, layout.size(axis))
-    return {axis: places[axis] for axis in AXES}
 
 
 def stage_shapes(model: ModelSpec, start: int, stop: int, *, pipeline: int) -> dict[str, tuple[int, ...]]:
@@ -68,13 +59,11 @@ def local_shape(job: Job, places: dict[Axis, int], name: str, shape: tuple[int, 
     if name.partition(".")[2].partition(".")[2].startswith(ROUTED):
         expert_place, shard_place = along % layout.expert, along // layout.expert
         shape = chunk(shape, 0, layout.expert, expert_place)
-        # By rows, or by columns where ranks do not divide the rows.
-        dim = 2 if shape[1] % layout.expert_shard else 1
-        return chunk(shape, dim, layout.expert_shard, shard_place)
+        return chunk(shape, expert_dim(shape[1], layout.expert_shard), layout.expert_shard, shard_place)
     dim = split_dim(job.model, split_table(job.model), name, shape, layout.tensor)
     if dim is not None:
         shape = chunk(shape, dim, layout.tensor, places["tensor"])
-    return chunk(shape, 0, sharding(layout), along // layout.tensor)
+    return chunk(shape, 0, layout.parameter_shards, along // layout.tensor)
 
 
 def chunk(shape: tuple[int, ...], dim: int, parts: int, place: int) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes
-from meshwright.plan.part import STATE_BYTES, Groups, Part, sharding
+from meshwright.plan.part import STATE_BYTES, Groups, Part
 from meshwright.spec import Job
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
@@ -93,7 +93,7 @@ def gathered_bytes(job: Job, groups: Groups) -> float:
     elements = groups.root + groups.head + min(2, groups.layers) * groups.largest_block
     if layout.zero < 3:
         elements = groups.whole()
-    if sharding(layout) > 1:
+    if layout.parameter_shards > 1:
         elements += max(groups.largest_block, groups.head, groups.root)
     return float(elements * BYTES[layout.precision])
 
@@ -105,7 +105,7 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
     """
     layout = job.layout
     in_flight = groups.largest_block * (BYTES[layout.precision] + STATE_BYTES)
-    keeps = (layout.zero == 1 or sharding(layout) == 1) and layout.accumulation(job.data.global_batch) > 1
+    keeps = (layout.zero == 1 or layout.parameter_shards == 1) and layout.accumulation(job.data.global_batch) > 1
     return float(in_flight + (STATE_BYTES * groups.whole() if keeps else 0))
 
 

@@ -2,7 +2,6 @@
 family's table, experts along expert, and the whole along shard and context."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from math import ceil, prod
 
 import msgspec
@@ -15,9 +14,9 @@ from meshwright.spec import (
     block_shapes,
     end_shapes,
     held_stages,
-    split_layers,
     split_of,
     split_table,
+    stage_blocks,
     stage_count,
 )
 
@@ -136,11 +135,10 @@ def build_parts(job: Job, ranks: Sequence[int] | None = None, cut: Cut | None = 
 
 def build_stages(job: Job) -> list[Stage]:
     """Every stage of the job's pipeline."""
-    ends = list(accumulate(split_layers(job.model, job.layout, job.data.sequence), initial=0))
     last = stage_count(job.layout) - 1
     return [
-        Stage(index=index, start=ends[index], stop=ends[index + 1], root=index == 0, head=index == last)
-        for index in range(last + 1)
+        Stage(index=index, start=blocks.start, stop=blocks.stop, root=index == 0, head=index == last)
+        for index, blocks in enumerate(stage_blocks(job.model, job.layout, job.data.sequence))
     ]
 
 
@@ -202,15 +200,10 @@ def build_group(model: ModelSpec, layout: Layout, whole: Shapes, prefix: str = "
         shapes=shapes,
         elements=elements(shapes),
         routed=elements(routed),
-        local=local_elements(others, sharding(layout)) + local_routed(routed, layout.expert_shard),
+        local=local_elements(others, layout.parameter_shards) + local_routed(routed, layout.expert_shard),
         tensors=len(shapes),
         summed=tuple(prod(shapes[name]) for name in same),
     )
-
-
-def sharding(layout: Layout) -> int:
-    """Ranks that parameters are sharded over."""
-    return layout.shard * layout.context
 
 
 def split_experts(shape: Shape, ranks: int) -> Shape:

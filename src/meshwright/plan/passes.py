@@ -3,7 +3,7 @@
 import msgspec
 
 from meshwright.plan.frame import Frame
-from meshwright.plan.part import Part, Stage, sharding
+from meshwright.plan.part import Part, Stage
 from meshwright.plan.rates import rates_of
 from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
@@ -58,7 +58,7 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
     layout, rates = job.layout, rates_of(job.cluster.device)
     overlaps, microbatches = rates.overlaps, layout.accumulation(job.data.global_batch)
     # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.
-    holds = sharding(layout) == 1 or layout.zero == 1
+    holds = layout.parameter_shards == 1 or layout.zero == 1
     split = layout.schedule in SPLIT_BACKWARD
 
     def back(*, last: bool) -> Walk:

@@ -144,7 +144,7 @@ def search_split(search: Search, split: Layout) -> None:
     """Add the predictions of one split over the axes, with every zero and microbatch, or why they cannot run."""
     job = search.job
     share = job.data.global_batch // split.data_size
-    for zero in (3, 2, 1) if split.shard * split.context > 1 else (3,):
+    for zero in (3, 2, 1) if split.parameter_shards > 1 else (3,):
         for microbatch in microbatches(share, split):
             candidate = with_layout(job, msgspec.structs.replace(split, zero=zero, microbatch=microbatch))
             frame = search.frame(candidate)
@@ -214,7 +214,7 @@ def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:
         return []
     missing: Rejected | None = None
     for experts in reversed(expert_sizes(search.job, grid)):
-        for zero in (1, 3) if grid.shard * grid.context > 1 else (1,):
+        for zero in (1, 3) if grid.parameter_shards > 1 else (1,):
             candidate = with_layout(search.job, msgspec.structs.replace(grid, expert=experts, zero=zero))
             frame = search.frame(candidate)
             fitting, missing = fit_recompute(candidate, frame)
@@ -275,7 +275,7 @@ def expert_sizes(job: Job, layout: Layout) -> list[int]:
     """Powers of two that divide both a mixture's experts and the ranks that hold them."""
     if job.model.experts is None:
         return [1]
-    common = gcd(job.model.experts.count, layout.shard * layout.context * layout.tensor)
+    common = gcd(job.model.experts.count, layout.expert_ranks)
     sizes = (1 << power for power in range(MOST_EXPERT_RANKS.bit_length()))
     return [size for size in sizes if common % size == 0]
 

@@ -124,7 +124,7 @@ def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
     """A row of the ranking; the job's own layout is marked."""
     layout, size = prediction.layout, gb(prediction.memory.total())
     where = layout.placement() + layout.manner() + (" <- this job" if own else "")
-    zero = str(layout.zero) if layout.shard * layout.context > 1 or layout.zero < 3 else "-"
+    zero = str(layout.zero) if layout.parameter_shards > 1 or layout.zero < 3 else "-"
     recompute = {"none": "-", 0: "-"}.get(layout.recompute, f"{layout.recompute}")
     first = " layers" if isinstance(layout.recompute, int) and layout.recompute else ""
     cells = [where, zero, str(layout.microbatch), recompute + first, str(layout.world_size)]

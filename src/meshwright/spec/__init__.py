@@ -10,7 +10,7 @@ from meshwright.spec.count import (
     home_of,
     parameter_shapes,
 )
-from meshwright.spec.division import check_context, check_expert
+from meshwright.spec.division import check_context, check_expert, expert_dim
 from meshwright.spec.errors import SettingError, closest, nearest_choice
 from meshwright.spec.family import (
     BUILT_FAMILIES,
@@ -46,7 +46,7 @@ from meshwright.spec.layout import (
     check_layout,
     check_split,
 )
-from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages, walk
+from meshwright.spec.messages import DURATIONS, Direction, Message, forward_only, message_from, order_messages
 from meshwright.spec.model import (
     Experts,
     LatentAttention,
@@ -70,7 +70,7 @@ from meshwright.spec.schedule import (
     stage_count,
     stages_per_rank,
 )
-from meshwright.spec.stages import split_layers, stage_costs
+from meshwright.spec.stages import split_layers, stage_blocks, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -131,6 +131,7 @@ __all__ = [
     "count_flops",
     "count_parameters",
     "end_shapes",
+    "expert_dim",
     "forward_only",
     "held_stages",
     "home_of",
@@ -143,8 +144,8 @@ __all__ = [
     "split_layers",
     "split_of",
     "split_table",
+    "stage_blocks",
     "stage_costs",
     "stage_count",
     "stages_per_rank",
-    "walk",
 ]

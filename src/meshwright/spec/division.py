@@ -39,8 +39,7 @@ def check_expert(layout: Layout, model: ModelSpec) -> None:
     """Raise SettingError where ranks of the expert axis cannot divide a model's experts."""
     reason = expert_refusal(layout, layout.expert, model)
     if reason:
-        ranks = layout.shard * layout.context * layout.tensor
-        fits = [size for size in range(1, ranks + 1) if not expert_refusal(layout, size, model)]
+        fits = [size for size in range(1, layout.expert_ranks + 1) if not expert_refusal(layout, size, model)]
         near = min(fits, key=lambda size: abs(size - layout.expert), default=0)
         nearest = f"layout.expert = {near}" if near else "fewer ranks along shard, context and tensor"
         raise SettingError(f"layout.expert = {layout.expert}", reason, nearest)
@@ -48,7 +47,7 @@ def check_expert(layout: Layout, model: ModelSpec) -> None:
 
 def expert_refusal(layout: Layout, size: int, model: ModelSpec) -> str:
     """Why `size` ranks cannot divide the experts, and the others each expert; "" where they can."""
-    experts, ranks = model.experts, layout.shard * layout.context * layout.tensor
+    experts, ranks = model.experts, layout.expert_ranks
     if experts is None:
         return f"{model.family} has no experts" if size > 1 else ""
     if experts.count % size:
@@ -61,3 +60,8 @@ def expert_refusal(layout: Layout, size: int, model: ModelSpec) -> str:
         widths = f"model.experts.feed_forward = {experts.feed_forward} nor model.d_model = {model.d_model}"
         return f"leaves {parts} ranks to divide each expert's matrices, which divide neither {widths}"
     return ""
+
+
+def expert_dim(rows: int, ranks: int) -> int:
+    """The dim of stacked matrices [X, rows, columns] that ranks divide: rows, or where that is uneven the columns."""
+    return 2 if rows % ranks else 1

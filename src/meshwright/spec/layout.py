@@ -67,9 +67,14 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.pipeline * self.replica * self.shard * self.context * self.tensor
 
     @property
+    def expert_ranks(self) -> int:
+        """Number of ranks that hold a mixture's experts once: those of shard x context x tensor."""
+        return self.shard * self.context * self.tensor
+
+    @property
     def expert_shard(self) -> int:
-        """Number of ranks that divide each expert's matrices: what `expert` leaves of shard x context x tensor."""
-        return self.shard * self.context * self.tensor // self.expert
+        """Number of ranks that divide each expert's matrices: what `expert` leaves of `expert_ranks`."""
+        return self.expert_ranks // self.expert
 
     @property
     def data_size(self) -> int:
@@ -84,6 +89,13 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""
         return getattr(self, axis)
+
+    def coordinates(self, rank: int) -> dict[Axis, int]:
+        """Where a rank of the world lies along each axis."""
+        places: dict[Axis, int] = {}
+        for axis in reversed(self.order):
+            rank, places[axis] = divmod(rank, self.size(axis))
+        return {axis: places[axis] for axis in AXES}
 
     def accumulation(self, global_batch: int) -> int:
         """Microbatches that each rank runs in a step of `global_batch` sequences."""

@@ -1,6 +1,7 @@
 """What ranks along pipeline send each other in a step, in one order for all of them."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from meshwright.spec.layout import Layout
@@ -10,8 +11,9 @@ from meshwright.spec.schedule import Action, Pass, held_stages, rank_of_stage, s
 # each of the forward's, and cut in two one for each half.
 DURATIONS: dict[Pass, float] = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
-
 Direction = Literal["forward", "backward"]
+# What a pass waits for: the input of this stage's pass of this microbatch, in this direction.
+Input = tuple[Direction, int, int]
 
 
 class Message(NamedTuple):
@@ -37,54 +39,45 @@ def message_from(layout: Layout, action: Action) -> Message | None:
     return Message("forward" if forward else "backward", stage, action.microbatch, source, target)
 
 
+def input_of(layout: Layout, action: Action) -> Input | None:
+    """What a pass needs of the stage before or after its own; None where that is nothing."""
+    if action.kind == "F":
+        return ("forward", action.stage, action.microbatch) if action.stage > 0 else None
+    if action.kind == "W" or action.stage == stage_count(layout) - 1:
+        return None
+    return "backward", action.stage, action.microbatch
+
+
 def order_messages(layout: Layout, schedule: Sequence[Sequence[Action]]) -> tuple[Message, ...]:
     """All messages between ranks in a step, in the order in which passes of ordinary length make them.
 
     A rank that sends and receives in this order can wait for nobody who waits for it: of the messages not yet
     delivered the first one's source has only earlier ones before it, which are.
     """
-    ends = walk(layout, schedule, lambda action: DURATIONS[action.kind])
-    made = sorted((end, message) for action, end in ends.items() if (message := message_from(layout, action)))
+    made = sorted(walk(layout, schedule).values())
     return tuple(message for _, message in made if message.source != message.target)
 
 
-def walk(
-    layout: Layout, schedule: Sequence[Sequence[Action]], seconds: Callable[[Action], float]
-) -> dict[Action, float]:
-    """When each pass ends that lasts `seconds`, each begun as soon as its rank has done what is before it and its input
-    is made; messages take no time.
+def walk(layout: Layout, schedule: Sequence[Sequence[Action]]) -> dict[Input, tuple[float, Message]]:
+    """Every message with the moment when it is made, where passes last as DURATIONS says, each begun as soon as its
+    rank has done what is before it and its input is made; messages take no time.
 
     Raises ValueError for a schedule that stops before its end.
     """
-    ends: dict[Action, float] = {}
-    # When the input of a stage's pass of a microbatch is there, by direction.
-    ready: dict[tuple[bool, int, int], float] = {}
-    last = stage_count(layout) - 1
-    clock, position = [0.0] * len(schedule), [0] * len(schedule)
-    waiting = set(range(len(schedule)))
-    while waiting:
-        moved = False
-        for rank in sorted(waiting):
-            while position[rank] < len(schedule[rank]):
-                action = schedule[rank][position[rank]]
-                first = action == Action("F", 0, action.microbatch) or action.kind == "W"
-                if action.kind in ("B", "I") and action.stage == last:
-                    input_s = ends.get(Action("F", last, action.microbatch))
-                else:
-                    input_s = 0.0 if first else ready.get((action.kind == "F", action.stage, action.microbatch))
-                if input_s is None:
-                    break
-                ends[action] = clock[rank] = max(clock[rank], input_s) + seconds(action)
-                step = 1 if action.kind == "F" else -1
-                if action.kind != "W":
-                    ready[(action.kind == "F", action.stage + step, action.microbatch)] = ends[action]
-                position[rank] += 1
-                moved = True
-            if position[rank] == len(schedule[rank]):
-                waiting.discard(rank)
-        if waiting and not moved:
-            raise ValueError(f"the schedule stops at {schedule[min(waiting)][position[min(waiting)]]}")
-    return ends
+    made: dict[Input, tuple[float, Message]] = {}
+    clock, left = [0.0] * len(schedule), [deque(actions) for actions in schedule]
+    while any(left):
+        before = sum(map(len, left))
+        for rank, actions in enumerate(left):
+            while actions and ((needed := input_of(layout, actions[0])) is None or needed in made):
+                action = actions.popleft()
+                input_s = 0.0 if needed is None else made[needed][0]
+                clock[rank] = max(clock[rank], input_s) + DURATIONS[action.kind]
+                if message := message_from(layout, action):
+                    made[message[:3]] = clock[rank], message
+        if sum(map(len, left)) == before:
+            raise ValueError(f"the schedule stops at {next(actions[0] for actions in left if actions)}")
+    return made
 
 
 def forward_only(layout: Layout) -> tuple[tuple[Action, ...], ...]:

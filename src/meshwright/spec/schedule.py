@@ -211,7 +211,7 @@ def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
             f"{layout.pipeline}, and {rounds} does not divide them",
             f'data.global_batch = {near * layout.data_size * layout.microbatch}, or layout.schedule = "1f1b"',
         )
-    if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and layout.shard * layout.context > 1:
+    if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and layout.parameter_shards > 1:
         raise SettingError(
             f"layout.zero = {layout.zero}",
             f"{layout.schedule} computes weights' gradients after their parameters would be freed",

@@ -52,6 +52,12 @@ def split_layers(model: ModelSpec, layout: Layout, sequence: int) -> tuple[int, 
     return spread(sums, stages, slowest_stage(sums, stages))
 
 
+def stage_blocks(model: ModelSpec, layout: Layout, sequence: int) -> list[range]:
+    """The blocks of each stage, first to last."""
+    ends = accumulate(split_layers(model, layout, sequence), initial=0)
+    return [range(start, stop) for start, stop in pairwise(ends)]
+
+
 def slowest_stage(sums: list[float], stages: int) -> float:
     """The least that the costliest of `stages` runs of blocks can cost; sums: of the blocks before each."""
     single = max(end - start for start, end in pairwise(sums))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from meshwright.account import MemoryAccount
+from meshwright.parallel.part import local
 
 
 class MemoryProbe:
@@ -115,11 +116,6 @@ class MemoryProbe:
             framework=framework,
             fragmentation=max(0.0, reserved - max(peak, known)),
         )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def tensor_bytes(tensors: Any) -> float:
