@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from meshwright.models import (
     build_model,
@@ -20,6 +21,7 @@ from meshwright.models import (
     rotary_tables,
     token_loss,
 )
+from meshwright.models.attention import first_seen, tile_mask
 from meshwright.models.decoder import Decoder, rotate
 from meshwright.spec import BUILT_FAMILIES, FamilyName, ModelSpec, parameter_shapes
 
@@ -139,6 +141,28 @@ def distinct(family: FamilyName, **numbers: Any) -> Decoder:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.3)
     return model
+
+
+@pytest.mark.parametrize("sequence", [128, 200, 512])
+@pytest.mark.parametrize("window", [0, 5, 130, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_tiles_of_a_mask_are_those_that_asking_every_pair_finds(sequence: int, window: int, packed: bool) -> None:
+    documents = (torch.arange(sequence)[None] * torch.tensor([[1], [3]]) // 100).int() if packed else None
+
+    def visible(batch: Any, _head: Any, query: Any, key: Any) -> Any:
+        seen = (query >= key) & (query - key < (window or sequence))
+        return seen if documents is None else seen & (documents[batch, query] == documents[batch, key])
+
+    found = tile_mask(first_seen(sequence, documents, window, torch.device("cpu")))
+    wanted = create_block_mask(visible, 2 if packed else None, None, sequence, sequence, device="cpu")
+    assert torch.equal(found.to_dense(), wanted.to_dense())
+    assert found.full_kv_num_blocks is not None and wanted.full_kv_num_blocks is not None
+    assert torch.equal(found.full_kv_num_blocks, wanted.full_kv_num_blocks)
+    places = torch.arange(sequence)
+    for batch in range(2 if packed else 1):
+        for query in places:
+            mask = found.mask_mod(torch.tensor(batch), torch.tensor(0), query, places)
+            assert torch.equal(mask, visible(torch.tensor(batch), 0, query, places))
 
 
 @pytest.mark.parametrize("window", [0, 4])

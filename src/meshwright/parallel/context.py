@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.models import Attend, Attention, Mask, View, build_mask, place_tokens
 from meshwright.parallel.exchange import attend_whole
+from meshwright.parallel.mesh import own_group
 from meshwright.parallel.ring import ring_attention
 from meshwright.spec import Layout, ModelSpec
 
@@ -75,7 +76,7 @@ def apply_context(model: nn.Module, layout: Layout, mesh: DeviceMesh, window: in
 
 def attend_over(layout: Layout, mesh: DeviceMesh, window: int) -> Attend:
     """The attention of the layout's form."""
-    group = mesh.get_group().group_name
+    group = own_group(mesh, "context").group_name
     if layout.context_form == "ring":
         return partial(attend_in_ring, window, group)
     return partial(attend_whole, mesh.size(), group)

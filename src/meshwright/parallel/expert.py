@@ -20,7 +20,7 @@ from torch.profiler import record_function
 
 from meshwright.models import Experts, Mixture
 from meshwright.models.experts import Gather, Sent, Spread
-from meshwright.parallel.mesh import build_expert_mesh
+from meshwright.parallel.mesh import build_expert_mesh, own_group
 from meshwright.parallel.shard import build_offload, build_policy, sum_gradients
 from meshwright.parallel.tensor import place
 from meshwright.record.kineto import PREFIX, ROWS
@@ -102,7 +102,7 @@ class ExpertAxis(NamedTuple):
 def build_expert_axis(layout: Layout, mesh: DeviceMesh, sequences: int) -> ExpertAxis:
     """Called once and by every rank, those without a mixture too: process groups are made together."""
     expert_mesh = build_expert_mesh(layout, mesh)
-    group = expert_group(layout, expert_mesh)
+    group = own_group(expert_mesh["expert"], "expert")
     return ExpertAxis(expert_mesh, group, {name: mesh[name] for name in ("context", "tensor")}, sequences)
 
 
@@ -114,19 +114,6 @@ def apply_expert(model: nn.Module, axis: ExpertAxis) -> None:
         experts.exchange = AllToAll(axis.group)
         experts.sequences = axis.sequences
         experts.whole_sequence = partial(sum_sequence, axis.sequence_axes)
-
-
-def expert_group(layout: Layout, expert_mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The ranks that divide the experts, which tokens are sent among.
-
-    Where they are all ranks, a mesh takes the group of all, which FSDP's transfers may use too: then tokens, which the
-    next product waits for, would queue behind parameters that are gathered ahead.
-    """
-    if layout.expert == layout.world_size > 1:
-        group = dist.new_group(group_desc="mesh_expert")
-        assert isinstance(group, dist.ProcessGroup)
-        return group
-    return expert_mesh["expert"].get_group()
 
 
 def sum_sequence(axes: Mapping[str, DeviceMesh], counts: Tensor) -> Tensor:

@@ -63,9 +63,22 @@ def sharding_plane(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
     """The ranks that parameters are sharded over, in one dimension, behind those that copy them, if there are any."""
     shards = mesh["shard"]
     if layout.context > 1:
-        # Flattened even where shard is 1: a group of its own, in which nothing queues behind attention's transfers.
+        # Flattened even where shard is 1: mesh["context"] is attention's.
         shards = mesh["shard", "context"]._flatten(SHARD_CONTEXT)
     return shards if layout.replica == 1 else DeviceMesh._concatenate([mesh["replica"], shards])
+
+
+def own_group(axis: DeviceMesh, name: str) -> dist.ProcessGroup:
+    """The ranks of a one-dimensional mesh, as a group that FSDP's transfers do not use.
+
+    Where they are all ranks, a mesh takes the group of all, and so would FSDP: then what the next product waits for
+    would queue behind parameters that are gathered ahead. Called by every rank.
+    """
+    if axis.size() == dist.get_world_size() > 1:
+        group = dist.new_group(group_desc=f"mesh_{name}")
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+    return axis.get_group()
 
 
 def build_expert_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:
