@@ -24,7 +24,7 @@ def hold(job: Job, rank: int) -> MemoryAccount:
     with mock.patch.object(apply, "fill"):
         model = build_parallel_model(job, build_mesh(job.layout, torch.device("cpu")), torch.device("meta"))
     optimizer = build_optimizer(model, job.optimizer)
-    for group in optimizer.param_groups:
+    for group in optimizer.groups:
         group["fused"] = False  # which wants memory
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -33,7 +33,7 @@ def hold(job: Job, rank: int) -> MemoryAccount:
     return MemoryAccount(
         parameters=tensor_bytes(model.parameters()),
         gradients=tensor_bytes(parameter.grad for parameter in model.parameters()),
-        optimizer_states=tensor_bytes(value for state in optimizer.state.values() for value in state.values()),
+        optimizer_states=tensor_bytes(value for p in model.parameters() for value in optimizer.states(p).values()),
     )
 
 

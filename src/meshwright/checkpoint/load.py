@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import Entry, Manifest, Part, checksum, read_manifest, without
-from meshwright.parallel import HostAdamW, Stages, local_part
+from meshwright.parallel import PartOptimizer, Stages, local_part
 from meshwright.spec import SettingError, home_of
 
 
-def load_checkpoint(folder: Path, model: Stages, optimizer: Optimizer, corpus: str) -> int:
+def load_checkpoint(folder: Path, model: Stages, optimizer: PartOptimizer, corpus: str) -> int:
     """Fill model and optimizer from a checkpoint and return its step.
 
     Raises SettingError where a tensor is missing or mis-shaped, a file is missing or damaged, or `corpus`, the
@@ -26,15 +25,16 @@ def load_checkpoint(folder: Path, model: Stages, optimizer: Optimizer, corpus: s
     for own_name, parameter in model.named_parameters():
         name = home_of(model.spec, own_name)
         reader.fill(f"model.{name}", parameter.detach())
-        state = optimizer.state[parameter]
+        part, offset, shape = local_part(parameter.detach())
         for key in state_keys(manifest, name):
-            entry = manifest.entries[f"optimizer.{key}.{name}"]
-            like_parameter = tuple(entry.shape) == tuple(parameter.shape)
             # fp32 both: the optimizers here keep a step count for each parameter, and moments like the parameter.
-            state[key] = torch.zeros_like(parameter) if like_parameter else torch.zeros((), device=parameter.device)
-            reader.fill(f"optimizer.{key}.{name}", state[key])
-        if isinstance(optimizer, HostAdamW):
-            optimizer.put_away(parameter)
+            count = not manifest.entries[f"optimizer.{key}.{name}"].shape
+            state = torch.zeros((), device=part.device) if count else torch.zeros_like(part)
+            if count:
+                reader.fill(f"optimizer.{key}.{name}", state)
+            else:
+                reader.fill_part(f"optimizer.{key}.{name}", state, offset, shape, tuple(parameter.shape))
+            optimizer.set_state(parameter, key, state)
     for name, buffer in model.named_buffers():
         reader.fill(f"model.{name}", buffer)
     return manifest.step
@@ -68,16 +68,21 @@ class Reader:
 
     def fill(self, name: str, tensor: torch.Tensor) -> None:
         """Copy the whole tensor `name`, or this rank's part of it, into `tensor`."""
+        self.fill_part(name, *local_part(tensor), tuple(tensor.shape))
+
+    def fill_part(
+        self, name: str, part: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], whole: tuple[int, ...]
+    ) -> None:
+        """Copy what lies at `offset` of the tensor `name`, of the shape `whole`, into `part` of `shape`."""
         entry = self._entry(name)
-        if tuple(entry.shape) != tuple(tensor.shape):
+        if tuple(entry.shape) != whole:
             raise SettingError(
                 f"checkpoint {self._folder}",
-                f"{name} has shape {tuple(entry.shape)} where the model has {tuple(tensor.shape)}",
+                f"{name} has shape {tuple(entry.shape)} where the model has {whole}",
                 "the job that wrote it",
             )
-        local, offset, shape = local_part(tensor)
-        for part in entry.parts:
-            self._copy_overlap(name, entry, part, local, offset, shape)
+        for held in entry.parts:
+            self._copy_overlap(name, entry, held, part, offset, shape)
 
     def row(self, name: str, number: int) -> torch.Tensor:
         """One row, along dim 0, of the tensor `name`, in fp32."""

@@ -3,13 +3,12 @@
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import msgspec
 import torch
-from torch.optim import Optimizer
 
-from meshwright.parallel import Stages
+from meshwright.parallel import PartOptimizer, Stages, local_part
 from meshwright.record import MANIFEST
 from meshwright.spec import Layout, SettingError
 
@@ -75,17 +74,45 @@ def read_manifest(folder: Path) -> Manifest:
         raise SettingError(f"checkpoint {folder}", f"has a damaged manifest ({error})", without(folder)) from None
 
 
-def named_state(model: Stages, optimizer: Optimizer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Every tensor of a run's state with its name and its parameter: model.<parameter>, optimizer.<state>.<parameter>.
+class State(NamedTuple):
+    """A tensor of a run's state, as far as this rank holds it.
 
-    A tied head's copy of the embedding is no state of its own. A buffer, model.<buffer>, comes with a parameter of its
-    module: the same ranks have it.
+    part: this rank's part, of `shape` from `offset` within a tensor of the shape `whole`. spread: whether the ranks
+    that hold `parameter` in parts have parts of this too; else each of them has all of it.
+    """
+
+    name: str
+    part: torch.Tensor
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+    spread: bool
+
+
+def named_state(model: Stages, optimizer: PartOptimizer) -> Iterator[State]:
+    """Every tensor of a run's state: model.<parameter>, model.<buffer>, optimizer.<state>.<parameter>.
+
+    A tied head's copy of the embedding is no state of its own. A buffer comes with a parameter of its module: the same
+    ranks have it.
     """
     for name, buffer in model.named_buffers():
         module = model.get_submodule(name.rpartition(".")[0])
-        yield f"model.{name}", buffer, next(module.parameters(recurse=False))
+        yield undivided(f"model.{name}", buffer, next(module.parameters(recurse=False)))
     for name, parameter in model.named_parameters():
         if parameter is not model.tied_copy():
-            yield f"model.{name}", parameter.detach(), parameter
-            for key, value in optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{key}.{name}", value, parameter
+            part, offset, shape = local_part(parameter.detach())
+            whole = tuple(parameter.shape)
+            yield State(f"model.{name}", part, whole, offset, shape, parameter, spread=True)
+            for key, value in optimizer.states(parameter).items():
+                named = f"optimizer.{key}.{name}"
+                if value.dim():
+                    yield State(named, value, whole, offset, shape, parameter, spread=True)
+                else:
+                    yield undivided(named, value, parameter)
+
+
+def undivided(name: str, tensor: torch.Tensor, parameter: torch.nn.Parameter) -> State:
+    """The state of a tensor that each rank with the parameter has all of."""
+    shape = tuple(tensor.shape)
+    return State(name, tensor, shape, (0,) * len(shape), shape, parameter, spread=False)

@@ -10,17 +10,17 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from meshwright.checkpoint.manifest import (
     Entry,
     Manifest,
     Part,
     ShardIndex,
+    State,
     checksum,
     named_state,
 )
-from meshwright.parallel import Stages, local_part
+from meshwright.parallel import PartOptimizer, Stages
 from meshwright.record import MANIFEST, RunFolder, replace_text
 from meshwright.spec import Layout
 
@@ -30,7 +30,7 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(
-    folder: RunFolder, step: int, model: Stages, optimizer: Optimizer, layout: Layout, *, corpus: str, keep: int
+    folder: RunFolder, step: int, model: Stages, optimizer: PartOptimizer, layout: Layout, *, corpus: str, keep: int
 ) -> Path:
     """Save the state after `step` steps; all ranks call it together. Returns the checkpoint's folder.
 
@@ -59,16 +59,16 @@ def save_checkpoint(
     return final
 
 
-def write_shard(partial: Path, rank: int, model: Stages, optimizer: Optimizer) -> None:
+def write_shard(partial: Path, rank: int, model: Stages, optimizer: PartOptimizer) -> None:
     """Write this rank's parts of the state, and beside them an index for the manifest."""
     file = f"rank-{rank}.safetensors"
     tensors: dict[str, torch.Tensor] = {}
     entries: dict[str, Entry] = {}
-    for name, tensor, parameter in named_state(model, optimizer):
-        local, offset, shape = local_part(tensor)
-        if is_first_copy(tensor, parameter) and local.numel():
-            tensors[name] = local.cpu().contiguous()
-            entries[name] = Entry(shape=tuple(tensor.shape), parts=[Part(file=file, offset=offset, shape=shape)])
+    for state in named_state(model, optimizer):
+        if is_first_copy(state) and state.part.numel():
+            tensors[state.name] = state.part.cpu().contiguous()
+            part = Part(file=file, offset=state.offset, shape=state.shape)
+            entries[state.name] = Entry(shape=state.whole, parts=[part])
     save_file(tensors, partial / file)
     with (partial / file).open("rb") as written:
         os.fsync(written.fileno())
@@ -77,13 +77,12 @@ def write_shard(partial: Path, rank: int, model: Stages, optimizer: Optimizer) -
     replace_text(partial / f"rank-{rank}.json", msgspec.json.encode(index).decode())
 
 
-def is_first_copy(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
-    """Whether this rank is the one that writes its part of a parameter's state, among those that hold the same."""
-    assert isinstance(parameter, DTensor)
-    coordinates = parameter.device_mesh.get_coordinate()
+def is_first_copy(state: State) -> bool:
+    """Whether this rank is the one that writes its part of a state, among those that hold the same."""
+    assert isinstance(state.parameter, DTensor)
+    coordinates = state.parameter.device_mesh.get_coordinate()
     assert coordinates is not None
-    # A step count is whole on every rank that holds some of the parameter.
-    split = [isinstance(tensor, DTensor) and not placement.is_replicate() for placement in parameter.placements]
+    split = [state.spread and not placement.is_replicate() for placement in state.parameter.placements]
     return all(c == 0 for c, cut in zip(coordinates, split, strict=True) if not cut)
 
 

@@ -4,7 +4,6 @@ from meshwright.parallel.apply import build_loss, build_parallel_model, build_to
 from meshwright.parallel.balance import move_biases, take_loads
 from meshwright.parallel.context import LocalBatch, cut_sequence
 from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
-from meshwright.parallel.offload import HostAdamW
 from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.pipeline import Passes, Stages
 from meshwright.parallel.reduce import (
@@ -16,11 +15,13 @@ from meshwright.parallel.reduce import (
 )
 from meshwright.parallel.shard import begin_microbatch, free_gathered
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
+from meshwright.parallel.update import HostAdamW, PartOptimizer
 
 __all__ = [
     "HostAdamW",
     "LocalBatch",
     "Loss",
+    "PartOptimizer",
     "Passes",
     "Stages",
     "StepTotals",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from meshwright.account import MemoryAccount
+from meshwright.parallel import PartOptimizer
 from meshwright.parallel.part import local
 
 
@@ -79,11 +79,11 @@ class MemoryProbe:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             yield lambda: float(sum(seen.values()))
 
-    def states(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def states(self, model: nn.Module, optimizer: PartOptimizer) -> None:
         """Count parameters, gradients and optimizer states, exactly, while all of them are there."""
         if not self.active:
             return
-        states = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        states = (value for parameter in model.parameters() for value in optimizer.states(parameter).values())
         found = {
             "parameters": model.parameters(),
             "gradients": (p.grad for p in model.parameters() if p.grad is not None),

@@ -4,11 +4,11 @@
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from meshwright.data import StepBatches
 from meshwright.parallel import (
     Loss,
+    PartOptimizer,
     Passes,
     Stages,
     StepTotals,
@@ -101,7 +101,7 @@ def forward_backward(
 
 
 def update(
-    model: Stages, optimizer: Optimizer, loss: Tensor, job: Job, recorder: Recorder, memory: MemoryProbe, *, stop: bool
+    model: Stages, optimizer: PartOptimizer, loss: Tensor, job: Job, recorder: Recorder, memory: MemoryProbe, stop: bool
 ) -> StepTotals:
     """Clip by the whole gradient's norm and step the optimizer; return the step's totals."""
     with recorder.phase("optimizer"):
@@ -112,5 +112,5 @@ def update(
         optimizer.step()
         move_biases(model, totals)
         memory.states(model, optimizer)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.free_gradients()
     return totals

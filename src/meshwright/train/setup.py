@@ -6,11 +6,10 @@ from types import FrameType
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim import Optimizer
 
 from meshwright.checkpoint import CheckpointError, load_checkpoint, load_pretrained, save_checkpoint
 from meshwright.data import Batches, Stream, open_stream
-from meshwright.parallel import Stages, data_rank, tell_all
+from meshwright.parallel import PartOptimizer, Stages, data_rank, tell_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
 from meshwright.trace import Recorder
@@ -55,7 +54,7 @@ def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.devi
     )
 
 
-def restore(folder: RunFolder, model: Stages, optimizer: Optimizer, stream: Stream) -> int:
+def restore(folder: RunFolder, model: Stages, optimizer: PartOptimizer, stream: Stream) -> int:
     """Fill model and optimizer from the run's newest checkpoint and return its step.
 
     If there is none: 0, and the model starts from the weights in model.path, or stays as it was built.
@@ -72,7 +71,7 @@ def save(
     folder: RunFolder,
     step: int,
     model: Stages,
-    optimizer: Optimizer,
+    optimizer: PartOptimizer,
     stream: Stream,
     job: Job,
     recorder: Recorder,
