@@ -210,7 +210,7 @@ def pairs_of(case: Case, choices: Choices) -> set[Any]:
 def fast_cases(layouts: dict[Case, Choices], about: Container[str]) -> list[Case]:
     """Cases that hold every pair with one of `about` in it: again and again, of some with a pair that is missing, the
     one with most of those a rank."""
-    random = Random(1)
+    random = Random(3)  # of thirty the one with fewest ranks
     offered = {layout: pairs(layout, choices) for layout, choices in layouts.items()}
     missing = {pair for pair in set().union(*offered.values()) if any(name in about for name, _ in pair)}
     chosen: list[Case] = []
@@ -253,6 +253,7 @@ def expert_sizes(_layout: Case, choices: Choices) -> int:
 LAYOUTS = every_layout(range(2, MOST_RANKS + 1))
 DENSE = {layout: dense_choices(layout) for layout in LAYOUTS}
 SPARSE = {layout: choices for layout in (Case(), *LAYOUTS) if (choices := mixture_choices(layout))}
-# What two settings do to each other does not ask for experts.
-FAST = [*fast_cases(DENSE, {"ranks", *AXES, *dense_choices(Case())}), *fast_cases(SPARSE, {*AXES, "expert"})]
+# Experts are divided or not; what else two choices do to each other, dense models show.
+DIVIDED = {layout: choices | {"expert": choices["expert"][:2]} for layout, choices in SPARSE.items()}
+FAST = [*fast_cases(DENSE, {"ranks", *AXES, *dense_choices(Case())}), *fast_cases(DIVIDED, {"expert"})]
 SLOW = slow_cases(DENSE, most_values) + slow_cases(SPARSE, expert_sizes)
