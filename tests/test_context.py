@@ -96,7 +96,8 @@ def test_states_are_divided_over_shard_and_context(tmp_path: Path) -> None:
     for name, axes in (("one", {"shard": 4}), ("two", {"shard": 2, "context": 2}), ("three", {"context": 4})):
         events = read_events(run_of(adam_job(tmp_path, name, axes, run={"name": name, "steps": 2})), 0)
         accounts = [line.account for rank in sorted(events) for line in events[rank] if isinstance(line, Memory)]
-        held.append([(a.parameters, a.gradients, a.optimizer_states) for a in accounts])
+        # Buffers are what is gathered after a forward pass: the output layer, whatever the axes' names.
+        held.append([(a.parameters, a.gradients, a.optimizer_states, a.communication_buffers) for a in accounts])
     assert len(held[0]) == 4
     assert held[0] == held[1] == held[2]
 
