@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
+from meshwright.record.verification import ATTEND, Comparison, RankReport, Trial, relative_differences
 from meshwright.spec import Layout, Split, end_shapes, split_of, split_table, stage_blocks
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
@@ -233,13 +233,24 @@ def output_cause(trial: Trial, row: Row) -> Cause:
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
     words = likely.get(split_of(split_table(trial.job.model), row.what), "its parts are put together wrong")
-    if trial.job.layout.context > 1 and row.what.endswith("attention.output"):
-        # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
-        words = (
-            "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
-            "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
-        )
+    if row.what.endswith(f".{ATTEND}"):
+        words = of_attention(trial.job.layout)
     return Cause(module=row.what, factor=part.factor(FACTOR_SPREAD), likely=words)
+
+
+def of_attention(layout: Layout) -> str:
+    """What is wrong with what attention mixes: queries, keys and values agree, so these are not the right ones."""
+    if layout.context == 1:
+        return "its queries do not see the keys that the mask says, or look at other ranks' key heads"
+    if layout.context_form == "all-to-all":
+        return (
+            "heads and tokens are exchanged wrongly along context: each rank must get all tokens of its heads in the "
+            "order of the whole sequence, with the key heads that these look at, and its own two chunks of all heads back"
+        )
+    return (
+        "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
+        "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
+    )
 
 
 def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
