@@ -257,7 +257,7 @@ def of_attention(layout: Layout) -> str:
     if layout.context_form == "all-to-all":
         return (
             "heads and tokens are exchanged wrongly along context: each rank must get all tokens of its heads in "
-            "the order of the whole sequence, with the key heads that these look at, and its two chunks of all heads back"
+            "the order of the whole sequence, with the key heads they look at, and of all heads its two chunks back"
         )
     return (
         "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
