@@ -129,3 +129,13 @@ def test_zero_says_what_a_rank_holds_of_experts_between_microbatches(
     for gathered, gradients, owned in run_ranks(2, held_of, job):
         assert gathered == (0 if zero == 3 else 2 * owned)
         assert gradients == (owned if zero == 3 else 0)
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 2}, {"shard": 2}], ids=str)
+@pytest.mark.parametrize("zero", [3, 2, 1])
+def test_experts_that_are_whole_on_their_rank_are_not_gathered(folder: Path, axes: dict[str, int], zero: int) -> None:
+    """Whatever zero says: a rank computes with its own experts, and their gradients wait for the last microbatch."""
+    job = mixture_job(folder, "mixtral", accumulation=2, layout=axes | {"expert": 2, "zero": zero})
+    prepare(job.data)
+    for gathered, gradients, owned in run_ranks(2, held_of, job):
+        assert (gathered, gradients) == (owned, 0)
