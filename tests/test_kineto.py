@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshwright.account import MeasuredStep, StepAccount, split_waits
-from meshwright.record.kineto import PREFIX, STEP, measure_step
+from meshwright.record.kineto import PREFIX, STEP, measure_step, message_label
 from meshwright.spec import Layout
 from meshwright.trace.recorder import group_purposes
 
@@ -323,6 +323,22 @@ def test_waiting_for_a_slow_peer_is_no_transfer() -> None:
     assert waited.blame == {1: pytest.approx(3e-3)}
     assert ms(slow.account) == {"inefficiency": 9, "comm.shard": 1}
     assert slow.blame == {}
+
+
+def test_a_receive_that_waits_beside_kernels_is_no_transfer() -> None:
+    def rank(number: int, what: str, begin: float) -> MeasuredStep:
+        trace = Trace()
+        trace.kernel("passes", 12, 22, launch=10.5)
+        # Posted early by the one that receives, it ends for both at the same time.
+        trace.annotate(message_label(what, 0, 1, 0), 10.55, 10.65)
+        trace.transfer(begin, 20, launch=10.6)
+        return trace.measured(rank=number)
+
+    ranks = [rank(0, "send", 19), rank(1, "receive", 13)]
+    assert ranks[1].overlapped == {"pipeline": pytest.approx(7e-3)}
+    assert [one.overlapped for one in split_waits(ranks)] == [{"pipeline": pytest.approx(1e-3)}] * 2
+    # Whoever does not know the sender's step takes it as it is.
+    assert split_waits(ranks[1:])[0].overlapped == {"pipeline": pytest.approx(7e-3)}
 
 
 def random_trace(chance: random.Random) -> Trace:
