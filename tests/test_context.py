@@ -96,7 +96,8 @@ def test_states_are_divided_over_shard_and_context(tmp_path: Path) -> None:
     for name, axes in (("one", {"shard": 4}), ("two", {"shard": 2, "context": 2}), ("three", {"context": 4})):
         events = read_events(run_of(adam_job(tmp_path, name, axes, run={"name": name, "steps": 2})), 0)
         accounts = [line.account for rank in sorted(events) for line in events[rank] if isinstance(line, Memory)]
-        held.append([(a.parameters, a.gradients, a.optimizer_states) for a in accounts])
+        # Buffers are what is gathered after a forward pass: the output layer, whatever the axes' names.
+        held.append([(a.parameters, a.gradients, a.optimizer_states, a.communication_buffers) for a in accounts])
     assert len(held[0]) == 4
     assert held[0] == held[1] == held[2]
 
@@ -189,11 +190,23 @@ def test_places_of_the_wrong_chunk_are_named(cause_of: Callable[..., Cause], axe
 
 
 @pytest.mark.parametrize("fault", [future_seen, past_missed])
-@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "shard": 2}, {"context": 4}], ids=named)
+@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2}, {"context": 4}], ids=named)
 def test_chunks_wrongly_seen_or_missed_are_named(cause_of: Callable[..., Cause], fault: Fault, axes: Any) -> None:
     cause = cause_of(fault, **axes)
-    assert cause.module == "blocks.0.attention.output"
+    assert cause.module == "blocks.0.attention.attend"
     assert "its queries see keys that they should not, or miss some" in cause.likely
+
+
+def late_chunks_turned(_job: Job) -> AbstractContextManager[object]:
+    """All-to-all puts the late chunks in the order of ranks, which is not that of the sequence."""
+    return mock.patch.object(Tensor, "flip", lambda tensor, *_dims: tensor)
+
+
+@pytest.mark.parametrize("axes", [{"context": 2}, {"context": 2, "tensor": 2}], ids=named)
+def test_tokens_wrongly_exchanged_are_named(cause_of: Callable[..., Cause], axes: Any) -> None:
+    cause = cause_of(late_chunks_turned, context_form="all-to-all", **axes)
+    assert cause.module == "blocks.0.attention.attend"
+    assert "in the order of the whole sequence" in cause.likely
 
 
 # --- What is made small, and what is refused ------------------------------------------------------------------------

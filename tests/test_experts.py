@@ -100,6 +100,11 @@ def token_dropped(_job: Job) -> AbstractContextManager[object]:
     return mock.patch.object(expert.AllToAll, "_send_back", dropping)
 
 
+def experts_averaged(_job: Job) -> AbstractContextManager[object]:
+    """The reduction of the experts' own gradients is left as FSDP has it, a mean."""
+    return mock.patch.object(expert, "sum_gradients")
+
+
 def balance_of_each_rank(_job: Job) -> AbstractContextManager[object]:
     """Biases follow what a rank's own tokens did."""
     reduce_step = loop.reduce_step
@@ -139,8 +144,19 @@ def test_a_dropped_token_is_named(cause_of: Callable[..., Cause], axes: Any) -> 
     assert "dropped" in cause.likely
 
 
-def test_biases_moved_by_one_ranks_tokens_are_noticed(cause_of: Callable[..., Cause]) -> None:
-    cause_of(balance_of_each_rank, "mixtral", shard=2)
+@pytest.mark.parametrize("axes", [{"shard": 4}, {"shard": 4, "expert": 2}], ids=str)
+def test_experts_gradients_averaged_over_their_own_ranks_are_named(cause_of: Callable[..., Cause], axes: Any) -> None:
+    ranks = axes["shard"] // axes.get("expert", 1)
+    cause = cause_of(experts_averaged, "mixtral", **axes)
+    assert cause.module.endswith("feed_forward.experts")
+    assert cause.factor == pytest.approx(1 / ranks, rel=1e-3)
+    assert f"the {ranks} ranks that hold parts or copies of the same experts: gradients are averaged" in cause.likely
+
+
+def test_biases_moved_by_one_ranks_tokens_are_named(cause_of: Callable[..., Cause]) -> None:
+    cause = cause_of(balance_of_each_rank, "mixtral", shard=2)
+    assert cause.module == "blocks.0.feed_forward.router"
+    assert "moved by other counts than the whole global batch's" in cause.likely
 
 
 # --- What a run keeps and tells -------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Reading a run back: healthy, unfinished, damaged, hostile."""
 
+import re
+
 import msgspec
 import pytest
 from synthetic import a_job, a_memory, a_prediction, a_run, a_step, write_metrics, write_rank
@@ -224,6 +226,10 @@ def test_findings_name_the_cause():
     assert "goes to comm.shard" in text and "off on comm.shard: it predicted 40.0 ms, measured 200 ms" in text
     assert "Too low by 80% of the measured time" in evidence_of(StepAccount(useful=0.1, comm_shard=0.2))
     assert "Too high by 233% of the measured time" in evidence_of(StepAccount(useful=0.03, comm_shard=0.2))
+    # A share of next to nothing is no figure.
+    for useful in (0.0, 1e-6):
+        found = evidence_of(StepAccount(useful=useful, comm_shard=0.2))
+        assert re.search(r"Too high by 100(\.0)? ms of each step \(50%\)", found)
     assert "input-bound" not in text and "host-bound" not in text
     assert "inefficiency" not in findings_of(StepAccount(inefficiency=0.9, comm_shard=0.1)).split("The plan")[0]
 

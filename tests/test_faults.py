@@ -211,6 +211,13 @@ def test_a_missing_sum_behind_a_row_split_is_named(cause_of: Callable[..., Cause
     assert "must be summed along tensor" in cause.likely
 
 
+def test_a_missing_sum_is_not_taken_for_attentions_fault(cause_of: Callable[..., Cause]) -> None:
+    """What attention mixes is compared on its own, so what comes behind it is not blamed on the keys that it sees."""
+    cause = cause_of(partial_results, context=2, tensor=2)
+    assert cause.module == "blocks.0.attention.output"
+    assert "must be summed along tensor" in cause.likely
+
+
 @pytest.mark.parametrize("axes", [{"replica": 2}, {"shard": 2, "zero": 1}, {"tensor": 2}], ids=str)
 def test_an_unscaled_loss_under_accumulation_is_named(cause_of: Callable[..., Cause], axes: Any) -> None:
     cause = cause_of(mean_of_each_microbatch, accumulation=4, **axes)

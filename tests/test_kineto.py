@@ -6,28 +6,29 @@ from typing import Any
 import pytest
 
 from meshwright.account import MeasuredStep, StepAccount, split_waits
-from meshwright.record.kineto import PREFIX, STEP, measure_step
+from meshwright.record.kineto import PREFIX, STEP, measure_step, message_label
 from meshwright.spec import Layout
 from meshwright.trace.recorder import group_purposes
 
-COMPUTE, TRANSFER = 7, 22
+HOST, COMPUTE = 1, 7
 WORLD = {"0": ("default_pg", [0, 1]), "17": ("mesh_shard", [0, 1]), "18": ("mesh_replica", [0, 2])}
 
 
 class Trace:
     """A trace as Kineto writes it: two steps, of which the first leaves the device busy until 12 ms.
 
-    The step that is measured is annotated from 10 to 30 ms.
+    The step that is measured is annotated from 10 ms until the host has launched the last of it.
     """
 
     def __init__(self, busy_until: float = 12.0) -> None:
         self.events: list[dict[str, Any]] = []
         self.annotate(STEP, 0, 10)
-        self.annotate(STEP, 10, 30)
+        self.annotate(STEP, 10, 10)
+        self._step = self.events[-1]
         self.kernel("warm", 1, busy_until, launch=0.5)
 
     def annotate(self, name: str, start: float, end: float) -> None:
-        self._add("user_annotation", name, start, end, tid=1)
+        self._add("user_annotation", name, start, end, tid=HOST)
 
     def phase(self, name: str, start: float, end: float) -> None:
         self.annotate(PREFIX + name, start, end)
@@ -36,8 +37,12 @@ class Trace:
         """A kernel, with the call that launched it, which returns at `launch`."""
         correlation = len(self.events)
         if launch is not None:
-            self._add("cuda_runtime", "cudaLaunchKernel", launch - 0.002, launch, tid=1, correlation=correlation)
+            self._add("cuda_runtime", "cudaLaunchKernel", launch - 0.002, launch, tid=HOST, correlation=correlation)
         self._add("kernel", name, start, end, tid=COMPUTE, correlation=correlation, **args)
+
+    def operator(self, name: str, start: float, end: float) -> None:
+        """An operator on the host."""
+        self._add("cpu_op", name, start, end, tid=HOST)
 
     def transfer(self, start: float, end: float, *, launch: float, group: str = "17") -> None:
         name = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
@@ -46,6 +51,8 @@ class Trace:
 
     def _add(self, category: str, name: str, start: float, end: float, *, tid: int, **args: Any) -> None:
         span = {"ts": start * 1e3, "dur": (end - start) * 1e3}
+        if tid == HOST and start > 10:
+            self._step["dur"] = max(self._step["dur"], end * 1e3 - self._step["ts"])
         self.events.append({"ph": "X", "cat": category, "name": name, "pid": 0, "tid": tid, **span, "args": args})
 
     def measured(self, *, layout: Layout | None = None, rank: int = 0, useful: float = 0.0) -> MeasuredStep:
@@ -193,6 +200,43 @@ def test_the_optimizer_is_what_its_phase_launched() -> None:
     assert step.overlapped == {"shard": pytest.approx(2e-3)}
 
 
+def test_a_host_behind_the_device_ends_the_step() -> None:
+    """Where it updates parameters itself, that is the optimizer's time; what else it does meanwhile is its own."""
+    trace = Trace()
+    trace.kernel("backward", 12, 15, launch=10.5)
+    trace.phase("optimizer", 13, 19.5)
+    # Beside the device's work, then alone; the last of them launches a copy, which is waited for inside.
+    trace.operator("aten::linalg_vector_norm", 14, 16)
+    trace.operator("aten::_fused_adamw_", 16.5, 19)
+    trace.operator("aten::empty", 17, 17.5)
+    trace.operator("aten::copy_", 19, 19.4)
+    trace.operator("aten::empty_strided", 19.05, 19.1)
+    trace.kernel("Memcpy DtoH (Device -> Pinned)", 19.3, 19.35, launch=19.2)
+    trace.phase("checkpoint", 20, 20.5)
+    trace.annotate("reading", 20.5, 21)
+    step = trace.measured()
+    assert (step.start_s, step.end_s) == (pytest.approx(12e-3), pytest.approx(21e-3))
+    assert ms(step.account) == {
+        "inefficiency": 3,
+        "optimizer": 1 + 2.5 + 0.05,
+        "checkpoint": 0.5,
+        "host": 0.5 + 0.2 + 0.65 + 0.5,
+        "other": 0.1,
+    }
+
+
+def test_steps_follow_one_another_without_a_gap() -> None:
+    """Whether the host is ahead of the device or behind it: the end of one is the start of the next."""
+    for ended, wanted in ((11.0, 16.0), (18.0, 18.0)):
+        trace = Trace()
+        trace.kernel("one", 12, 16, launch=10.5)
+        trace.annotate("python", 10.9, ended)
+        first = trace.measured()
+        trace.annotate(STEP, ended, ended + 1)
+        trace.kernel("two", 20, 22, launch=ended + 0.5)
+        assert first.end_s == pytest.approx(wanted * 1e-3) == trace.measured().start_s
+
+
 def test_recompute_is_what_its_phase_launched_but_for_transfers() -> None:
     trace = Trace()
     trace.phase("backward", 10.2, 12)
@@ -232,6 +276,7 @@ def test_a_kernel_whose_launch_was_not_recorded_counts_by_its_own_time() -> None
     trace = Trace()
     trace.kernel("one", 12, 16, launch=10.5)
     trace.kernel("graphed", 16, 18, launch=None)
+    trace.annotate("python", 11, 17)
     assert ms(trace.measured().account) == {"inefficiency": 6}
 
 
@@ -280,6 +325,22 @@ def test_waiting_for_a_slow_peer_is_no_transfer() -> None:
     assert slow.blame == {}
 
 
+def test_a_receive_that_waits_beside_kernels_is_no_transfer() -> None:
+    def rank(number: int, what: str, begin: float) -> MeasuredStep:
+        trace = Trace()
+        trace.kernel("passes", 12, 22, launch=10.5)
+        # Posted early by the one that receives, it ends for both at the same time.
+        trace.annotate(message_label(what, 0, 1, 0), 10.55, 10.65)
+        trace.transfer(begin, 20, launch=10.6)
+        return trace.measured(rank=number)
+
+    ranks = [rank(0, "send", 19), rank(1, "receive", 13)]
+    assert ranks[1].overlapped == {"pipeline": pytest.approx(7e-3)}
+    assert [one.overlapped for one in split_waits(ranks)] == [{"pipeline": pytest.approx(1e-3)}] * 2
+    # Whoever does not know the sender's step takes it as it is.
+    assert split_waits(ranks[1:])[0].overlapped == {"pipeline": pytest.approx(7e-3)}
+
+
 def random_trace(chance: random.Random) -> Trace:
     """Kernels and transfers at random on two streams, launched early or late, in random phases."""
     trace = Trace(busy_until=chance.uniform(9, 14))
@@ -297,6 +358,9 @@ def random_trace(chance: random.Random) -> Trace:
         else:
             shape = [chance.randrange(1, 3), 1, 1]
             trace.kernel(chance.choice(("gemm", "add")), start, end, launch=launch, grid=shape, block=shape)
+    for _ in range(chance.randrange(4)):
+        start = chance.uniform(10, 29)
+        trace.operator("aten::mul", start, start + chance.uniform(0, 2))
     trace.kernel("last", max(14, *now), max(14, *now) + 1, launch=10.1)
     return trace
 

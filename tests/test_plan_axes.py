@@ -4,18 +4,14 @@ import itertools
 import random
 from collections import Counter
 from math import prod
-from typing import Any
 
 import msgspec
 import pytest
 
 from meshwright.plan import build_plan, predict, predict_memory, predict_states
 from meshwright.plan.collective import build_expert_rings, hop_seconds, predict_exchange
-from meshwright.plan.frame import build_frame
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.part import build_parts
-from meshwright.plan.passes import walk_stages
-from meshwright.plan.pipeline import explain_idle
 from meshwright.plan.rates import GPU
 from meshwright.plan.replay import build_timetable, replay, replay_steadily
 from meshwright.record import Prediction
@@ -249,27 +245,6 @@ def test_what_a_rank_runs_when_is_in_the_prediction() -> None:
         assert Counter(p.kind for p in passes) == {"F": 2 * microbatches, "B": 2 * microbatches}
         assert {drawn.stage_ranks[p.stage] for p in passes} == {rank}
         assert all(one.end_s <= other.begin_s + 1e-9 for one, other in itertools.pairwise(passes))
-
-
-@pytest.mark.parametrize(("schedule", "held"), [*WHOLE, *SPLITS])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-@pytest.mark.parametrize("recompute", ["none", 3])
-def test_the_account_of_every_schedule_closes(schedule: Schedule, held: int, kind: str, recompute: Any) -> None:
-    layout = Layout(
-        pipeline=2, shard=2, schedule=schedule, stages_per_rank=held, zero=1, recompute=recompute, replica=2
-    )
-    job = a_job(DENSE, layout, gpus="2x4xh100" if kind == "cuda" else "")
-    prediction = predict(job)
-    assert prediction.step.closes(prediction.step_s)
-    assert prediction.step.bubble > 0
-    # The step is as long as the replayed pipeline and what comes after it.
-    frame = build_frame(job)
-    stages = walk_stages(job, frame)
-    assert prediction.pipeline is not None
-    last_s = max(passes[-1].end_s for passes in prediction.pipeline.ranks)
-    assert prediction.pipeline.left_out or prediction.step_s > last_s
-    busy_s = prediction.step_s - prediction.step.bubble - prediction.step.comm_pipeline
-    assert explain_idle(job, frame, stages, 0.0, brief=True).bubble_s > 0 and busy_s > 0
 
 
 # --- Context ---------------------------------------------------------------------------------------------------------

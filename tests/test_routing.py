@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from meshwright.models import Mixture
 from meshwright.models.decoder import FeedForward
 from meshwright.models.experts import grouped_feed_forward, grouped_product, keep_best_groups
+from meshwright.parallel import move_biases
 from meshwright.parallel.expert import mixtures_of
 from meshwright.parallel.recompute import prepare_block
+from meshwright.parallel.reduce import StepTotals
 from meshwright.spec import Experts, Layout, ModelSpec, Recompute, SettingError
 from meshwright.spec.huggingface import config_of_model
 
@@ -217,6 +219,17 @@ def test_blocks_compile_around_their_experts(recompute: Recompute) -> None:
     assert len(gradients[0]) == len(list(model.parameters()))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_bias_goes_against_its_load_in_the_largest_batch() -> None:
+    """By a sign that is right where fp32 rounds the sum of all choices."""
+    _, model = built(bias_rate=0.5)
+    bias = mixtures_of(model)[0].router.bias
+    assert bias is not None
+    before = bias.clone()
+    counts = [5_000_001.0, *[5_000_000.0] * 5]
+    move_biases(model, StepTotals(torch.zeros(3), torch.tensor([[0.0, *counts]])))
+    assert (bias - before).tolist() == [-0.5, *[0.5] * 5]
 
 
 def test_a_bias_that_transformers_cannot_say_is_refused() -> None:

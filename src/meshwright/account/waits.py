@@ -78,7 +78,31 @@ def split_waits(ranks: Sequence[MeasuredStep], unblamed: Collection[Purpose] = (
             explained = min(waited, uneven_seconds(by_rank[rank], by_rank[culprit]))
             uneven[rank] += explained
             seconds[culprit] = waited - explained
-    return [_resolved(m, moved[m.rank], uneven[m.rank], blame[m.rank]) for m in ranks]
+    begun = {key: max(arrived.values()) for key, arrived in arrivals.items()}
+    return [
+        msgspec.structs.replace(
+            _resolved(m, moved[m.rank], uneven[m.rank], blame[m.rank]), overlapped=hidden_of(m, begun, offset[m.rank])
+        )
+        for m in ranks
+    ]
+
+
+def hidden_of(measured: MeasuredStep, begun: Mapping[Key, float], offset: float) -> dict[str, float]:
+    """Transfer that ran beside kernels: of messages between stages only what follows their sending.
+
+    A receive is posted long before, and on a GPU its kernel waits beside all others. What it is beside is not kept
+    moment by moment, so idle time that something else explains may be left in it, for as long as the message moves.
+    """
+    hidden = dict(measured.overlapped)
+    if "pipeline" in hidden:
+        moving = 0.0
+        for transfer in measured.transfers:
+            if transfer.purpose == "pipeline":
+                begin = max(transfer.start_s, begun[transfer.key] + offset)
+                exposed = transfer.exposed_s() - seconds_before(transfer.exposed, begin)
+                moving += max(0.0, transfer.end_s - begin - exposed)
+        hidden["pipeline"] = min(hidden["pipeline"], moving)
+    return hidden
 
 
 def charge(wait: float, last: int, waiting: int, delay: Mapping[int, Seconds]) -> Seconds:

@@ -11,6 +11,8 @@ WORTH_SAYING = 0.05
 BOUND = 0.2
 # A prediction further off than this, in a bucket worth saying something about, is called wrong.
 PREDICTION_OFF = 0.25
+# A prediction further off than this many times what was measured is compared with the step.
+MOST_TIMES = 10
 # Where the second rank is waited for this much of what the first is, naming only the first would accuse it wrongly.
 IN_TURN = 0.6
 # Buckets that the plan sets to zero on purpose: time in them has a finding of its own, not a wrong prediction.
@@ -95,9 +97,11 @@ def wrong_predictions(predicted: StepAccount, measured: StepAccount) -> list[Fin
         if name not in NOT_PREDICTED and worth > least and abs(guess - seconds) > PREDICTION_OFF * max(seconds, 1e-12):
             text = f"The plan was off on {name}: it predicted {seconds_text(guess)}, measured {seconds_text(seconds)}."
             way = "Too high" if guess > seconds else "Too low"
-            by = abs(guess - seconds) / seconds if seconds > 0 else None
-            evidence = f"{way} by {by:.0%} of the measured time" if by is not None else "nothing of it was measured"
-            off.append((abs(guess - seconds), Finding(what=text, evidence=evidence)))
+            by = abs(guess - seconds)
+            # Of next to nothing a share says nothing.
+            hardly_any = by > MOST_TIMES * seconds
+            evidence = of_step(by, measured.total()) if hardly_any else f"{by / seconds:.0%} of the measured time"
+            off.append((by, Finding(what=text, evidence=f"{way} by {evidence}")))
     return [finding for _, finding in sorted(off, key=lambda item: -item[0])]
 
 

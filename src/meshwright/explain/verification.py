@@ -5,7 +5,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from meshwright.record.verification import Comparison, RankReport, Trial, relative_differences
+from meshwright.explain.factors import likely_factor
+from meshwright.record.verification import ATTEND, Comparison, RankReport, Trial, relative_differences
 from meshwright.spec import Layout, Split, end_shapes, split_of, split_table, stage_blocks
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
@@ -73,7 +74,7 @@ def explain_trial(trial: Trial) -> Verdict:
         *([worst(f"weights after step {len(trial.reference.losses)}", weights)] if exact else []),
     ]
     agrees = all(row.agrees for row in rows)
-    cause = None if agrees else find_cause(trial, rows, wrong_of(outputs), wrong_of(gradients))
+    cause = None if agrees else find_cause(trial, rows, wrong_of(outputs), wrong_of(gradients), wrong_of(weights))
     return Verdict(rows=tuple(rows), tensors=tuple(gradients), cause=cause)
 
 
@@ -155,11 +156,11 @@ def off_by(value: float, wanted: float) -> float:
     return value / wanted if wanted else 1.0 if value == 0 else math.inf
 
 
-def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: list[Row]) -> Cause:
+def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: list[Row], weights: list[Row]) -> Cause:
     """The first difference in the order in which a step computes: samples, places, outputs, loss, gradients, norm,
     weights.
 
-    outputs, gradients: those that differ.
+    outputs, gradients, weights: those that differ.
     """
     by_kind = {row.what.partition(" of ")[0]: row for row in rows}
     if not all(map(math.isfinite, (*trial.reference.losses, *trial.reference.norms))):
@@ -176,7 +177,7 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
         return output_cause(trial, outputs[0])
     loss = off_by(trial.ranks[0].losses[0], trial.reference.losses[0])
     if abs(loss - 1) > by_kind["loss"].bound:
-        return series_cause("loss", loss, likely_factor(loss, trial.job.layout, trial))
+        return series_cause("loss", loss, likely_factor(loss, trial))
     if gradients:
         return gradient_cause(trial, gradients)
     norm = off_by(trial.ranks[0].norms[0], trial.reference.norms[0])
@@ -186,8 +187,19 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
         if stage is not None:
             words = f"every gradient agrees and their norm leaves out stage {stage} of the pipeline"
         return series_cause("gradient norm", norm, words)
-    words = "loss, gradients and norm of step 1 agree: clipping, the learning rate or the optimizer's step differ"
-    return Cause(module="update", factor=None, likely=words)
+    return update_cause([row.what for row in weights])
+
+
+def update_cause(wrong: list[str]) -> Cause:
+    """All of step 1 agrees up to its update, and some weights do not after the last step."""
+    words = "clipping, the learning rate or the optimizer's step differ"
+    biases = [name for name in wrong if name.endswith(".router.bias")]
+    if not biases:
+        return Cause(module="update", factor=None, likely=f"loss, gradients and norm of step 1 agree: {words}")
+    # Moved wrongly, they soon have other experts chosen, and then all weights differ.
+    moved = "the bias that experts are chosen by is moved by other counts than the whole global batch's"
+    likely = moved if len(biases) == len(wrong) else f"{moved}; or {words}"
+    return Cause(module=biases[0].rpartition(".")[0], factor=None, likely=likely)
 
 
 def stage_left_out(trial: Trial, factor: float) -> int | None:
@@ -233,13 +245,24 @@ def output_cause(trial: Trial, row: Row) -> Cause:
         "kv_heads": "each rank must have the key and value heads that its query heads look at",
     }
     words = likely.get(split_of(split_table(trial.job.model), row.what), "its parts are put together wrong")
-    if trial.job.layout.context > 1 and row.what.endswith("attention.output"):
-        # What it is made of agrees, token by token, so the tokens mixed are not the right ones.
-        words = (
-            "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
-            "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
-        )
+    if row.what.endswith(f".{ATTEND}"):
+        words = of_attention(trial.job.layout)
     return Cause(module=row.what, factor=part.factor(FACTOR_SPREAD), likely=words)
+
+
+def of_attention(layout: Layout) -> str:
+    """What is wrong with what attention mixes: queries, keys and values agree, so these are not the right ones."""
+    if layout.context == 1:
+        return "its queries do not see the keys that the mask says, or look at other ranks' key heads"
+    if layout.context_form == "all-to-all":
+        return (
+            "heads and tokens are exchanged wrongly along context: each rank must get all tokens of its heads in "
+            "the order of the whole sequence, with the key heads they look at, and of all heads its two chunks back"
+        )
+    return (
+        "its queries see keys that they should not, or miss some: for each two chunks along context, all of the "
+        "earlier one is seen by the later one, each one's own past by itself, and as much of it as the mask says"
+    )
 
 
 def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
@@ -262,62 +285,17 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
         for factor, spread in zip(factors, spreads, strict=True)
     )
     if same and first is not None:
-        return Cause(module=module, factor=first, likely=likely_factor(first, trial.job.layout, trial))
+        routed = all(is_routed(trial, row.what.rpartition(".")[0]) for row in wrong)
+        return Cause(module=module, factor=first, likely=likely_factor(first, trial, routed=routed))
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
     return Cause(module=module, factor=None, likely=words + of_router(module))
+
+
+def is_routed(trial: Trial, module: str) -> bool:
+    """Whether a module is a mixture's experts."""
+    return split_of(split_table(trial.job.model), module) == "experts"
 
 
 def of_router(module: str) -> str:
     """What else is wrong with gradients, if they are a router's."""
     return "; or the weights that it gives each expert are not differentiated" if module.endswith(".router") else ""
-
-
-def likely_factor(factor: float, layout: Layout, trial: Trial) -> str:
-    """What usually makes a loss or all gradients wrong by a constant factor; all of it where sizes are the same."""
-    accumulation = layout.accumulation(trial.job.data.global_batch)
-    data, tensor, world = layout.replica * layout.parameter_shards, layout.tensor, layout.world_size
-    axes = "replica x shard x context" if layout.context > 1 else "replica x shard"
-    counted = trial.reference.counted
-    known = [
-        (
-            1 / accumulation,
-            (
-                f"the {accumulation} microbatches of a step: gradients are averaged over them, "
-                "though each one's loss is divided by the global batch already"
-            ),
-        ),
-        (counted, f"the {counted} tokens that count in a step: what is summed over them is not divided by them"),
-        (1 / counted, f"the {counted} tokens that count in a step: what is divided by them is divided once more"),
-        (
-            accumulation,
-            (
-                f"the {accumulation} microbatches of a step: each one's loss must be divided by what counts "
-                "in the whole global batch, not in itself"
-            ),
-        ),
-        (
-            1 / data,
-            (
-                f"the {data} ranks of {axes}: gradients are averaged over them, "
-                "though the loss is divided by the global batch already"
-            ),
-        ),
-        (
-            data,
-            (
-                f"the {data} ranks of {axes}: gradients are summed over them once "
-                "too often, or the loss is divided by one rank's share"
-            ),
-        ),
-        (tensor, f"the {tensor} ranks of tensor: what they all have is summed over them"),
-        (1 / tensor, f"the {tensor} ranks of tensor: what each has a part of is averaged over them"),
-    ]
-    if world not in (data, tensor):
-        known += [
-            (world, f"the {world} ranks: what they all have is summed over them"),
-            (1 / world, f"the {world} ranks: what each has a part of is averaged over them"),
-        ]
-    words = [words for size, words in known if size != 1 and math.isclose(factor, size, rel_tol=0.05)]
-    return (
-        "; or ".join(words) or "a constant factor that is none of the layout's sizes: look at how the loss is divided"
-    )

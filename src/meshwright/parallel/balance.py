@@ -32,6 +32,7 @@ def move_biases(model: nn.Module, totals: StepTotals) -> None:
     for mixture in mixtures_of(model):
         rate, bias = mixture.experts.settings.bias_rate, mixture.router.bias
         if rate and bias is not None and totals.loads is not None:
-            counts = totals.loads[mixture.layer, 1:]
+            # In int64, because above 2^24 choices fp32 rounds, and the sign of a small error with it.
+            counts = totals.loads[mixture.layer, 1:].long()
             # The error times the number of experts: a whole number, so that its sign is exact.
             bias += rate * (counts.sum() - len(counts) * counts).sign()

@@ -18,6 +18,8 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 # The one dimension of shard x context.
 SHARD_CONTEXT = "shard_context"
+# What parameters are split over, a mixture's experts over the last: gathered, they are not on it.
+SHARDING_AXES = frozenset({"shard", SHARD_CONTEXT, "expert_shard"})
 
 
 def start_distributed(cluster: Cluster | None = None) -> torch.device:

@@ -20,7 +20,8 @@ Forward = Callable[..., Any]
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 aten, functional = torch.ops.aten, torch.ops._c10d_functional
-# Results that selective recompute keeps: of matrix products, attention and transfers, the dear ones.
+# Results that selective recompute keeps: of matrix products, attention and transfers, the dear ones, and of the sort
+# that puts a mixture's tokens in the order of their experts.
 KEPT = frozenset(
     {
         aten.mm.default,
@@ -39,9 +40,12 @@ KEPT = frozenset(
         RING_ATTENTION,
         EXCHANGE,
         functional.all_to_all_single.default,
+        functional.all_reduce.default,
+        aten.sort.stable,
         aten._grouped_mm.default,
     }
 )
+HOST = torch.device("cpu")
 
 
 def prepare_block(block: nn.Module, layout: Layout, index: int, *, compiled: bool, random: bool = False) -> None:
@@ -101,6 +105,8 @@ def announced(context: AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
-def keep_the_dear(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+def keep_the_dear(_context: Any, operator: Any, *_arguments: Any, **options: Any) -> CheckpointPolicy:
     """Selective recompute's policy."""
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    # What a mixture reads on the host, how many rows go where: to ask the device again would be to wait for it again.
+    read = operator is aten._to_copy.default and options.get("device") == HOST
+    return CheckpointPolicy.MUST_SAVE if read or operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,6 +11,8 @@ from meshwright.spec import Job
 # A tensor's difference counts against this share of all of its kind where its own norm is smaller: a true gradient may
 # be zero (a key's bias has no effect on attention) and then all that is left is round-off.
 SMALLEST_SHARE = 1e-4
+# What attention mixes stands among the outputs of its modules by this name.
+ATTEND = "attend"
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):

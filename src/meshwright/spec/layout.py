@@ -32,6 +32,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     zero: what a rank of `shard` x `context` holds whole, and when (docs/layouts.md has the bytes):
         3 parameters only while a block runs; 2 parameters from forward to backward of a microbatch;
         1 parameters and gradients through all microbatches of a step. Optimizer states are always split.
+        Of a mixture's experts, the same for a rank of those that share them; what none shares is always whole.
     schedule: the order in which a rank of the `pipeline` axis runs its stages' passes (spec/schedule.py).
     stages_per_rank: stages that each of them holds; 0: as few as the schedule works with.
     stage_layers: blocks of each stage, first to last; (): balanced by what they and both ends cost.

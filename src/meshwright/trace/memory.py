@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from meshwright.account import MemoryAccount
 from meshwright.parallel import PartOptimizer
+from meshwright.parallel.mesh import SHARDING_AXES
 from meshwright.parallel.part import local
 
 
@@ -160,4 +161,4 @@ def gathered_bytes(model: nn.Module) -> float:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is a rank's part along FSDP's axes."""
     axes = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
-    return not {"shard", "expert_shard"}.isdisjoint(axes or ())
+    return not SHARDING_AXES.isdisjoint(axes or ())

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from meshwright.account import MemoryAccount, Purpose
+from meshwright.parallel.mesh import SHARD_CONTEXT
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
 from meshwright.record.kineto import PREFIX, STEP, measure_step
 from meshwright.spec import AXES, Job, Layout, count_flops
@@ -185,7 +186,7 @@ def group_purposes(layout: Layout) -> dict[str, Purpose]:
         if layout.size(axis) == layout.world_size > 1:
             purposes["default_pg"] = axis
     # Parameters are sharded over shard and context as over one axis.
-    purposes["mesh_shard_context"] = "shard"
+    purposes[f"mesh_{SHARD_CONTEXT}"] = "shard"
     if layout.parameter_shards == layout.world_size > 1:
         purposes["default_pg"] = "shard"
     # A mixture's experts are sent to along one axis of their own, and split over the other, which may span the world.

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meshwright.data import Batch, open_stream, to_tensors
-from meshwright.models import NOT_COUNTED, Decoder, Mixture, build_model, build_view, initialize_
-from meshwright.record.verification import Comparison, Reference, Rounding, relative_differences
+from meshwright.models import NOT_COUNTED, Attention, Decoder, Mixture, build_model, build_view, initialize_
+from meshwright.record.verification import ATTEND, Comparison, Reference, Rounding, relative_differences
 from meshwright.spec import Job, Precision
 from meshwright.train.optimizer import learning_rate
 
@@ -140,19 +140,24 @@ def train_alone(job: Job, device: torch.device, written: Path) -> Reference:
 
 @contextmanager
 def watching(model: nn.Module, seen: dict[str, Tensor]) -> Iterator[None]:
-    """Every module's output, by the module's name, in the order in which modules end."""
+    """Every module's output, by the module's name, in the order in which modules end; and of attention what it mixes,
+    which is no module's output, by what its model calls the function."""
 
-    def look(name: str) -> None:
-        def keep(_module: nn.Module, _inputs: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                seen[name] = output.detach()
+    def look(module: nn.Module, name: str, *, given: bool = False) -> None:
+        def keep(_module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            tensor = inputs[0] if given else output
+            if isinstance(tensor, Tensor):
+                seen[name] = tensor.detach()
 
-        hooks.append(modules[name].register_forward_hook(keep))
+        hooks.append(module.register_forward_hook(keep))
 
     hooks: list[torch.utils.hooks.RemovableHandle] = []
-    modules = {name: module for name, module in model.named_modules() if name}
-    for name in modules:
-        look(name)
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            # What its output matrix is given; seen before what that makes of it, because it is asked for first.
+            look(module.output, f"{name}.{ATTEND}", given=True)
+        if name:
+            look(module, name)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
-"""A GPU rank's step, on the device's clock: from the end of the previous step's last kernel to the end of its own."""
+"""A GPU rank's step: from the end of the previous step's last kernel to the end of its own, or to where the host, if it
+is behind the device, ends the one and begins the other."""
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -41,12 +42,15 @@ def gpu_timeline(
         union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
     )
     working = subtract(union(span(e) for e in kernels), union([*updating, *again]))
-    late = late_launches(start, kernels, launched)
+    hosted = subtract(host_operators(events, step, during["optimizer"]), union(span(e) for e in inside))
+    # Behind the last kernel nothing is launched any more in this step, and the host has not ended it yet.
+    last = max((span(e)[1] for e in inside), default=start)
+    late = union([*late_launches(start, kernels, launched), (last, end)])
     stalled = {name: intersect(late, during[name]) for name in ("input", "checkpoint")}
     return Timeline(
         start_s=start,
         end_s=end,
-        busy={"optimizer": updating, "recompute": again, "compute": working},
+        busy={"optimizer": union([*updating, *hosted]), "recompute": again, "compute": working},
         waits={**stalled, "host": late},
         transfers=transfers,
         contention_s=slowed(kernels, transfers, during, launched),
@@ -66,7 +70,8 @@ def launch_of(event: TraceEvent, launched: Mapping[int, Interval]) -> Interval:
 def device_window(
     events: Sequence[TraceEvent], step: TraceEvent, device: Sequence[TraceEvent], launched: Mapping[int, Interval]
 ) -> Interval:
-    """The step between device events: end of the last kernel launched before it, end of the last launched in it."""
+    """From the end of the last kernel launched before the step to the end of the last launched in it; from the host's
+    start to the host's end where these are later."""
     opened, closed = span(step)
     if sum(1 for e in events if e["name"] == STEP and e.get("cat") == "user_annotation") < 2:
         raise ValueError("a GPU step is bounded by the step before it, and the trace holds only one")
@@ -74,7 +79,23 @@ def device_window(
     during = [span(e)[1] for e in device if opened <= launch_of(e, launched)[0] <= closed]
     if not before or not during or max(during) <= max(before):
         raise ValueError("the trace holds no kernels of the annotated step")
-    return max(*before, opened), max(during)
+    return max(*before, opened), max(*during, closed)
+
+
+def host_operators(events: Sequence[TraceEvent], step: TraceEvent, phases: Sequence[Interval]) -> list[Interval]:
+    """When the host's own cores were at work in the step's `phases`: operators that launch nothing, by themselves or
+    inside, and are inside none that does."""
+    mine = [e for e in events if e.get("tid") == step["tid"] and within(span(e)[0], phases)]
+    launches = sorted(span(e)[0] for e in mine if e.get("cat") in LAUNCH)
+    found: list[Interval] = []
+    free = 0.0
+    for start, end in sorted((span(e) for e in mine if e.get("cat") == "cpu_op"), key=lambda s: (s[0], -s[1])):
+        if start < free:
+            continue
+        free = end
+        if bisect_right(launches, end) == bisect_left(launches, start):
+            found.append((start, end))
+    return union(found)
 
 
 def transfer_of(
