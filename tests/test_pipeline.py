@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 from jobs import tiny_job
 from torch import Tensor
+from training import assert_same_training, train_in_turns
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.data import StepBatches
@@ -49,6 +50,28 @@ def test_a_pipeline_equals_one_process(
 ) -> None:
     job = pipelined(folder, tmp_path, layout, model={"tied_embeddings": tied})
     assert_agrees(verdict_of(job, references))
+
+
+def test_a_checkpoint_goes_on_in_other_pipelines_and_without_one(folder: Path, tmp_path: Path) -> None:
+    """Two copies of a tied embedding with their moments, in one stage's rank and in two; held-out losses on the way."""
+
+    def adam_job(name: str, layout: dict[str, Any]) -> Job:
+        return pipelined(
+            folder,
+            tmp_path,
+            {"pipeline": 1, **layout},
+            run={"name": name, "folder": str(tmp_path)},
+            model={"layers": 5, "vocabulary": 263, "tied_embeddings": True},
+            data={"attention": "document", "held_out": 0.1, "global_batch": 8},
+            optimizer={"name": "adamw", "learning_rate": 0.01},
+            checkpoint={"every_steps": 1, "keep": 0},
+            evaluation={"every_steps": 1, "sequences": 4},
+        )
+
+    layouts = ({"pipeline": 2, "schedule": "zbv"}, {"pipeline": 2, "schedule": "interleaved"}, {"shard": 2})
+    turns = [(adam_job("parts", layout), until) for layout, until in zip(layouts, (2, 3, 5), strict=True)]
+    whole = adam_job("whole", {})
+    assert_same_training(whole, train_in_turns(turns), train_in_turns([(whole, 5)]))
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------
