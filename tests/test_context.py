@@ -1,7 +1,6 @@
 """The context axis: attention over a sequence that ranks share equals attention over the whole of it, in
 training, and what goes wrong there is found and named."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -15,7 +14,7 @@ from cases import Case, build_job
 from jobs import cpu_cluster, tiny_job
 from ranks import run_ranks
 from torch import Tensor
-from training import new_attempt, new_run, train_rank, weights
+from training import assert_same_training, new_run, train_in_turns, train_rank
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.explain.verification import Cause
@@ -103,23 +102,12 @@ def test_states_are_divided_over_shard_and_context(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_goes_on_in_other_layouts(tmp_path: Path) -> None:
-    whole = adam_job(tmp_path, "whole", {"shard": 2})
-    expected = run_of(whole)
     axes: list[dict[str, Any]] = [{"context": 2, "tensor": 2}, {"shard": 2, "context": 2}, {"replica": 2, "context": 2}]
-    first, *others = (adam_job(tmp_path, "parts", sizes, checkpoint={"every_steps": 2, "keep": 0}) for sizes in axes)
-    folder = run_of(first)
-    for step, job in zip((2, 4), others, strict=True):
-        for later in folder.saved_steps():
-            if later > step:
-                shutil.rmtree(folder.checkpoint(later))
-        run_ranks(job.layout.world_size, train_rank, job, folder, new_attempt(folder, job))
-    for line, wanted in zip(read_metrics(folder)[0], read_metrics(expected)[0], strict=True):
-        assert line.loss == pytest.approx(wanted.loss, rel=1e-5)
-        assert line.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
-    end = weights(whole, expected)
-    for name, tensor in weights(first, folder).items():
-        # Adam amplifies round-off where a gradient is nearly zero, so the tensor's norm is compared, not its elements.
-        assert torch.linalg.vector_norm(tensor - end[name]) < 1e-5 * torch.linalg.vector_norm(end[name]), name
+    saving = {"every_steps": 1, "keep": 0}
+    jobs = [adam_job(tmp_path, "parts", sizes, checkpoint=saving) for sizes in axes]
+    whole = adam_job(tmp_path, "whole", {"shard": 2}, checkpoint=saving)
+    found = train_in_turns(list(zip(jobs, (2, 4, 5), strict=True)))
+    assert_same_training(whole, found, train_in_turns([(whole, 5)]))
 
 
 def test_held_out_loss_is_that_of_one_process(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ could differ from one process without being wrong. So the inputs here keep the l
 that is not, in every token of every step, and a test holds them to it.
 """
 
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,14 +17,14 @@ from jobs import tiny_job
 from mixtures import SEEDS, mixture_job
 from ranks import run_ranks
 from torch import Tensor
-from training import Tensors, new_attempt, new_run, train_layout, train_rank, weights
+from training import assert_same_training, new_run, train_in_turns, train_layout, train_rank, weights
 from verifying import Fault, References, verdict_of
 
 from meshwright.explain.verification import Cause
 from meshwright.models import Experts
 from meshwright.models.experts import Choice, keep_best_groups
 from meshwright.parallel import expert
-from meshwright.record import Metrics, RunFolder, Step, read_events, read_metrics
+from meshwright.record import Step, read_events
 from meshwright.spec import Job, SettingError
 from meshwright.train import loop
 from meshwright.train.progress import describe
@@ -165,9 +164,8 @@ def test_biases_moved_by_one_ranks_tokens_are_named(cause_of: Callable[..., Caus
 def test_another_layout_of_the_experts_goes_on_where_the_first_stopped(folder: Path, tmp_path: Path) -> None:
     """Weights, moments and biases, saved by one layout and read by others."""
 
-    def train(name: str, steps: int, layout: dict[str, int]) -> tuple[list[Metrics], Tensors]:
-        """Train a run, begun or not, to the checkpoint after `steps`."""
-        job = mixture_job(
+    def adam_job(name: str, layout: dict[str, int]) -> Job:
+        return mixture_job(
             folder,
             "shared",
             accumulation=2,
@@ -176,25 +174,12 @@ def test_another_layout_of_the_experts_goes_on_where_the_first_stopped(folder: P
             optimizer={"name": "adamw", "learning_rate": 0.01},
             checkpoint={"every_steps": 1, "keep": 0},
         )
-        run = RunFolder(tmp_path / name)
-        attempt = new_attempt(run, job) if run.path.exists() else new_run(job)[1]
-        run_ranks(job.layout.world_size, train_rank, job, run, attempt)
-        for later in run.checkpoints.glob("step-*"):
-            if int(later.name.removeprefix("step-")) > steps:
-                shutil.rmtree(later)
-        return read_metrics(run)[0], weights(job, run)
 
-    whole, end = train("whole", 5, {"shard": 2, "expert": 2})
-    train("parted", 1, {"shard": 2, "expert": 2})
-    train("parted", 3, {"pipeline": 2, "tensor": 2})
-    lines, again = train("parted", 5, {"shard": 4, "expert": 2})
-    assert [line.step for line in lines] == [0, 1, 2, 3, 4]
-    for line, wanted in zip(lines, whole, strict=True):
-        assert line.loss == pytest.approx(wanted.loss, rel=1e-5)
-        assert line.gradient_norm == pytest.approx(wanted.gradient_norm, rel=1e-5)
-    for name, tensor in again.items():
-        # Adam amplifies round-off where a gradient is nearly zero, so norms are compared, not elements.
-        assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name
+    layouts = ({"shard": 2, "expert": 2}, {"pipeline": 2, "tensor": 2}, {"shard": 4, "expert": 2})
+    turns = [(adam_job("parted", layout), until) for layout, until in zip(layouts, (1, 3, 5), strict=True)]
+    parted, whole = train_in_turns(turns), train_in_turns([(adam_job("whole", layouts[0]), 5)])
+    assert_same_training(turns[0][0], parted, whole)
+    again = weights(turns[0][0], parted)
     assert any(name.endswith("router.bias") and tensor.any() for name, tensor in again.items())
 
 

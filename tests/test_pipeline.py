@@ -8,11 +8,15 @@ from unittest import mock
 import pytest
 from jobs import tiny_job
 from torch import Tensor
+from training import assert_same_training, train_in_turns
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.data import StepBatches
+from meshwright.explain.verification import explain_trial
+from meshwright.parallel import pipeline
 from meshwright.parallel.reduce import local_gradients
-from meshwright.spec import Job
+from meshwright.record.verification import Comparison, RankReport, Reference, Trial
+from meshwright.spec import Action, Direction, Job
 from meshwright.train import loop
 
 
@@ -46,6 +50,28 @@ def test_a_pipeline_equals_one_process(
 ) -> None:
     job = pipelined(folder, tmp_path, layout, model={"tied_embeddings": tied})
     assert_agrees(verdict_of(job, references))
+
+
+def test_a_checkpoint_goes_on_in_other_pipelines_and_without_one(folder: Path, tmp_path: Path) -> None:
+    """Two copies of a tied embedding with their moments, in one stage's rank and in two; held-out losses on the way."""
+
+    def adam_job(name: str, layout: dict[str, Any]) -> Job:
+        return pipelined(
+            folder,
+            tmp_path,
+            {"pipeline": 1, **layout},
+            run={"name": name, "folder": str(tmp_path)},
+            model={"layers": 5, "vocabulary": 263, "tied_embeddings": True},
+            data={"attention": "document", "held_out": 0.1, "global_batch": 8},
+            optimizer={"name": "adamw", "learning_rate": 0.01},
+            checkpoint={"every_steps": 1, "keep": 0},
+            evaluation={"every_steps": 1, "sequences": 4},
+        )
+
+    layouts = ({"pipeline": 2, "schedule": "zbv"}, {"pipeline": 2, "schedule": "interleaved"}, {"shard": 2})
+    turns = [(adam_job("parts", layout), until) for layout, until in zip(layouts, (2, 3, 5), strict=True)]
+    whole = adam_job("whole", {})
+    assert_same_training(whole, train_in_turns(turns), train_in_turns([(whole, 5)]))
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------
@@ -85,14 +111,51 @@ def norm_without(stage: int) -> Fault:
     return lambda _job: mock.patch.object(loop, "squared_norm", leaving_out)
 
 
+def gradient_messages_doubled(_job: Job) -> AbstractContextManager[object]:
+    """What a stage is told of its output's gradient is twice what it should be."""
+    take = pipeline.Mail.take
+
+    def doubling(self: pipeline.Mail, direction: Direction, action: Action) -> Tensor:
+        return take(self, direction, action) * (1.0 if direction == "forward" else 2.0)
+
+    return mock.patch.object(pipeline.Mail, "take", doubling)
+
+
+def products_of_one_microbatch(times: int) -> Fault:
+    """What its backward passes put off is done so many times."""
+    backward = pipeline.Passes.backward
+
+    def repeating(self: pipeline.Passes, action: Action) -> None:
+        if action.kind == "W" and action.microbatch == 3:
+            self._put_off[action.stage, action.microbatch] *= times
+        backward(self, action)
+
+    return lambda _job: mock.patch.object(pipeline.Passes, "backward", repeating)
+
+
+def tied_not_summed(_job: Job) -> AbstractContextManager[object]:
+    """Each copy of a tied embedding keeps the gradient that its own stage gave it."""
+    return mock.patch.object(pipeline, "sum_tied", return_value=None)
+
+
 @pytest.mark.parametrize(
-    ("fault", "module", "words"),
+    ("fault", "settings", "module", "words"),
     [
-        (scaled(1 / 8, by_tokens=False), "head", "the 8 microbatches of a step: gradients are averaged"),
-        (scaled(1.0, by_tokens=True), "head", "tokens that count in a step: what is divided by them is divided once"),
-        (loss_of_each_microbatch, "loss", "the 8 microbatches of a step: each one's loss"),
-        (norm_without(0), "gradient norm", "leaves out stage 0"),
-        (norm_without(1), "gradient norm", "leaves out stage 1"),
+        (scaled(1 / 8, by_tokens=False), {}, "head", "the 8 microbatches of a step: gradients are averaged"),
+        (scaled(1.0, by_tokens=True), {}, "head", "tokens that count in a step: what is divided by them is divided"),
+        (loss_of_each_microbatch, {}, "loss", "the 8 microbatches of a step: each one's loss"),
+        (norm_without(0), {}, "gradient norm", "leaves out stage 0"),
+        (norm_without(1), {}, "gradient norm", "leaves out stage 1"),
+        (gradient_messages_doubled, {}, "blocks.3.feed_forward.down", "what stage 1 passes back to stage 0 is"),
+        (
+            gradient_messages_doubled,
+            {"schedule": "interleaved", "tied": True},
+            "blocks.6.feed_forward.down",
+            "what stage 3 passes back to stage 2 is",
+        ),
+        (products_of_one_microbatch(0), {"schedule": "zero-bubble"}, "head", "lacks about one of the 8 microbatches"),
+        (products_of_one_microbatch(2), {"schedule": "zbv"}, "head", "has about one too many of the 8 microbatches"),
+        (tied_not_summed, {"tied": True}, "embedding", "the two copies are not both given the sum"),
     ],
     ids=[
         "averaged",
@@ -100,12 +163,61 @@ def norm_without(stage: int) -> Fault:
         "loss-times-microbatches",
         "no-first-stage",
         "no-last-stage",
+        "messages-doubled",
+        "messages-doubled-and-again",
+        "weights-left-out",
+        "weights-twice",
+        "tied-not-summed",
     ],
 )
 def test_faults_of_pipelines_are_named(
-    folder: Path, tmp_path: Path, references: References, fault: Fault, module: str, words: str
+    folder: Path,
+    tmp_path: Path,
+    references: References,
+    fault: Fault,
+    settings: dict[str, Any],
+    module: str,
+    words: str,
 ) -> None:
-    verdict = verdict_of(pipelined(folder, tmp_path, {"pipeline": 2}), references, fault)
+    tied = settings.get("tied", False)
+    layout = {"pipeline": 2, **{name: value for name, value in settings.items() if name != "tied"}}
+    job = pipelined(folder, tmp_path, layout, model={"tied_embeddings": tied})
+    verdict = verdict_of(job, references, fault)
     assert not verdict.agrees and verdict.cause is not None
     assert verdict.cause.module == module
     assert words in verdict.cause.likely
+
+
+def trial_of_norm(job: Job, parts: dict[str, float], copies: dict[str, int], norm: float) -> Trial:
+    """A trial in which all agrees but the norm; parts: of the squared gradient. copies: ranks that hold one."""
+    whole = Comparison(reference=1.0, ours=1.0, product=1.0, elements=1)
+    gradients: dict[str, Comparison] = {}
+    for name, part in parts.items():
+        seen = copies.get(name, 1)
+        gradients[name] = Comparison(reference=seen * part, ours=seen * part, product=seen * part, elements=seen)
+    told: dict[str, Any] = {"outputs": {"a": whole}, "gradients": gradients, "weights": {"a": whole}}
+    reports = [RankReport(rank=0, foreign=-1, losses=[1.0], norms=[norm], **told)] * job.layout.world_size
+    elements: dict[str, Any] = {kind: dict.fromkeys(names, 1) for kind, names in told.items()}
+    reference = Reference(losses=[1.0], norms=[1.0], counted=7, rounding=None, **elements)
+    return Trial(job=job, bound=1e-5, reference=reference, ranks=reports)
+
+
+@pytest.mark.parametrize(
+    ("lacking", "named"),
+    [
+        (0.400, "leaves out stage 0"),
+        (0.396, "leaves out stage 1"),
+        (0.200, "leaves out stage 2"),
+        (0.004, ""),
+        (-0.1, ""),
+    ],
+)
+def test_the_stage_that_a_norm_leaves_out_is_the_nearest(tmp_path: Path, lacking: float, named: str) -> None:
+    """Not the first that is near; and none where what is missing, or too much, is no stage's part."""
+    layout = {"pipeline": 4, "stage_layers": [2, 2, 2, 3]}
+    job = pipelined(tmp_path, tmp_path, layout, model={"tied_embeddings": True})
+    middle = {f"blocks.{2 * stage}.attention.query.weight": part for stage, part in ((1, 0.396), (2, 0.2), (3, 0.004))}
+    trial = trial_of_norm(job, {"embedding.weight": 0.4} | middle, {"embedding.weight": 2}, (1 - lacking) ** 0.5)
+    cause = explain_trial(trial).cause
+    assert cause is not None and cause.module == "gradient norm"
+    assert ("leaves out stage" in cause.likely) == bool(named) and named in cause.likely

@@ -217,6 +217,16 @@ def test_no_order_waits_for_itself(schedule: Schedule, ranks: int, held: int, mi
         ),
         (Layout(pipeline=2, schedule="zbv", shard=2), 4, 8, "layout.zero = 3", "layout.zero = 1"),
         (Layout(pipeline=2, schedule="zero-bubble", context=2, zero=2), 4, 8, "layout.zero = 2", "layout.zero = 1"),
+        *(
+            (
+                Layout(pipeline=2, schedule=schedule, tensor=2, async_tensor=True),
+                4,
+                8,
+                "layout.async_tensor = true",
+                'layout.async_tensor = false, or layout.schedule = "1f1b"',
+            )
+            for schedule in SPLIT_BACKWARD
+        ),
     ],
 )
 def test_what_no_pipeline_can_do_is_refused(
@@ -227,7 +237,10 @@ def test_what_no_pipeline_can_do_is_refused(
     assert (caught.value.setting, caught.value.nearest) == (setting, nearest)
 
 
-@pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=2), Layout(pipeline=2, schedule="zbv")])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(), Layout(pipeline=2), Layout(pipeline=2, schedule="zbv"), Layout(pipeline=2, tensor=2, async_tensor=True)],
+)
 def test_what_works_is_let_through(layout: Layout) -> None:
     check_schedule(layout, 4, 8)
 

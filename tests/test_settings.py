@@ -1,4 +1,4 @@
-"""What --set does to a job file, and what is named instead of a file that is none."""
+"""What --set does to a job file, what is named instead of a file that is none, and settings that only GPUs have."""
 
 from pathlib import Path
 
@@ -71,3 +71,36 @@ def test_only_jobs_are_named_in_the_place_of_a_file_that_is_none(tmp_path: Path)
 
 def test_the_later_set_wins() -> None:
     assert read_job(QUICKSTART, ["run.steps=7", "run.steps=8"], local=cpu_cluster).run.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting", "reason", "nearest"),
+    [
+        (["layout.offload=optimizer"], 'layout.offload = "optimizer"', "devices are CPUs", 'layout.offload = "none"'),
+        (
+            ["layout.zero=3", "layout.offload=parameters"],
+            'layout.offload = "parameters"',
+            "devices are CPUs",
+            'layout.offload = "none"',
+        ),
+        (
+            ["cluster.gpus=8xh100", "layout.offload=optimizer", "optimizer.name=sgd"],
+            'layout.offload = "optimizer"',
+            "sgd keeps no states",
+            'layout.offload = "none"',
+        ),
+        (
+            ["cluster.gpus=8xh100", "layout.offload=parameters", "layout.zero=2"],
+            'layout.zero = 2 with layout.offload = "parameters"',
+            "parameters that stay gathered",
+            "layout.zero = 3",
+        ),
+        (["layout.offload=all"], 'layout.offload = "all"', "none of", '"none", "optimizer" or "parameters"'),
+    ],
+)
+def test_what_cannot_be_offloaded_is_refused(settings: list[str], setting: str, reason: str, nearest: str) -> None:
+    local = no_machine if settings[0].startswith("cluster") else cpu_cluster
+    with pytest.raises(SettingError) as told:
+        read_job(QUICKSTART, settings, local=local)
+    assert told.value.setting == setting
+    assert reason in told.value.reason and nearest in told.value.nearest

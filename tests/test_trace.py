@@ -66,7 +66,7 @@ def late_batches(rank: int, seconds: float) -> Callable[..., Any]:
 def traced(folder: Path, layout: dict[str, Any], patches: dict[str, Any] | None = None, **sections: Any) -> RunFolder:
     """A run of 6 steps, two of them profiled, one microbatch a step."""
     data = layout.get("replica", 1) * layout.get("shard", 1)
-    ranks = data * layout.get("tensor", 1) * layout.get("context", 1)
+    ranks = data * layout.get("pipeline", 1) * layout.get("tensor", 1) * layout.get("context", 1)
     job = tiny_job(
         folder,
         processes=ranks,

@@ -1,5 +1,6 @@
 """`meshwright verify`: what it makes of a job, what it makes of what ranks compared, and the command itself."""
 
+import io
 import json
 import os
 import signal
@@ -12,12 +13,13 @@ import commands
 import msgspec
 import pytest
 from jobs import cpu_cluster, tiny_job
+from rich.console import Console
 
 from meshwright.explain.verification import explain_trial
 from meshwright.launch import run_trials
-from meshwright.launch.shrink import LARGEST_WORLD, shrink_job
+from meshwright.launch.shrink import LARGEST_WORLD, find_unverified, shrink_job
 from meshwright.record.verification import Comparison, RankReport, Reference, Trial
-from meshwright.report.verification import verification_json
+from meshwright.report.verification import verification_json, verification_text
 from meshwright.spec import BUILT_FAMILIES, ZOO, Job, SettingError
 from meshwright.spec.decode import planning_job
 
@@ -139,6 +141,37 @@ def test_every_split_of_heads_is_made_small(tmp_path: Path) -> None:
             layout={"shard": 2, "tensor": size},
         )
         same_kind(job, shrink_job(job, tmp_path, local=cpu_cluster))
+
+
+@pytest.mark.parametrize(
+    ("offload", "gpus", "kept", "said"),
+    [
+        ("none", True, "none", ()),
+        ("parameters", True, "parameters", ()),
+        ("optimizer", True, "none", ("means nothing to SGD",)),
+        ("parameters", False, "none", ("needs GPUs",)),
+        ("optimizer", False, "none", ("means nothing to SGD",)),
+    ],
+)
+def test_what_of_offloading_can_be_verified_is_and_what_cannot_is_told(
+    tmp_path: Path, offload: str, gpus: bool, kept: str, said: tuple[str, ...]
+) -> None:
+    job = planned("llama3-8b", "1x8xh100", {"shard": 8, "offload": offload})
+    small = shrink_job(job, tmp_path, local=lambda _: job.cluster if gpus else cpu_cluster(8))
+    same_kind(job, small)
+    assert small.layout.offload == kept
+    told = find_unverified(job, small)
+    assert len(told) == len(said)
+    assert all(f'layout.offload = "{offload}"' in line and why in line for line, why in zip(told, said, strict=True))
+
+
+def test_what_is_not_verified_stands_under_the_heading(tmp_path: Path) -> None:
+    job = planned("llama3-8b", "1x8xh100", {"shard": 4, "tensor": 2, "async_tensor": "true"})
+    told = find_unverified(job, shrink_job(job, tmp_path, local=cpu_cluster))
+    trial = msgspec.structs.replace(agreeing(tmp_path), unverified=told)
+    drawn = Console(record=True, width=120, file=io.StringIO())
+    verification_text(trial, explain_trial(trial), drawn)
+    assert drawn.export_text().splitlines()[1] == "Not verified: layout.async_tensor = true: it needs GPUs"
 
 
 def test_a_model_that_can_only_be_planned_is_refused_as_it_is() -> None:

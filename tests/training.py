@@ -1,11 +1,14 @@
 """The real trainer on forked ranks."""
 
+import shutil
 import time
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
@@ -77,3 +80,36 @@ def weights(job: Job, folder: RunFolder) -> Tensors:
     model = build_model(job.model, device="cpu")
     read_model_weights(folder.checkpoint(folder.saved_steps()[-1]), model)
     return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+def train_in_turns(turns: Sequence[tuple[Job, int]]) -> RunFolder:
+    """One run that several jobs train, each from where the one before left off to the checkpoint after its step.
+
+    The jobs save every step and keep all; each trains to its end, and what is past its turn is taken away.
+    """
+    folder = RunFolder(Path(turns[0][0].run.folder) / turns[0][0].run.name)
+    for job, until in turns:
+        attempt = new_attempt(folder, job) if folder.path.exists() else new_run(job)[1]
+        run_ranks(job.layout.world_size, train_rank, job, folder, attempt)
+        for later in folder.saved_steps():
+            if later > until:
+                shutil.rmtree(folder.checkpoint(later))
+    return folder
+
+
+def assert_same_training(job: Job, found: RunFolder, wanted: RunFolder) -> None:
+    """Fail where two runs of a job differ by more than round-off: losses, held out too, norms, weights at the end."""
+    steps, evaluations = read_metrics(found)
+    steps_wanted, evaluations_wanted = read_metrics(wanted)
+    assert [line.step for line in steps] == [line.step for line in steps_wanted]
+    for line, right in zip(steps, steps_wanted, strict=True):
+        assert line.loss == pytest.approx(right.loss, rel=1e-5)
+        assert line.gradient_norm == pytest.approx(right.gradient_norm, rel=1e-5)
+    # Each job evaluates before its first step too.
+    losses = {line.step: line.held_out_loss for line in evaluations}
+    for right in evaluations_wanted:
+        assert losses[right.step] == pytest.approx(right.held_out_loss, rel=1e-5)
+    end = weights(job, wanted)
+    for name, tensor in weights(job, found).items():
+        # Adam amplifies round-off where a gradient is nearly zero, so norms are compared, not elements.
+        assert (tensor - end[name]).norm() <= 1e-5 * end[name].norm(), name

@@ -1,11 +1,12 @@
 """What ranks along pipeline wait for: the schedule itself, stages that the layout made unequal, and ranks too slow."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median_low
 
 import msgspec
 
 from meshwright.account import Purpose, ResolvedStep, StepAccount
+from meshwright.account.waits import TICK_S
 from meshwright.plan.replay import KINDS, Seconds, Timetable, build_timetable, replay
 from meshwright.spec import DURATIONS, Job, Layout, stage_blocks, stage_costs
 
@@ -63,20 +64,21 @@ def idle_seconds(layout: Layout, timetable: Timetable, seconds: Sequence[Seconds
 def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[ResolvedStep]:
     """One step of all ranks, with what each waited in turn divided over `bubble`, `imbalance` and `straggler`.
 
-    The first two are what the replay gives, no more than was waited; what is left is blamed on the ranks that were
-    busier than their stages' cost explains.
+    The first two are what the replay gives at the ranks' usual pace, no more than was waited; what is left is blamed on
+    the ranks that were busier than their stages' cost explains.
     """
     idle = predict_idle(job)
     places = {one.rank: job.layout.coordinates(one.rank)["pipeline"] for one in resolved}
     busy = {one.rank: busy_seconds(one.account) for one in resolved}
-    mean = fmean(busy.values())
-    excess = {rank: max(0.0, busy[rank] - mean * idle.busy[places[rank]]) for rank in busy}
-    late = {rank: more / sum(excess.values()) for rank, more in excess.items() if more > 0}
+    # Not the mean's, which a late rank slows down: its delay would pass for bubble.
+    pace_s = median_low(busy[rank] / idle.busy[places[rank]] for rank in busy)
+    excess = {rank: max(0.0, busy[rank] - pace_s * idle.busy[places[rank]]) for rank in busy}
+    late = {rank: more / sum(excess.values()) for rank, more in excess.items() if more > TICK_S}
     found: list[ResolvedStep] = []
     for one in resolved:
         waited = sum(one.waited.get(purpose, 0.0) for purpose in WAITS_IN_TURN)
-        bubble = min(waited, mean * idle.bubble[places[one.rank]])
-        imbalance = min(waited - bubble, mean * idle.imbalance[places[one.rank]])
+        bubble = min(waited, pace_s * idle.bubble[places[one.rank]])
+        imbalance = min(waited - bubble, pace_s * idle.imbalance[places[one.rank]])
         rest = waited - bubble - imbalance
         blame = dict(one.blame)
         for rank, share in late.items():
@@ -93,6 +95,6 @@ def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[Resolve
 
 
 def busy_seconds(account: StepAccount) -> float:
-    """What a rank's passes take, the transfers that they wait for included."""
+    """What a rank's passes take: the transfers that they wait for included, and work that it launches or reads late."""
     moved = (account.comm_shard, account.comm_tensor, account.comm_context, account.comm_expert)
-    return account.compute + account.recompute + sum(moved)
+    return account.compute + account.recompute + account.host + account.input + sum(moved)

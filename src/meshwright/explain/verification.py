@@ -6,8 +6,9 @@ from collections.abc import Iterable
 import msgspec
 
 from meshwright.explain.factors import likely_factor
+from meshwright.explain.stages import microbatch_fault, stage_fault, stage_left_out
 from meshwright.record.verification import ATTEND, Comparison, RankReport, Trial, relative_differences
-from meshwright.spec import Layout, Split, end_shapes, split_of, split_table, stage_blocks
+from meshwright.spec import Layout, Split, split_of, split_table
 
 # In a rounding precision: what differs by less is not worth a word, though one process is more exact.
 ROUNDED_BOUND = 2e-2
@@ -183,7 +184,7 @@ def find_cause(trial: Trial, rows: list[Row], outputs: list[Row], gradients: lis
     norm = off_by(trial.ranks[0].norms[0], trial.reference.norms[0])
     if abs(norm - 1) > by_kind["gradient norm"].bound:
         words = "every gradient agrees and their norm does not: parts on other ranks are left out or counted twice"
-        stage = stage_left_out(trial, norm)
+        stage = stage_left_out(trial, merge("gradients", trial.ranks), norm)
         if stage is not None:
             words = f"every gradient agrees and their norm leaves out stage {stage} of the pipeline"
         return series_cause("gradient norm", norm, words)
@@ -200,24 +201,6 @@ def update_cause(wrong: list[str]) -> Cause:
     moved = "the bias that experts are chosen by is moved by other counts than the whole global batch's"
     likely = moved if len(biases) == len(wrong) else f"{moved}; or {words}"
     return Cause(module=biases[0].rpartition(".")[0], factor=None, likely=likely)
-
-
-def stage_left_out(trial: Trial, factor: float) -> int | None:
-    """The stage without whose gradients the norm would be what it is; None where there is none."""
-    job = trial.job
-    if job.layout.pipeline == 1:
-        return None
-    stages = stage_blocks(job.model, job.layout, job.data.sequence)
-    squares = [0.0] * len(stages)
-    _, after = end_shapes(job.model)
-    for name, part in merge("gradients", trial.ranks).items():
-        # Before the blocks stands the first stage's, after them the last's.
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else stages[-1][-1] * (name in after)
-        squares[next(stage for stage, blocks in enumerate(stages) if layer in blocks)] += part.reference
-    for stage, square in enumerate(squares):
-        if math.isclose(factor * factor, 1 - square / sum(squares), rel_tol=FACTOR_SPREAD):
-            return stage
-    return None
 
 
 def series_cause(what: str, factor: float, likely: str) -> Cause:
@@ -284,9 +267,14 @@ def gradient_cause(trial: Trial, wrong: list[Row]) -> Cause:
         factor is not None and first is not None and math.isclose(factor, first, rel_tol=spread)
         for factor, spread in zip(factors, spreads, strict=True)
     )
+    names = [row.what for row in wrong]
+    if words := stage_fault(trial, merged, names):
+        return Cause(module=module, factor=first if same else None, likely=words)
     if same and first is not None:
         routed = all(is_routed(trial, row.what.rpartition(".")[0]) for row in wrong)
         return Cause(module=module, factor=first, likely=likely_factor(first, trial, routed=routed))
+    if words := microbatch_fault(trial, merged, names):
+        return Cause(module=module, factor=None, likely=words)
     words = "its gradient's parts on the ranks are not summed, or summed along a wrong axis"
     return Cause(module=module, factor=None, likely=words + of_router(module))
 

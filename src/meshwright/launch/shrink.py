@@ -44,7 +44,9 @@ def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Jo
     layout = shrink_layout(job.layout, job.data.global_batch)
     cluster = local(layout.world_size)
     if cluster.device.kind != "cuda":
-        layout = msgspec.structs.replace(layout, async_tensor=False)
+        layout = msgspec.structs.replace(layout, async_tensor=False, offload="none")
+    elif layout.offload == "optimizer":
+        layout = msgspec.structs.replace(layout, offload="none")
     # Two chunks for each rank along context, each of which tensor divides.
     part = 2 * layout.context * layout.tensor
     sequence = -(-SEQUENCE * layout.tensor // part) * part
@@ -78,6 +80,17 @@ def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Jo
     )
     check_job(small)
     return small
+
+
+def find_unverified(job: Job, small: Job) -> tuple[str, ...]:
+    """Settings of the job's layout that its small form had to drop, each with why."""
+    found: list[str] = []
+    if job.layout.async_tensor and not small.layout.async_tensor:
+        found.append("layout.async_tensor = true: it needs GPUs")
+    if job.layout.offload != small.layout.offload:
+        why = "it means nothing to SGD, which keeps no states" if job.layout.offload == "optimizer" else "it needs GPUs"
+        found.append(f'layout.offload = "{job.layout.offload}": {why}')
+    return tuple(found)
 
 
 def shrink_layout(layout: Layout, global_batch: int) -> Layout:

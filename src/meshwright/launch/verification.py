@@ -14,7 +14,7 @@ import msgspec
 
 from meshwright.launch.attempt import begin_attempt
 from meshwright.launch.process import INTERRUPTED
-from meshwright.launch.shrink import shrink_job, write_text
+from meshwright.launch.shrink import find_unverified, shrink_job, write_text
 from meshwright.record.verification import Trial, read_trial
 from meshwright.spec import Cluster, Job, Precision, check_built
 
@@ -57,7 +57,7 @@ def run_trial(job: Job, precision: Precision, local: Callable[[int], Cluster]) -
         code = wait_for(subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True))
         if code:
             raise VerificationEnded(code)
-        return read_trial(run)
+        return msgspec.structs.replace(read_trial(run), unverified=find_unverified(job, small))
 
 
 def wait_for(child: subprocess.Popen[bytes]) -> int:

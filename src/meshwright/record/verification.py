@@ -106,12 +106,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     """A layout's run beside its reference.
 
     job: the one that both ran. bound: relative differences up to here are round-off in fp32.
+    unverified: settings of the user's job that the small one could not keep, each with why.
     """
 
     job: Job
     bound: float
     reference: Reference
     ranks: list[RankReport]
+    unverified: tuple[str, ...] = ()
 
 
 # Files are MessagePack: JSON has no word for nan and inf, and those are what a broken layout may give.

@@ -20,6 +20,8 @@ def verification_text(trial: Trial, verdict: Verdict, console: Console) -> None:
     small = f"{job.model.layers} layers of width {job.model.d_model}, {len(trial.reference.losses)} steps of SGD"
     layout = f"{job.layout.label()}, {job.layout.precision}"
     console.print(f"The job, shrunk to: {layout}, against one process ({job.model.family}, {small})")
+    for setting in trial.unverified:
+        console.print(f"Not verified: {setting}", markup=False)
     console.print(build_table("compared", list(verdict.rows)))
     console.print(build_table("gradient", list(verdict.tensors)))
     if verdict.cause is None:

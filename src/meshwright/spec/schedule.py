@@ -217,6 +217,11 @@ def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
             f"{layout.schedule} computes weights' gradients after their parameters would be freed",
             "layout.zero = 1",
         )
+    if layout.schedule in SPLIT_BACKWARD and layout.async_tensor:
+        reason = f"{layout.schedule} runs uncompiled, and it is the compiler that hides transfers"
+        raise SettingError(
+            "layout.async_tensor = true", reason, 'layout.async_tensor = false, or layout.schedule = "1f1b"'
+        )
 
 
 def fewer_ranks(layout: Layout, microbatches: int) -> int:

@@ -114,9 +114,10 @@ def failure_of(error: BaseException) -> Failure:
 def settle_process(job: Job) -> None:
     """Seed, share the cores, and keep the garbage collector from walking through what lives as long as the process."""
     torch.manual_seed(job.run.seed)
-    if job.cluster.device.kind == "cpu":
-        # More threads than cores only wait for each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.cluster.devices_per_node))
+    if job.cluster.device.kind == "cpu" or job.layout.offload == "parameters":
+        # More threads than cores only wait for each other; a single one, as torchrun has it, leaves cores idle.
+        ranks = min(job.cluster.devices_per_node, job.layout.world_size)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     gc.collect()
     gc.freeze()
 
