@@ -71,3 +71,19 @@ def test_only_jobs_are_named_in_the_place_of_a_file_that_is_none(tmp_path: Path)
 
 def test_the_later_set_wins() -> None:
     assert read_job(QUICKSTART, ["run.steps=7", "run.steps=8"], local=cpu_cluster).run.steps == 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "nearest"),
+    [
+        # A word in capitals; one letter too many; a word cut short; another kind of number; a list without brackets.
+        ("layout.schedule=1F1B", 'layout.schedule = "1f1b"'),
+        ("layout.experts=2", "layout.expert"),
+        ("layout.stages=2", "layout.stages_per_rank"),
+        ("model.name=qwen3-30b", "qwen3-30b-a3b"),
+        ("layout.pipeline=2.0", "layout.pipeline = 2"),
+        ("layout.stage_layers=4,4", "layout.stage_layers = [4, 4]"),
+    ],
+)
+def test_a_slip_is_told_what_was_meant(setting: str, nearest: str) -> None:
+    assert refusal(QUICKSTART, setting).nearest == nearest

@@ -170,7 +170,8 @@ def check_model(model: ModelSpec) -> None:
 def check_learned(model: ModelSpec) -> None:
     """What a learned table of positions needs, and what means nothing beside it."""
     if model.max_positions == 0:
-        raise SettingError("model.max_positions", f"is missing: {model.family} learns its positions", "1024")
+        reason = f"is missing: {model.family} learns its positions"
+        raise SettingError("model.max_positions", reason, "model.max_positions = 1024")
     if model.rope_theta != 10000.0 or model.rope_scaling is not None:
         setting = "model.rope_scaling" if model.rope_scaling is not None else f"model.rope_theta = {model.rope_theta}"
         raise SettingError(setting, f"means nothing to {model.family}, which learns its positions", "leave it out")
