@@ -1,16 +1,17 @@
 """What a refusal offers works as it is typed, on the job as it was given."""
 
 import itertools
+import tomllib
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import tomli_w
 from jobs import cpu_cluster
 
 from meshwright.spec import Job, SettingError
 from meshwright.spec.decode import encode_job, planning_job, read_job
+from meshwright.spec.huggingface import config_of_model
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
 # Two ways out, and the settings of one that go together.
@@ -147,9 +148,29 @@ def test_an_axis_takes_what_is_said_of_it_along(tmp_path: Path) -> None:
 
 def test_what_a_file_says_of_an_axis_it_does_not_have_is_refused(tmp_path: Path) -> None:
     path = resolved(tmp_path)
-    table = msgspec.toml.decode(path.read_text())
+    table = tomllib.loads(path.read_text())
     table["layout"] |= {"schedule": "zbv", "stages_per_rank": 2}
     path.write_text(tomli_w.dumps(table))
     with pytest.raises(SettingError) as refused:
         read_job(path, local=cpu_cluster)
     assert refused.value.nearest == 'layout.schedule = "1f1b" with layout.stages_per_rank = 0'
+
+
+# --- What a pure mixture does not need --------------------------------------------------------------------------------
+
+
+def test_a_mixture_without_plain_layers_needs_no_width_of_them(tmp_path: Path) -> None:
+    table = tomllib.loads((QUICKSTART.parent / "mixture.toml").read_text())
+    experts = table["model"]["experts"] | {"feed_forward": 1530}
+    table["model"] |= {"family": "mixtral", "experts": experts}
+    table["model"].pop("feed_forward", None)
+    path = tmp_path / "job.toml"
+    path.write_text(tomli_w.dumps(table))
+    gpus = ["cluster.gpus=8xh100", "layout.microbatch=1"]
+    model = read_job(path, gpus, local=cpu_cluster).model
+    assert model.feed_forward == 1530
+    assert config_of_model(model)["intermediate_size"] == 1530
+    # Nor does a width that no layer has keep ranks of tensor from dividing the others.
+    assert read_job(path, [*gpus, "layout.tensor=4"], local=cpu_cluster).layout.tensor == 4
+    with pytest.raises(SettingError, match=r"model\.feed_forward: is missing"):
+        read_job(path, [*gpus, "model.experts.dense_layers=1"], local=cpu_cluster)

@@ -198,9 +198,12 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
 
 def split_refusal(tensor: int, model: ModelSpec, sequence: int) -> str:
     """Why `tensor` ranks cannot share the model; "" where they can. One always can."""
+    experts = model.experts
     for setting, value in (
         ("model.heads", model.heads),
-        ("model.feed_forward", model.feed_forward),
+        # Means nothing where no layer has a plain part.
+        ("model.feed_forward", model.feed_forward if model.is_dense(0) else 0),
+        ("model.experts.shared x feed_forward", experts.shared * experts.feed_forward if experts else 0),
         ("data.sequence", sequence),
     ):
         if value % tensor:

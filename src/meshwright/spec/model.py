@@ -1,6 +1,6 @@
 """The architecture's numbers."""
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -129,11 +129,16 @@ def split_table(model: ModelSpec) -> SplitTable:
 
 
 def fill_model(section: dict[str, Any]) -> dict[str, Any]:
-    """A [model] table with what follows from its other numbers: kv_heads, head_dim."""
+    """A [model] table with what follows from its other numbers: kv_heads, head_dim, feed_forward of a mixture."""
     filled = dict(section)
     heads, d_model = filled.get("heads"), filled.get("d_model")
     if heads is not None:
         filled.setdefault("kv_heads", heads)
+    experts = filled.get("experts")
+    numbers = cast(dict[str, Any], experts) if isinstance(experts, dict) else {}
+    if "feed_forward" in numbers and not numbers.get("dense_layers"):
+        # No layer has a plain part: what transformers writes for such a model is the experts' width.
+        filled.setdefault("feed_forward", numbers["feed_forward"])
     if "head_dim" not in filled and isinstance(heads, int) and isinstance(d_model, int) and heads > 0:
         # check_model refuses what is no size at all.
         if 1 <= d_model <= LARGEST and d_model % heads:
