@@ -9,8 +9,20 @@ from synthetic import a_job, a_memory, a_prediction, a_run, a_step, write_metric
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, Finding, explain_run
 from meshwright.explain.findings import find_in_step
+from meshwright.explain.run import unprofiled
 from meshwright.explain.steps import measure_steps
-from meshwright.record import Fault, LineWriter, Metrics, RunFolder, Span, Step, create_run, start_attempt
+from meshwright.record import (
+    Fault,
+    LineWriter,
+    Metrics,
+    RunFolder,
+    Span,
+    Step,
+    create_run,
+    start_attempt,
+    write_cut_short,
+)
+from meshwright.spec import TraceSettings
 from meshwright.spec.decode import encode_job
 
 
@@ -157,6 +169,8 @@ def test_a_run_still_being_written(tmp_path):
     found = explain_run(folder)
     assert found.step is not None and found.step.steps == (25,)
     assert found.ending.startswith("still running")
+    write_cut_short(folder, 0, 137)
+    assert explain_run(folder).ending.startswith("cut short")
 
 
 def test_a_missing_rank_is_named(tmp_path):
@@ -275,3 +289,10 @@ def test_explaining_writes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in sorted(folder.path.rglob("*"))}
     explain_run(RunFolder(folder.path))
     assert {path: path.stat().st_mtime_ns for path in sorted(folder.path.rglob("*"))} == before
+
+
+def test_a_run_too_short_to_be_profiled_says_what_would_profile_it():
+    job = msgspec.structs.replace(a_job(), trace=TraceSettings(every_steps=50))
+    assert unprofiled(8, job) == "8 steps were run, and one in 50 is profiled: --set trace.every_steps=4"
+    for steps in (2, 60):
+        assert unprofiled(steps, job) == "trace.every_steps sets how often one is"

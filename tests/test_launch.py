@@ -101,9 +101,13 @@ def test_ctrl_c_saves_and_resume_goes_on(tmp_path: Path) -> None:
     run_folder = tmp_path / "runs" / "tiny"
     with running("train", job, MARK=str(tmp_path)) as train:
         wait_until(lambda: lines_in(run_folder / "metrics.jsonl") > 4, train)
-        os.killpg(train.pid, signal.SIGINT)
+        # Twice within a moment, as timeout does it, is once.
+        os.killpg(train.pid, signal.SIGTERM)
+        time.sleep(0.02)
+        os.killpg(train.pid, signal.SIGTERM)
         out, err = train.communicate(timeout=30)
     assert train.returncode == 130, err
+    assert err.count("stopping after this step") == 1
     assert "Traceback" not in err
     assert f"meshwright train --resume {run_folder}" in out
     nothing_left(tmp_path)
@@ -167,6 +171,43 @@ def test_ctrl_c_in_the_first_evaluation_stops_at_once(tmp_path: Path) -> None:
     assert not run_folder.exists()
 
 
+SLOW_STEP = """
+import sys, time
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "meshwright.train.worker":
+            sys.meta_path.remove(self)
+            from meshwright.train import loop
+            set_learning_rate = loop.set_learning_rate
+            def slow(optimizer, step, job):
+                time.sleep(60 if step == 3 else 0)
+                return set_learning_rate(optimizer, step, job)
+            loop.set_learning_rate = slow
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    job = write_job(tmp_path, checkpoint={"every_steps": 2})
+    run_folder = tmp_path / "runs" / "tiny"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_STEP)
+    with running("train", job, MARK=str(tmp_path), PYTHONPATH=with_this(tmp_path)) as train:
+        wait_until(lambda: lines_in(run_folder / "metrics.jsonl") > 3, train)
+        for _ in range(2):
+            train.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, err = train.communicate(timeout=30)
+    assert train.returncode == 130
+    assert err == (
+        "\nstopping after this step, then saving; Ctrl-C again to stop at once\nstopped at once\n"
+        f"nothing saved since step 2; to go on from there: meshwright train --resume {run_folder}\n"
+    )
+    assert json.loads(run("explain", run_folder, "--json").stdout)["ending"].startswith("cut short")
+    nothing_left(tmp_path)
+
+
 def with_this(folder: Path) -> str:
     """A PYTHONPATH with a folder in front."""
     return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -202,12 +243,14 @@ def test_a_crash_is_told_once_with_its_rank(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(CRASH)
     job = write_job(tmp_path)
     began = time.monotonic()
-    train = run("train", job, MARK=str(tmp_path), PYTHONPATH=str(tmp_path))
+    train = run("train", job, MARK=str(tmp_path), PYTHONPATH=with_this(tmp_path))
     assert time.monotonic() - began < 40
     assert train.returncode == 1
     assert train.stderr.startswith("rank 1 failed:\nTraceback"), train.stderr
     assert train.stderr.count("Traceback") == 1
-    assert train.stderr.endswith("rank 1 failed: RuntimeError: boom on purpose\n")
+    word, saved = train.stderr.splitlines()[-2:]
+    assert word == "rank 1 failed: RuntimeError: boom on purpose"
+    assert saved == f"nothing saved yet; to begin again: meshwright train --resume {tmp_path / 'runs' / 'tiny'}"
     assert [step for step, _ in losses_of(tmp_path / "runs" / "tiny")] == [0, 1, 2]
     nothing_left(tmp_path)
 
@@ -226,6 +269,7 @@ def test_a_killed_rank_is_named_with_its_signal(tmp_path: Path) -> None:
     assert train.returncode == 128 + signal.SIGKILL
     assert re.search(r"^rank [01] was killed by SIGKILL \(often the system, out of memory\)$", err, re.MULTILINE), err
     assert "Traceback" not in err
+    assert f"to begin again: meshwright train --resume {tmp_path / 'runs' / 'tiny'}" in err
     nothing_left(tmp_path)
 
 

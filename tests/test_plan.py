@@ -13,6 +13,7 @@ from meshwright.plan import Plan, build_plan, predict
 from meshwright.plan.fit import SPARE
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.plan import rank_predictions
+from meshwright.plan.verdict import explain_verdict
 from meshwright.record import Prediction
 from meshwright.report.plan import plan_json, plan_text
 from meshwright.spec import ZOO, DataSettings, Job, Layout, ModelSpec, RunSettings, count_parameters
@@ -267,3 +268,16 @@ def test_the_command_is_quick_and_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert msgspec.json.decode(done.stdout)["job_fits"]
     assert float(done.stderr) < 1.0
+
+
+def test_the_first_of_layouts_that_tie_is_not_called_the_fastest() -> None:
+    job = job_on("8xh100", "llama3-8b", 8192, 16)
+    prediction = predict(job)
+    wider = msgspec.structs.replace(job.layout, tensor=2, shard=4)
+    simple = msgspec.structs.replace(prediction, layout=wider)
+    quicker = msgspec.structs.replace(prediction, step_s=0.995 * prediction.step_s)
+    fewest = msgspec.structs.replace(prediction, layout=msgspec.structs.replace(job.layout, shard=4), step_s=9.0)
+    assert "; the simplest within 1% of the fastest found is" in explain_verdict(
+        job, prediction, None, [simple, quicker, fewest]
+    )
+    assert "; the fastest found is" in explain_verdict(job, prediction, None, [quicker, simple, fewest])

@@ -18,12 +18,13 @@ from synthetic import a_run, a_step, write_metrics
 from meshwright.account import MEANINGS, MemoryAccount, RunAccount
 from meshwright.explain import Explanation, explain_run
 from meshwright.explain.steps import measure_steps
-from meshwright.plan import predict
+from meshwright.plan import build_plan, predict
 from meshwright.record import Fault, LineWriter, Step, create_run
 from meshwright.report.charts import DRAWN_RANKS, drawn_ranks, thinned
 from meshwright.report.colours import COLOURS
-from meshwright.report.explain import explain_json, explain_text
+from meshwright.report.explain import explain_json, explain_text, rank_table
 from meshwright.report.html import report_html, write_report
+from meshwright.report.plan import plan_text
 from meshwright.report.words import MEMORY_MEANINGS, RUN_MEANINGS
 from meshwright.spec.decode import planning_job
 
@@ -69,6 +70,29 @@ def test_the_text_says_what_the_run_was_and_where_its_time_went(tmp_path):
 def test_ranks_are_listed_only_where_they_differ(tmp_path):
     assert "Ranks, ms a step" in printed(explain_run(a_run(tmp_path / "one", slow=2, by=0.04)))
     assert "Ranks, ms a step" not in printed(explain_run(a_run(tmp_path / "two")))
+
+
+def test_a_column_says_what_it_is(tmp_path):
+    explanation = explain_run(a_run(tmp_path / "run", slow=2, by=0.04))
+    assert explanation.step is not None
+    ranks = {
+        rank: msgspec.structs.replace(account, bubble=0.0301 * rank, other=0.0007)
+        for rank, account in explanation.step.ranks.items()
+    }
+    step = msgspec.structs.replace(explanation.step, ranks=ranks)
+    table = rank_table(step)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["bubble"] == ["0.0", "30.1", "60.2", "90.3"]
+    assert cells["other"] == ["0.7"] * 4
+    assert "imbalance" not in cells, "no rank has any"
+
+
+def test_a_node_of_many_devices_is_called_one():
+    plan = build_plan(planning_job(model="gpt2-124m", gpus="1xh100", sequence=512, global_batch=8))
+    large = msgspec.structs.replace(plan, cluster=msgspec.structs.replace(plan.cluster, devices_per_node=64))
+    out = StringIO()
+    plan_text(large, Console(file=out, width=100))
+    assert "gpt2-124m on 1 node of 64 x h100" in out.getvalue()
 
 
 def test_the_text_of_an_empty_run_is_plain(tmp_path):
@@ -151,6 +175,8 @@ def test_the_page_is_whole_and_its_figures_are_plotlys(tmp_path):
         assert f'id="{name}"' in page
         assert figure["layout"]["xaxis"]["title"]["text"]
     assert len(figures["loss"]["data"][0]["x"]) == 100
+    # Both curves end at the steps that are done.
+    assert figures["loss"]["data"][0]["x"][-1] == max(figures["loss"]["data"][1]["x"])
 
 
 def test_the_bars_are_the_account(tmp_path):
@@ -241,3 +267,7 @@ def test_a_pipeline_is_drawn_rank_by_time(tmp_path):
     assert [len(trace["x"]) for trace in figure["data"]] == [64, 64]
     assert set(figure["data"][0]["y"]) == {f"rank {rank}" for rank in range(4)}
     assert "interleaved; blocks on each rank: 4+4" in page
+    # A rank's two stages are told apart, and what the numbers are is said.
+    opacity = dict(zip(figure["data"][0]["customdata"], figure["data"][0]["marker"]["opacity"], strict=True))
+    assert all((opacity[stage] < 1) == (stage >= 4) for stage in range(8))
+    assert "numbers are microbatches" in page and "stages are paler" in page

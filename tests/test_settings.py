@@ -104,3 +104,19 @@ def test_what_cannot_be_offloaded_is_refused(settings: list[str], setting: str, 
         read_job(QUICKSTART, settings, local=local)
     assert told.value.setting == setting
     assert reason in told.value.reason and nearest in told.value.nearest
+
+
+@pytest.mark.parametrize(
+    ("setting", "nearest"),
+    [
+        # A word in capitals; one letter too many; a word cut short; another kind of number; a list without brackets.
+        ("layout.schedule=1F1B", 'layout.schedule = "1f1b"'),
+        ("layout.experts=2", "layout.expert"),
+        ("layout.stages=2", "layout.stages_per_rank"),
+        ("model.name=qwen3-30b", "qwen3-30b-a3b"),
+        ("layout.pipeline=2.0", "layout.pipeline = 2"),
+        ("layout.stage_layers=4,4", "layout.stage_layers = [4, 4]"),
+    ],
+)
+def test_a_slip_is_told_what_was_meant(setting: str, nearest: str) -> None:
+    assert refusal(QUICKSTART, setting).nearest == nearest

@@ -23,6 +23,9 @@ from meshwright.record import (
 from meshwright.spec import Cluster, Job, SettingError
 from meshwright.spec.decode import read_job
 
+# Fewer steps than these are not worth a profile.
+LEAST_STEPS = 4
+
 
 def explain_run(folder: RunFolder) -> Explanation:
     """Everything the folder tells about its run, which may still be going on or may have lost files."""
@@ -42,7 +45,8 @@ def explain_run(folder: RunFolder) -> Explanation:
     mfu = mean_mfu(metrics)
     account = run_account(attempts, step.account if step is not None else None, mfu)
     step_s = unprofiled_step_s(metrics, profiled_steps(events), newest)
-    notes += notes_on(events, missing, prediction, step, newest)
+    steps = sum(line.attempt == newest for line in metrics)
+    notes += notes_on(events, missing, prediction, step, newest, unprofiled(steps, job))
     if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
         notes.append(slowed)
     cpu = job is not None and job.cluster.device.kind == "cpu"
@@ -57,7 +61,7 @@ def explain_run(folder: RunFolder) -> Explanation:
         world_size=world_size,
         ranks=tuple(events),
         missing_ranks=missing,
-        ending=ending_of(events, missing, numbers),
+        ending=ending_of(events, missing, numbers, cut_short=newest is not None and folder.cut_short(newest).is_file()),
         metrics=tuple(metrics),
         evaluations=tuple(evaluations),
         prediction=prediction,
@@ -135,11 +139,15 @@ def faults_of(numbers: Sequence[int], attempts: Sequence[Mapping[int, Sequence[E
     )
 
 
-def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], numbers: Sequence[int]) -> str:
-    """How the newest attempt ended, in words."""
+def ending_of(
+    events: Mapping[int, Sequence[Event]], missing: Sequence[int], numbers: Sequence[int], *, cut_short: bool
+) -> str:
+    """How the newest attempt ended, in words. cut_short: as its launcher saw it."""
     if not numbers:
         return "has not started"
     ended = {rank: line for rank, lines in events.items() for line in lines if isinstance(line, Ended)}
+    if not ended and cut_short:
+        return "cut short: killed, stopped at once or crashed, with nothing saved at its end"
     if not ended:
         return "still running, or killed: no rank has written its end"
     words = " and ".join(sorted({line.how for line in ended.values()}))
@@ -149,14 +157,24 @@ def ending_of(events: Mapping[int, Sequence[Event]], missing: Sequence[int], num
     return f"{words}; no end from {ranks_text(sorted(open_ranks))}" if open_ranks else words
 
 
+def unprofiled(steps: int, job: Job | None) -> str:
+    """Why none of so many steps was profiled, and what would profile one."""
+    every = job.trace.every_steps if job is not None else 0
+    # One in the middle of each `every_steps` is, and none of the first few.
+    if not every or steps > every or steps <= LEAST_STEPS:
+        return "trace.every_steps sets how often one is"
+    return f"{steps} steps were run, and one in {every} is profiled: --set trace.every_steps={max(1, steps // 2)}"
+
+
 def notes_on(
     events: Mapping[int, Sequence[Event]],
     missing: Sequence[int],
     prediction: Prediction | None,
     step: MeasuredSteps | None,
     attempt: int | None,
+    unprofiled: str,
 ) -> list[str]:
-    """What could not be measured or compared, and why."""
+    """What could not be measured or compared, and why. unprofiled: why that may be, where no step was profiled."""
     notes: list[str] = []
     if attempt is None:
         return ["No attempt has started yet, so there is nothing to explain."]
@@ -169,7 +187,7 @@ def notes_on(
         notes.append(
             "No step has been profiled on every rank yet, so there is no measured step account."
             if some
-            else "No step was profiled, so there is no measured step account (trace.every_steps sets how often one is)."
+            else f"No step was profiled, so there is no measured step account ({unprofiled})."
         )
     else:
         silent = sorted(events.keys() - step.ranks.keys())

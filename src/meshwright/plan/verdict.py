@@ -22,7 +22,10 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
         return f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
     if one is None:
         fewest = min(ranked, key=lambda p: p.layout.world_size)  # of several, the first in rank
-        best = "also the fastest found" if fewest == ranked[0] else f"the fastest found is {in_words(ranked[0])}"
+        which = "the fastest found"
+        if ranked[0].step_s > min(p.step_s for p in ranked):
+            which = f"the simplest within {TIE:.0%} of the fastest found"
+        best = f"also {which}" if fewest == ranked[0] else f"{which} is {in_words(ranked[0])}"
         return (
             f"One {device} is not enough: the model does not fit it. The fewest that work: {in_words(fewest)}; {best}."
         )

@@ -25,6 +25,7 @@ from meshwright.record.folder import (
     read_prediction,
     replace_text,
     start_attempt,
+    write_cut_short,
 )
 
 __all__ = [
@@ -50,4 +51,5 @@ __all__ = [
     "read_prediction",
     "replace_text",
     "start_attempt",
+    "write_cut_short",
 ]

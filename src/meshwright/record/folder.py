@@ -3,6 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar, cast
@@ -39,6 +40,10 @@ class RunFolder:
     def plan(self, attempt: int) -> Path:
         """The attempt's layout and predicted accounts."""
         return self.attempt(attempt) / "plan.json"
+
+    def cut_short(self, attempt: int) -> Path:
+        """There once the launcher has seen an attempt end that no rank saw to its end: its exit code."""
+        return self.attempt(attempt) / "cut-short.txt"
 
     def events(self, attempt: int, rank: int) -> Path:
         """The attempt's events of one rank."""
@@ -123,6 +128,12 @@ def start_attempt(folder: RunFolder, prediction: Prediction) -> int:
     (folder.attempt(number) / "events").mkdir(parents=True)
     replace_text(folder.plan(number), msgspec.json.format(msgspec.json.encode(prediction)).decode() + "\n")
     return number
+
+
+def write_cut_short(folder: RunFolder, attempt: int, code: int) -> None:
+    """Leave word that an attempt is over although no rank says so; a full disk may be why."""
+    with suppress(OSError):
+        replace_text(folder.cut_short(attempt), f"{code}\n")
 
 
 def replace_text(path: Path, text: str) -> None:

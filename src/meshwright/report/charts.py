@@ -71,13 +71,14 @@ def loss_figure(explanation: Explanation) -> Figure | None:
 
 
 def thinned(metrics: Sequence[Metrics]) -> list[tuple[int, float | None]]:
-    """(step, loss), neighbouring steps averaged where there are many; None where a loss was not finite."""
+    """(steps done, loss), neighbouring steps averaged where there are many; None where a loss was not finite."""
     width = -(-len(metrics) // MOST_POINTS) or 1
     points: list[tuple[int, float | None]] = []
     for begin in range(0, len(metrics), width):
         part = metrics[begin : begin + width]
         losses = [line.loss for line in part if line.loss is not None]
-        points.append((part[-1].step, sum(losses) / len(losses) if len(losses) == len(part) else None))
+        # Steps count from 0, and held-out losses stand at the steps that are done.
+        points.append((part[-1].step + 1, sum(losses) / len(losses) if len(losses) == len(part) else None))
     return points
 
 

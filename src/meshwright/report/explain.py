@@ -1,6 +1,7 @@
 """An explanation as one screen of text, and as JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
 LISTED_RANKS = 8
 # Ranks whose buckets differ by less than this share of the step are the same for a reader.
 ALIKE = 0.02
+# Buckets besides work and transfers that have a column for each rank: always, or where some rank has any of it.
+WAITS = {
+    "imbalance": False,
+    "straggler": True,
+    "bubble": False,
+    "input": True,
+    "host": True,
+    "checkpoint": False,
+    "other": True,
+}
 
 
 def explain_json(explanation: Explanation) -> str:
@@ -114,18 +125,20 @@ def rank_table(step: MeasuredSteps) -> "Table":
     """Each rank's parts of the step, the ones that others wait for first where there are many."""
     waited_for = step.waited_for()
     unit = time_unit(step.wall_s)
-    names = ["compute", "transfer", "straggler", "input", "host", "other", "others waited for it"]
-    table = new_table(f"Ranks, {unit.name} a step", ["rank"], names)
+    parts: dict[str, Callable[[StepAccount], float]] = {"compute": computing, "transfer": transferring}
+    parts |= {
+        name: attrgetter(name)
+        for name in WAITS
+        if WAITS[name] or any(getattr(account, name) for account in step.ranks.values())
+    }
+    table = new_table(f"Ranks, {unit.name} a step", ["rank"], [*parts, "others waited for it"])
     ranks = sorted(step.ranks)
     if len(ranks) > LISTED_RANKS:
         ranks = sorted(sorted(ranks, key=lambda rank: -waited_for.get(rank, 0.0))[:LISTED_RANKS])
         table.caption = f"the {LISTED_RANKS} of {len(step.ranks)} ranks that were waited for most"
     for rank in ranks:
-        account = step.ranks[rank]
-        parts = (computing(account), transferring(account), account.straggler, account.input, account.host)
-        rest = account.total() - sum(parts)
-        cells = [number(seconds, unit) for seconds in (*parts, rest, waited_for.get(rank, 0.0))]
-        table.add_row(str(rank), *cells)
+        cells = [*(part(step.ranks[rank]) for part in parts.values()), waited_for.get(rank, 0.0)]
+        table.add_row(str(rank), *(number(seconds, unit) for seconds in cells))
     return table
 
 

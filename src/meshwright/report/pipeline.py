@@ -7,6 +7,8 @@ from meshwright.report.words import Unit
 
 # Passes drawn of each rank: more are too narrow to be seen.
 DRAWN_PASSES = 128
+# How much of its colour the last of a rank's stages loses.
+PALER = 0.55
 # Each kind of pass in words.
 PASSES = {"F": "forward", "B": "backward", "I": "gradients of inputs", "W": "gradients of weights"}
 
@@ -25,11 +27,13 @@ def pipeline_figure(planned: PlannedPipeline, unit: Unit) -> Figure:
         "yaxis": {"autorange": "reversed", "type": "category", "showgrid": False},
         "uniformtext": {"mode": "hide", "minsize": 8},
     }
-    return {"data": [pass_trace(kind, rows, unit) for kind in kinds], "layout": layout}
+    turns = {stage: stage // len(planned.ranks) for stage in range(len(planned.stage_ranks))}
+    return {"data": [pass_trace(kind, rows, unit, turns) for kind in kinds], "layout": layout}
 
 
-def pass_trace(kind: str, rows: list[tuple[str, tuple[PlannedPass, ...]]], unit: Unit) -> Figure:
-    """Every pass of one kind."""
+def pass_trace(kind: str, rows: list[tuple[str, tuple[PlannedPass, ...]]], unit: Unit, turns: dict[int, int]) -> Figure:
+    """Every pass of one kind; turns: of each stage, how many its rank holds before it."""
+    last = max(turns.values())
     found = [(name, one) for name, passes in rows for one in passes if one.kind == kind]
     return {
         "type": "bar",
@@ -38,7 +42,11 @@ def pass_trace(kind: str, rows: list[tuple[str, tuple[PlannedPass, ...]]], unit:
         "y": [name for name, _ in found],
         "base": [one.begin_s / unit.size for _, one in found],
         "x": [(one.end_s - one.begin_s) / unit.size for _, one in found],
-        "marker": {"color": COLOURS[PASSES[kind]], "line": {"width": 0.5}},
+        "marker": {
+            "color": COLOURS[PASSES[kind]],
+            "line": {"width": 0.5},
+            "opacity": [1 - PALER * turns[one.stage] / last if last else 1 for _, one in found],
+        },
         "text": [str(one.microbatch) for _, one in found],
         "textposition": "inside",
         "insidetextanchor": "middle",
@@ -51,7 +59,9 @@ def pass_trace(kind: str, rows: list[tuple[str, tuple[PlannedPass, ...]]], unit:
 def pipeline_words(planned: PlannedPipeline) -> str:
     """The schedule, the stages, and what of the step is not drawn."""
     ranks = len(planned.ranks)
-    words = f"As predicted. {blocks_held(planned)}"
+    words = f"As predicted; numbers are microbatches. {blocks_held(planned)}"
+    if len(planned.stage_ranks) > ranks:
+        words += "; the later of a rank's stages are paler"
     if ranks > DRAWN_RANKS:
         words += f"; the first {DRAWN_RANKS} of {ranks} ranks"
     if any(len(passes) > DRAWN_PASSES for passes in planned.ranks):

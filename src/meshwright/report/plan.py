@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
 BAR_CELLS = 20
+# More devices than these in one node are seldom meant.
+USUAL_NODE = 8
 # Buckets below this share of the step are summed into one line.
 SMALL = 0.005
 
@@ -39,7 +41,8 @@ def plan_text(plan: Plan, console: "Console") -> None:
 def headline(plan: Plan) -> "Table":
     """What is planned, and the verdict."""
     tokens = plan.global_batch * plan.sequence
-    what = f"{plan.model} on {plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
+    node = "1 node of " if plan.cluster.nodes == 1 and plan.cluster.devices > USUAL_NODE else ""
+    what = f"{plan.model} on {node}{plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
     return labelled([("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)])
 
 

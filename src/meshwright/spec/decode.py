@@ -1,45 +1,40 @@
 """From TOML text and `--set a.b=c` to a checked Job, and back to TOML."""
 
-import re
 import tomllib
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, cast, get_args
 
 import msgspec
 import tomli_w
-from msgspec.structs import FieldInfo
 
 from meshwright.spec.cluster import Cluster, Device, check_cluster
-from meshwright.spec.errors import SettingError, as_toml, closest, in_words, nearest_choice
+from meshwright.spec.convert import Table, convert, section_type
+from meshwright.spec.errors import Offer, SettingError, closest
 from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis, Layout, check_axes
 from meshwright.spec.model import ModelSpec
+from meshwright.spec.offers import keep_working
 from meshwright.spec.pretrained import check_weights, expand_pretrained, no_hub
 from meshwright.spec.zoo import expand_model
 
-Table = dict[str, Any]
-T = TypeVar("T")
-
 # Other job files that an error names.
 SHOWN_JOBS = 3
+# Common letters of two words that differ in one.
+ONE_LETTER = 0.9
 # A job has these sections; other TOML files have not.
 NEEDED = {"run", "model", "data"}
 # A --set of one of these describes a whole cluster or model, which takes the place of the one in the file; and tokens
 # come from one of two keys.
 WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path")
 RIVALS = {"data.path": "sources", "data.sources": "path"}
-# What values are called in docs/job.md, by what msgspec calls them.
-KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "a section",
-    "null": "nothing",
+# What means something only where these axes have ranks: a --set that takes an axis away takes what the file says of it.
+ALONG = {
+    "pipeline": ("schedule", "stages_per_rank", "stage_layers"),
+    "context": ("context_form",),
+    "tensor": ("async_tensor",),
 }
 
 
@@ -103,6 +98,17 @@ def apply_settings(table: Table, settings: Iterable[str]) -> None:
             cast(Table, inner).pop(RIVALS[key], None)
     for setting in settings:
         apply_setting(table, setting)
+    drop_along(table, {setting.partition("=")[0].strip() for setting in settings})
+
+
+def drop_along(table: Table, keys: set[str]) -> None:
+    """Take out what the file says of an axis that one of the `keys` that were set leaves without ranks."""
+    layout = table.get("layout")
+    for axis, names in ALONG.items():
+        if f"layout.{axis}" in keys and isinstance(layout, dict) and cast(Table, layout)[axis] == 1:
+            for name in names:
+                if f"layout.{name}" not in keys:
+                    cast(Table, layout).pop(name, None)
 
 
 def check_setting(setting: str) -> None:
@@ -153,16 +159,42 @@ def decode_job(
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
     admit(convert(table["cluster"], Cluster, "cluster"))
-    global_batch = table.get("data", {}).get("global_batch")
-    table["layout"] = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
-    job = convert(table, Job)
-    check_job(job)
+    job = settle(table)
+    if isinstance(job, SettingError):
+        raise keep_working(job, lambda offer: refusal_of(changed(table, offer)))
     if unchecked:
         check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.
         job = msgspec.structs.replace(job, cluster=local(job.layout.world_size))
     return job
+
+
+def settle(table: Table) -> Job | SettingError:
+    """The checked job of a table in which the layout alone is open, or why it is none."""
+    global_batch = table.get("data", {}).get("global_batch")
+    try:
+        layout = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
+        job = convert(table | {"layout": layout}, Job)
+        check_job(job)
+    except SettingError as error:
+        return error
+    return job
+
+
+def refusal_of(table: Table) -> SettingError | None:
+    """Why a table is no job; None where it is one."""
+    job = settle(table)
+    return job if isinstance(job, SettingError) else None
+
+
+def changed(table: Table, offer: Offer) -> Table:
+    """The table with what is offered in its place."""
+    table = {name: dict(cast(Table, section)) for name, section in table.items()}
+    for key, value in offer.items():
+        section, _, name = key.partition(".")
+        table.setdefault(section, {})[name] = value
+    return table
 
 
 def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table:
@@ -203,8 +235,10 @@ def too_many(devices: int, sizes: dict[str, Any]) -> SettingError:
     reason = (
         f"needs more than the {devices} devices of the cluster" if devices > 1 else "needs more than the one device"
     )
-    nearest = f"layout.{next(iter(sizes))} = {devices}" if len(sizes) == 1 else f"sizes that multiply to {devices}"
-    return SettingError(named, reason, f"{nearest}, or a larger cluster")
+    if len(sizes) > 1:
+        return SettingError(named, reason, f"sizes that multiply to {devices}, or a larger cluster")
+    halves = [devices >> times for times in range(devices.bit_length())]
+    return SettingError(named, reason, offers=[[{f"layout.{axis}": size} for axis in sizes for size in halves]])
 
 
 def largest_use(left: int, layout: Table, axis: Axis, global_batch: object) -> int:
@@ -216,84 +250,10 @@ def largest_use(left: int, layout: Table, axis: Axis, global_batch: object) -> i
     return next(sizes, left)
 
 
-def convert(table: Table, kind: type[T], prefix: str = "") -> T:
-    """msgspec.convert with its message turned into a setting, a reason and the nearest value.
-
-    prefix: where `table` stands in the job.
-    """
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as error:
-        reason, _, where = str(error).partition(" - at `$")
-        path = [part for part in where.rstrip("`").split(".") if part]
-        raise explain_invalid(table, kind, reason, path, prefix) from None
-
-
 def check_made(layout: Layout) -> None:
     """Raise SettingError for a layout that no job file could give: made in Python, its words are not checked yet."""
     convert(msgspec.to_builtins(layout), Layout, "layout")
     check_axes(layout)
-
-
-def explain_invalid(table: Table, kind: type, reason: str, path: list[str], prefix: str) -> SettingError:
-    """The SettingError for a msgspec message about the value at `path`."""
-    section = [prefix, *path] if prefix else path
-    if missing := re.search(r"missing required field `(\w+)`", reason):
-        name = ".".join([*section, missing[1]])
-        add = f"add {missing[1]} = ... under [{'.'.join(section)}]" if section else f"add [{missing[1]}]"
-        return SettingError(name, "is missing", add)
-    value: Any = table
-    for part in path:
-        name, *index = re.split(r"[\[\]]", part)
-        value = cast(Table, value).get(name) if isinstance(value, dict) else None
-        if index and isinstance(value, list) and index[0].isdigit():
-            value = cast(list[Any], value)[int(index[0])]
-    name, field = ".".join(section), field_of(kind, path)
-    if reason.startswith("Invalid enum value") and field is not None:
-        return SettingError(f"{name} = {as_toml(value)}", "is none of the choices", nearest_of(name, value, field.type))
-    return SettingError(f"{name} = {as_toml(value)}", in_our_words(reason), default_of(field, name.partition("[")[0]))
-
-
-def in_our_words(reason: str) -> str:
-    """A message of msgspec in the words of docs/job.md: "must be a whole number"."""
-    if expected := re.match(r"Expected `(?P<kinds>[\w| ]+)`(?P<size> of length \d+)?", reason):
-        kinds = [KINDS.get(kind, kind) for kind in expected["kinds"].split(" | ")]
-        return f"must be {in_words(kinds)}{expected['size'] or ''}"
-    return reason.lower().replace("`", "")
-
-
-def nearest_of(name: str, value: Any, kind: Any) -> str:
-    """What `name` may be instead, where only some values are allowed."""
-    choices = choices_of(kind)
-    if all(isinstance(choice, str) for choice in choices):
-        return nearest_choice(name, value, choices, "a number" if int in get_args(kind) else "")
-    return f"{name} = {in_words([str(choice) for choice in choices])}"
-
-
-def choices_of(kind: Any) -> list[Any]:
-    """The values that a type allows, where it lists them; an item's, of a list."""
-    inner = get_args(kind)
-    return list(inner) if get_origin(kind) is Literal else [choice for one in inner for choice in choices_of(one)]
-
-
-def default_of(field: FieldInfo | None, name: str) -> str:
-    """ "section.key = default" for a field, or what it must be."""
-    if field is None:
-        return "see docs/job.md"
-    if field.default is not msgspec.NODEFAULT:
-        return f"{name} = {msgspec.json.encode(field.default).decode()}"
-    return KINDS.get(getattr(field.type, "__name__", ""), "see docs/job.md")
-
-
-def field_of(kind: Any, path: list[str]) -> FieldInfo | None:
-    """The field of `kind` at a path, None where it has none there."""
-    field: FieldInfo | None = None
-    for part in path:
-        kind = section_type(kind)
-        fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else ()
-        field = next((field for field in fields if field.encode_name == part.partition("[")[0]), None)
-        kind = None if field is None else field.type
-    return field
 
 
 def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
@@ -310,9 +270,10 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
     for key, value in table.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            # The right word in the wrong section is a likelier slip than a near spelling in this one.
+            # The right word in the wrong section is a likelier slip than a near spelling in this one, but for a letter.
             elsewhere = [f"{s.encode_name}.{key}" for s in msgspec.structs.fields(Job) if key in field_names(s.type)]
-            nearest = elsewhere[0] if elsewhere else f"{prefix}{closest(key, fields)}"
+            one_letter = get_close_matches(key, fields, n=1, cutoff=ONE_LETTER)
+            nearest = elsewhere[0] if elsewhere and not one_letter else f"{prefix}{closest(key, fields)}"
             raise SettingError(name, "no such setting", nearest)
         inner = section_type(fields[key])
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
@@ -326,13 +287,6 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
                 for number, item in enumerate(cast(list[Any], value)):
                     if isinstance(item, dict):
                         check_keys(cast(Table, item), item_kind, f"{name}[{number}].")
-
-
-def section_type(kind: Any) -> Any:
-    """The section in "a section or nothing"; any other type as it is."""
-    inner = [arg for arg in get_args(kind) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)]
-    # A list of sections is none itself.
-    return inner[0] if inner and get_origin(kind) is not tuple else kind
 
 
 def field_names(kind: Any) -> set[str]:

@@ -11,7 +11,8 @@ def check_context(layout: Layout, model: ModelSpec, sequence: int) -> None:
     if size == 1:
         if form != "ring":
             reason = "means nothing with layout.context = 1"
-            raise SettingError(f'layout.context_form = "{form}"', reason, "leave it out, or layout.context = 2")
+            offers = ([{"layout.context_form": "ring"}], [{"layout.context": 2}])
+            raise SettingError(f'layout.context_form = "{form}"', reason, offers=offers)
         return
     reason = context_refusal(layout, size, model, sequence)
     if reason:

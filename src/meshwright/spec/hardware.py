@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -208,10 +209,9 @@ def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
         processes = section.get("processes", 1)
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
             reason = "must be a whole number, at least 1"
-            few = isinstance(processes, int | float) and processes < 1
-            raise SettingError(
-                f"cluster.processes = {as_toml(processes)}", reason, f"cluster.processes = {1 if few else 4}"
-            )
+            number = processes if isinstance(processes, int | float) and not isinstance(processes, bool) else 4
+            near = max(1, int(number)) if isfinite(number) else 4
+            raise SettingError(f"cluster.processes = {as_toml(processes)}", reason, f"cluster.processes = {near}")
         return msgspec.to_builtins(local(processes))
     if "gpus" in section:
         if others := sorted(set(section) - {"gpus"}):

@@ -8,7 +8,7 @@ import msgspec
 from meshwright.spec.cluster import Cluster, check_cluster
 from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError
-from meshwright.spec.layout import Layout, check_layout, check_split
+from meshwright.spec.layout import Layout, check_axes, check_layout, check_split
 from meshwright.spec.model import ModelSpec, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
 from meshwright.spec.schedule import check_schedule
@@ -169,6 +169,9 @@ def check_job(job: Job) -> None:
         name = f"evaluation.every_steps = {job.evaluation.every_steps}"
         raise SettingError(name, "nothing is held out to evaluate on", "data.held_out = 0.05")
     check_sequence(job.model, job.data.sequence)
+    check_axes(job.layout)
+    # No other setting helps a layout that has too few devices.
+    check_cluster(job.cluster, job.layout.world_size)
     check_layout(job.layout, job.data.global_batch)
     # Before what else it needs: no size of the tensor axis would help here.
     if job.layout.async_tensor and job.cluster.device.kind != "cuda":
@@ -182,7 +185,6 @@ def check_job(job: Job) -> None:
         raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')
     if job.layout.offload == "optimizer" and job.optimizer.name == "sgd":
         raise SettingError('layout.offload = "optimizer"', "sgd keeps no states", 'layout.offload = "none"')
-    check_cluster(job.cluster, job.layout.world_size)
 
 
 def check_data(data: DataSettings) -> None:

@@ -6,7 +6,7 @@ import msgspec
 
 from meshwright.spec.errors import SettingError
 from meshwright.spec.model import ModelSpec
-from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.numbers import divisors
 
 Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
@@ -153,20 +153,25 @@ def check_layout(layout: Layout, global_batch: int) -> None:
     if layout.microbatch < 1:
         raise SettingError(f"layout.microbatch = {layout.microbatch}", "must be at least 1", "layout.microbatch = 1")
     if global_batch % layout.data_size:
-        near = nearest_divisor(global_batch, layout.data_size)
         up = -(-global_batch // layout.data_size) * layout.data_size
+        axis, other = ("replica", layout.shard) if layout.replica > 1 else ("shard", layout.replica)
+        size = layout.size(axis)
+        sizes = sorted(divisors(global_batch), key=lambda near: abs(near - size))
         raise SettingError(
             f"layout.replica x layout.shard = {layout.data_size}",
             f"does not divide data.global_batch = {global_batch}",
-            f"{near} ranks, or data.global_batch = {up}",
+            offers=(
+                [{f"layout.{axis}": near} for near in sizes if global_batch % (near * other) == 0],
+                [{"data.global_batch": up}],
+            ),
         )
     if (global_batch // layout.data_size) % layout.microbatch:
         share = global_batch // layout.data_size
-        near = nearest_divisor(share, layout.microbatch)
+        sizes = sorted(divisors(share), key=lambda near: abs(near - layout.microbatch))
         raise SettingError(
             f"layout.microbatch = {layout.microbatch}",
             f"does not divide a rank's {share} sequences (data.global_batch = {global_batch} over {layout.data_size})",
-            f"layout.microbatch = {near}",
+            offers=[[{"layout.microbatch": near} for near in sizes]],
         )
 
 
@@ -186,16 +191,20 @@ def check_split(layout: Layout, model: ModelSpec, sequence: int) -> None:
         )
     if layout.offload == "parameters" and layout.zero < 3:
         reason = "parameters that stay gathered are not offloaded"
-        raise SettingError(f'layout.zero = {layout.zero} with layout.offload = "parameters"', reason, "layout.zero = 3")
+        setting = f'layout.zero = {layout.zero} with layout.offload = "parameters"'
+        raise SettingError(setting, reason, offers=([{"layout.zero": 3}], [{"layout.offload": "optimizer"}]))
     if layout.async_tensor and tensor == 1:
         raise SettingError("layout.async_tensor = true", "nothing is split along the tensor axis", "layout.tensor = 2")
 
 
 def split_refusal(tensor: int, model: ModelSpec, sequence: int) -> str:
     """Why `tensor` ranks cannot share the model; "" where they can. One always can."""
+    experts = model.experts
     for setting, value in (
         ("model.heads", model.heads),
-        ("model.feed_forward", model.feed_forward),
+        # Means nothing where no layer has a plain part.
+        ("model.feed_forward", model.feed_forward if model.is_dense(0) else 0),
+        ("model.experts.shared x feed_forward", experts.shared * experts.feed_forward if experts else 0),
         ("data.sequence", sequence),
     ):
         if value % tensor:

@@ -1,6 +1,6 @@
 """The architecture's numbers."""
 
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -129,11 +129,16 @@ def split_table(model: ModelSpec) -> SplitTable:
 
 
 def fill_model(section: dict[str, Any]) -> dict[str, Any]:
-    """A [model] table with what follows from its other numbers: kv_heads, head_dim."""
+    """A [model] table with what follows from its other numbers: kv_heads, head_dim, feed_forward of a mixture."""
     filled = dict(section)
     heads, d_model = filled.get("heads"), filled.get("d_model")
     if heads is not None:
         filled.setdefault("kv_heads", heads)
+    experts = filled.get("experts")
+    numbers = cast(dict[str, Any], experts) if isinstance(experts, dict) else {}
+    if "feed_forward" in numbers and not numbers.get("dense_layers"):
+        # No layer has a plain part: what transformers writes for such a model is the experts' width.
+        filled.setdefault("feed_forward", numbers["feed_forward"])
     if "head_dim" not in filled and isinstance(heads, int) and isinstance(d_model, int) and heads > 0:
         # check_model refuses what is no size at all.
         if 1 <= d_model <= LARGEST and d_model % heads:
@@ -170,7 +175,8 @@ def check_model(model: ModelSpec) -> None:
 def check_learned(model: ModelSpec) -> None:
     """What a learned table of positions needs, and what means nothing beside it."""
     if model.max_positions == 0:
-        raise SettingError("model.max_positions", f"is missing: {model.family} learns its positions", "1024")
+        reason = f"is missing: {model.family} learns its positions"
+        raise SettingError("model.max_positions", reason, "model.max_positions = 1024")
     if model.rope_theta != 10000.0 or model.rope_scaling is not None:
         setting = "model.rope_scaling" if model.rope_scaling is not None else f"model.rope_theta = {model.rope_theta}"
         raise SettingError(setting, f"means nothing to {model.family}, which learns its positions", "leave it out")

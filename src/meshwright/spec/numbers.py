@@ -23,7 +23,12 @@ def nearest_multiple(number: int, of: int) -> int:
     return max(1, (2 * number + of - 1) // (2 * of)) * of
 
 
-def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` (1 to LARGEST) nearest to `wanted`; the smaller of two."""
+def divisors(number: int) -> list[int]:
+    """All divisors of `number` (1 to LARGEST), smallest first."""
     small = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
-    return min((*small, *(number // n for n in reversed(small))), key=lambda n: abs(n - wanted))
+    return small + [number // n for n in reversed(small) if n * n < number]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`; the smaller of two."""
+    return min(divisors(number), key=lambda n: abs(n - wanted))

@@ -14,8 +14,9 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from meshwright.spec.errors import SettingError
+from meshwright.spec.errors import Offer, SettingError, as_toml
 from meshwright.spec.layout import Layout, Schedule
+from meshwright.spec.numbers import divisors
 
 # F: a stage's forward pass of a microbatch. B: its backward pass, which zero-bubble schedules cut in two:
 # I, the gradient of the stage's input, which the stage before waits for, and W, the gradients of its weights.
@@ -23,6 +24,8 @@ Pass = Literal["F", "B", "I", "W"]
 # The schedules whose backward passes are cut in two, and those whose second stages run back up the ranks.
 SPLIT_BACKWARD: tuple[Schedule, ...] = ("zero-bubble", "zbv", "dualpipev")
 TURNING: tuple[Schedule, ...] = ("zbv", "dualpipev")
+# Numbers that an error offers in the place of one, nearest first.
+MOST_OFFERED = 64
 # Stages that a rank can hold: the fewest, and the most (0: any number).
 STAGES_PER_RANK: dict[Schedule, tuple[int, int]] = {
     "gpipe": (1, 1),
@@ -193,14 +196,31 @@ def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
         check_no_pipeline(layout)
         return
     check_stages(layout, layers)
+    check_microbatches(layout, microbatches)
+    if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and layout.parameter_shards > 1:
+        # Parameters that are offloaded are not kept gathered either.
+        offloaded = layout.offload == "parameters"
+        gathered: Offer = {"layout.zero": 1} | ({"layout.offload": "optimizer"} if offloaded else {})
+        raise SettingError(
+            f"layout.zero = {layout.zero}",
+            f"{layout.schedule} computes weights' gradients after their parameters would be freed",
+            offers=([gathered], [plain_schedule(layout)]) if offloaded else [[gathered]],
+        )
+
+
+def check_microbatches(layout: Layout, microbatches: int) -> None:
+    """Raise SettingError where a step has too few microbatches for the schedule, or not so many rounds of them."""
     fewest = stage_count(layout) if layout.schedule == "dualpipev" else layout.pipeline
     if microbatches < fewest:
         what = "stage" if layout.schedule == "dualpipev" else "rank of the pipeline"
+        longest = microbatches * layout.pipeline // fewest
         raise SettingError(
             f"layout.pipeline = {layout.pipeline}",
             f"{layout.schedule} needs a microbatch for each {what}, {fewest}, and a step has {microbatches}",
-            f"data.global_batch = {fewest * layout.data_size * layout.microbatch}"
-            + (f", or layout.pipeline = {fewer}" if (fewer := fewer_ranks(layout, microbatches)) else ""),
+            offers=(
+                more_microbatches(layout, microbatches, fewest),
+                [{"layout.pipeline": ranks} for ranks in range(longest, 1, -1)[:MOST_OFFERED]],
+            ),
         )
     if layout.schedule in ("interleaved", "zero-bubble") and microbatches % (microbatches // layout.pipeline):
         rounds = microbatches // layout.pipeline
@@ -209,13 +229,7 @@ def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
             f'layout.schedule = "{layout.schedule}"',
             f"runs {microbatches} microbatches in {rounds} equal rounds of at least layout.pipeline = "
             f"{layout.pipeline}, and {rounds} does not divide them",
-            f'data.global_batch = {near * layout.data_size * layout.microbatch}, or layout.schedule = "1f1b"',
-        )
-    if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and layout.parameter_shards > 1:
-        raise SettingError(
-            f"layout.zero = {layout.zero}",
-            f"{layout.schedule} computes weights' gradients after their parameters would be freed",
-            "layout.zero = 1",
+            offers=(more_microbatches(layout, microbatches, near), [plain_schedule(layout)]),
         )
     if layout.schedule in SPLIT_BACKWARD and layout.async_tensor:
         reason = f"{layout.schedule} runs uncompiled, and it is the compiler that hides transfers"
@@ -224,48 +238,63 @@ def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
         )
 
 
-def fewer_ranks(layout: Layout, microbatches: int) -> int:
-    """A pipeline short enough for the microbatches; 0 where that is none."""
-    stages = stages_per_rank(layout) if layout.schedule == "dualpipev" else 1
-    return microbatches // stages if microbatches // stages > 1 else 0
+def more_microbatches(layout: Layout, microbatches: int, wanted: int) -> list[Offer]:
+    """Smaller microbatches, of which the same batch has as many as are needed; then batches of `wanted` and more."""
+    share = microbatches * layout.microbatch
+    sizes = [size for size in divisors(share)[::-1] if size < layout.microbatch and share // size >= wanted]
+    batches = [(wanted + more) * layout.data_size * layout.microbatch for more in range(layout.pipeline)[:MOST_OFFERED]]
+    return [{"layout.microbatch": size} for size in sizes] + [{"data.global_batch": size} for size in batches]
+
+
+def plain_schedule(layout: Layout) -> Offer:
+    """The schedule that needs least, with a stage on each rank."""
+    held: Offer = {"layout.stages_per_rank": 1} if layout.stages_per_rank > 1 else {}
+    return {"layout.schedule": "1f1b"} | held
 
 
 def check_no_pipeline(layout: Layout) -> None:
     """Raise SettingError for a setting that would do nothing without a pipeline."""
     plain = Layout()
-    for setting in ("schedule", "stages_per_rank", "stage_layers"):
-        value = getattr(layout, setting)
-        if value != getattr(plain, setting):
-            shown = f'"{value}"' if setting == "schedule" else list(value) if setting == "stage_layers" else value
-            reason = "means nothing with layout.pipeline = 1"
-            raise SettingError(f"layout.{setting} = {shown}", reason, "leave it out, or layout.pipeline = 2")
+    settings = ("schedule", "stages_per_rank", "stage_layers")
+    given = [setting for setting in settings if getattr(layout, setting) != getattr(plain, setting)]
+    if given:
+        left_out = {f"layout.{setting}": getattr(plain, setting) for setting in given}
+        reason = "means nothing with layout.pipeline = 1"
+        setting = f"layout.{given[0]} = {as_toml(getattr(layout, given[0]))}"
+        raise SettingError(setting, reason, offers=([left_out], [{"layout.pipeline": 2}]))
 
 
 def check_stages(layout: Layout, layers: int) -> None:
     """Raise SettingError for stages that the schedule, or a model of so many blocks, cannot have."""
-    held = stages_per_rank(layout)
+    held, ranks = stages_per_rank(layout), layout.pipeline
     fewest, most = STAGES_PER_RANK[layout.schedule]
     if held < fewest or (most and held > most):
         wants = f"{fewest} of them" if fewest == most else f"at least {fewest}"
         raise SettingError(
             f"layout.stages_per_rank = {held}",
             f"{layout.schedule} gives each rank {wants}",
-            f"layout.stages_per_rank = {fewest}"
-            + (', or layout.schedule = "interleaved"' if most == 1 and held > 1 else ""),
+            offers=(
+                [{"layout.stages_per_rank": fewest}],
+                [{"layout.schedule": "interleaved"}] if most == 1 and held > 1 else [],
+            ),
         )
     stages = stage_count(layout)
     if stages > layers:
-        ranks = layers // held
-        smaller = f"layout.pipeline = {ranks}" if ranks > 1 or held == 1 else 'layout.schedule = "1f1b"'
+        fewer = [{"layout.stages_per_rank": number} for number in range(layers // ranks, fewest - 1, -1)[:MOST_OFFERED]]
+        lengths = range(layers // held, 0 if held == 1 else 1, -1)[:MOST_OFFERED]
+        shorter = [{"layout.pipeline": number} for number in lengths]
         raise SettingError(
-            f"layout.pipeline = {layout.pipeline}",
+            f"layout.pipeline = {ranks}",
             f"makes {stages} stages ({held} a rank) of model.layers = {layers}",
-            smaller if held == fewest else f"{smaller}, or layout.stages_per_rank = {fewest}",
+            offers=(fewer if held > fewest else [], shorter, [plain_schedule(layout)] if held > 1 else []),
         )
-    if not layout.stage_layers:
-        return
-    given = list(layout.stage_layers)
-    even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    if layout.stage_layers:
+        check_stage_layers(layout, layers)
+
+
+def check_stage_layers(layout: Layout, layers: int) -> None:
+    """Raise SettingError where the stages that are given are not those of the pipeline."""
+    given, stages, held = list(layout.stage_layers), stage_count(layout), stages_per_rank(layout)
     reason = ""
     if len(given) != stages:
         reason = f"names {len(given)} stages, and there are {stages} ({held} on each of {layout.pipeline} ranks)"
@@ -274,4 +303,6 @@ def check_stages(layout: Layout, layers: int) -> None:
     elif sum(given) != layers:
         reason = f"sums to {sum(given)}, and model.layers = {layers}"
     if reason:
-        raise SettingError(f"layout.stage_layers = {given}", reason, f"layout.stage_layers = {even}, or leave it out")
+        even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+        ways: tuple[list[Offer], list[Offer]] = ([{"layout.stage_layers": even}], [{"layout.stage_layers": ()}])
+        raise SettingError(f"layout.stage_layers = {given}", reason, offers=ways)
