@@ -6,12 +6,17 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from jobs import tiny_job
+from ranks import run_ranks
 from torch import Tensor
+from training import new_run, train_rank
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.data import StepBatches
+from meshwright.parallel.later import Product
 from meshwright.parallel.reduce import local_gradients
+from meshwright.record import RunFolder
 from meshwright.spec import Job
 from meshwright.train import loop
 
@@ -46,6 +51,32 @@ def test_a_pipeline_equals_one_process(
 ) -> None:
     job = pipelined(folder, tmp_path, layout, model={"tied_embeddings": tied})
     assert_agrees(verdict_of(job, references))
+
+
+@pytest.mark.parametrize("others", [{}, {"tensor": 2}], ids=["alone", "tensor"])
+def test_products_put_off_are_added_up_in_fp32(folder: Path, tmp_path: Path, others: dict[str, int]) -> None:
+    """As few microbatches as there can be: a stage's products are all left when its last backward pass has ended."""
+    layout = {"pipeline": 2, "schedule": "zero-bubble", "precision": "bf16", **others}
+    job = pipelined(folder, tmp_path, layout, data={"global_batch": 2}, run={"steps": 2})
+    run, attempt = new_run(job)
+    assert {seen for rank in run_ranks(job.layout.world_size, summed_in, job, run, attempt) for seen in rank} == {
+        (torch.bfloat16, torch.float32)
+    }
+
+
+def summed_in(job: Job, run: RunFolder, attempt: int) -> set[tuple[torch.dtype, torch.dtype]]:
+    """What a rank multiplies in, and what the results are added up in."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    add = Product.add
+
+    def adding(product: Product) -> None:
+        add(product)
+        assert product.weight.grad is not None
+        seen.add((product.x.dtype, product.weight.grad.dtype))
+
+    with mock.patch.object(Product, "add", adding):
+        train_rank(job, run, attempt)
+    return seen
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 
 from meshwright.models import Decoder, View
 from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
-from meshwright.parallel.later import Later
+from meshwright.parallel.later import Later, Product
 from meshwright.parallel.part import local
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, free_gathered, reduce_gradients
 from meshwright.record.kineto import message_label
@@ -157,7 +157,7 @@ class Passes:
         self._mail = Mail(model.pipe, model.messages(microbatches))
         # What went into a stage and what came out of it, until the backward pass; then products that this has put off.
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self._put_off: dict[tuple[int, int], list[Product]] = {}
         # The pass after which a stage's gradients are whole.
         self._ends = {action.stage: action for action in self.actions if action.kind in ("B", "W")}
 
@@ -199,7 +199,7 @@ class Passes:
                 self._put_off[key] = later.take()
             if action.kind != "I":
                 for product in self._put_off.pop(key):
-                    product()
+                    product.add()
             if last:
                 reduce_gradients(part)
 
