@@ -10,6 +10,7 @@ import torch
 from jobs import tiny_job
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from training import new_run, train_rank
 from verifying import Fault, References, assert_agrees, verdict_of
 
@@ -77,6 +78,34 @@ def summed_in(job: Job, run: RunFolder, attempt: int) -> set[tuple[torch.dtype, 
     with mock.patch.object(Product, "add", adding):
         train_rank(job, run, attempt)
     return seen
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_stage_gathers_no_more_than_its_passes_need(folder: Path, tmp_path: Path, zero: int) -> None:
+    """A later stage's first block does not have the last microbatch's end gathered again."""
+    layout = {"pipeline": 3, "shard": 2, "stage_layers": [1, 2, 1], "zero": zero}
+    job = pipelined(folder, tmp_path, layout, model={"layers": 4}, data={"global_batch": 6}, run={"steps": 1})
+    gathered = run_ranks(job.layout.world_size, gathers_of_a_step, job, *new_run(job))
+    # Forward and backward of three microbatches, or once a step; the head is kept from one to the other.
+    blocks, ends = (6, 3) if zero == 3 else (1, 1)
+    assert gathered[2:] == [2 * blocks] * 2 + [blocks + ends] * 2
+
+
+def gathers_of_a_step(job: Job, run: RunFolder, attempt: int) -> int:
+    """Groups of parameters that a rank gathers in the passes of a step."""
+    calls: list[int] = []
+    forward_backward, gather = loop.forward_backward, _fsdp_param_group.foreach_all_gather
+
+    def gathering(*arguments: Any) -> Any:
+        calls.append(1)
+        return gather(*arguments)
+
+    def counting(*arguments: Any) -> Tensor:
+        with mock.patch.object(_fsdp_param_group, "foreach_all_gather", gathering):
+            return forward_backward(*arguments)
+
+    train_rank(job, run, attempt, {"forward_backward": counting})
+    return len(calls)
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------
