@@ -7,8 +7,11 @@ from synthetic import a_job, a_memory, a_prediction, a_run, a_step, write_metric
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, Finding, explain_run
 from meshwright.explain.findings import find_in_step
+from meshwright.explain.pipeline import predict_idle
 from meshwright.explain.steps import measure_steps
+from meshwright.plan.machine import cpu_cluster
 from meshwright.record import Fault, LineWriter, Metrics, RunFolder, Span, Step, create_run, start_attempt
+from meshwright.spec import DataSettings, Job, Layout, ModelSpec, RunSettings
 from meshwright.spec.decode import encode_job
 
 
@@ -269,3 +272,17 @@ def test_explaining_writes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in sorted(folder.path.rglob("*"))}
     explain_run(RunFolder(folder.path))
     assert {path: path.stat().st_mtime_ns for path in sorted(folder.path.rglob("*"))} == before
+
+
+def test_a_stage_that_computes_its_blocks_again_is_expected_to_take_longer() -> None:
+    """recompute = 4 of 8: the first blocks, and with them the first rank, whose passes are so much longer."""
+    model = ModelSpec(layers=8, d_model=1024, heads=16, kv_heads=4, head_dim=64, feed_forward=4096, vocabulary=8)
+    job = Job(
+        run=RunSettings(name="test", steps=1),
+        model=model,
+        data=DataSettings(sequence=128, global_batch=4),
+        layout=Layout(pipeline=2, recompute=4, stage_layers=(4, 4)),
+        cluster=cpu_cluster(2),
+    )
+    first, last = predict_idle(job).busy
+    assert first / last == pytest.approx(4 / 3, rel=0.05)
