@@ -70,7 +70,7 @@ from meshwright.spec.schedule import (
     stage_count,
     stages_per_rank,
 )
-from meshwright.spec.stages import split_layers, stage_blocks, stage_costs
+from meshwright.spec.stages import rank_flops, split_layers, stage_blocks, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -140,6 +140,7 @@ __all__ = [
     "nearest_divisor",
     "order_messages",
     "parameter_shapes",
+    "rank_flops",
     "rank_of_stage",
     "split_layers",
     "split_of",

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from meshwright.spec.count import active_elements, count_flops
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import ModelSpec
-from meshwright.spec.schedule import stage_count
+from meshwright.spec.schedule import held_stages, stage_count
 
 # What a byte costs that the embedding moves, in FLOPs that a device does meanwhile: an H100's 989.4 TFLOP/s in bf16
 # over its 3.35 TB/s (datasheets in spec/hardware.py). An A100's is 153, an H200's 206; it is a small part in each.
@@ -32,6 +32,15 @@ def block_flops(model: ModelSpec, sequence: int) -> list[float]:
     dense = model.experts.dense_layers if model.experts else 0
     first, last = (2.0 * sequence * active_elements(model, layer) + attention for layer in (0, model.layers - 1))
     return [first] * dense + [last] * (model.layers - dense)
+
+
+def rank_flops(model: ModelSpec, layout: Layout, sequence: int, rank: int) -> float:
+    """Training FLOPs of a sequence in the stages of one rank along pipeline, by themselves: useful work."""
+    stages, forward = stage_blocks(model, layout, sequence), block_flops(model, sequence)
+    held = held_stages(layout, rank)
+    flops = sum(forward[layer] for stage in held for layer in stages[stage])
+    head = count_flops(model, sequence).head if stage_count(layout) - 1 in held else 0
+    return PASSES * (flops + head)
 
 
 def stage_costs(model: ModelSpec, layout: Layout, sequence: int) -> tuple[list[float], float, float]:
