@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -34,16 +33,12 @@ from meshwright.spec import (
     Layout,
     Message,
     ModelSpec,
-    Pass,
     build_schedule,
     forward_only,
     message_from,
     order_messages,
     stage_count,
 )
-
-# Microbatches that a pass adds to what its stage keeps for its backward pass. Products put off hold on to it.
-KEPT: dict[Pass, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
 
 
 class Pipe(NamedTuple):
@@ -161,13 +156,6 @@ class Passes:
         # The pass after which a stage's gradients are whole.
         self._ends = {action.stage: action for action in self.actions if action.kind in ("B", "W")}
 
-    def alike(self, action: Action) -> int:
-        """Microbatches that a stage keeps at most at once, if this is its first forward pass; otherwise 0."""
-        if action.microbatch:
-            return 0
-        kept = accumulate(KEPT[a.kind] for a in self.actions if a.stage == action.stage)
-        return max(kept)
-
     def forward(self, action: Action, tokens: Tensor, view: View) -> Tensor:
         """A stage's forward pass. Returns the state that it makes [B, S, D], or the last stage's logits."""
         given = tokens if action.stage == 0 else self._mail.take("forward", action).requires_grad_()
@@ -202,6 +190,10 @@ class Passes:
                     product.add()
             if last:
                 reduce_gradients(part)
+
+    def put_off(self, action: Action) -> Sequence[Product]:
+        """The products that a backward pass has put off and that are still due."""
+        return self._put_off.get((action.stage, action.microbatch), ())
 
     def close(self) -> None:
         """Wait until what was sent has left, and give both copies of a tied embedding the sum of their gradients."""

@@ -56,6 +56,7 @@ from meshwright.spec.model import (
     check_model,
     split_table,
 )
+from meshwright.spec.moments import Moment, fullest_moments, is_within
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
@@ -101,6 +102,7 @@ __all__ = [
     "Link",
     "Message",
     "ModelSpec",
+    "Moment",
     "NamedModel",
     "Offload",
     "OptimizerSettings",
@@ -133,8 +135,10 @@ __all__ = [
     "end_shapes",
     "expert_dim",
     "forward_only",
+    "fullest_moments",
     "held_stages",
     "home_of",
+    "is_within",
     "message_from",
     "nearest_choice",
     "nearest_divisor",
