@@ -205,7 +205,8 @@ class Mail:
     """States on their way between ranks, all ranks' sends and receives in one order.
 
     So they can share a stream on a GPU, where one waits for those before it. Receives are posted as early as that
-    allows, ahead of the passes that need them.
+    allows, ahead of the passes that need them: with gpipe a step's gradients all at once. Each takes a state's memory,
+    little beside what a stage keeps of the microbatch meanwhile; held back, it would take the sender's instead.
     """
 
     def __init__(self, pipe: Pipe, messages: Sequence[Message]) -> None:
