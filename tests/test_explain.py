@@ -9,8 +9,10 @@ from synthetic import a_job, a_memory, a_prediction, a_run, a_step, write_metric
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, Finding, explain_run
 from meshwright.explain.findings import find_in_step
+from meshwright.explain.pipeline import predict_idle
 from meshwright.explain.run import unprofiled
 from meshwright.explain.steps import measure_steps
+from meshwright.plan.machine import cpu_cluster
 from meshwright.record import (
     Fault,
     LineWriter,
@@ -22,7 +24,7 @@ from meshwright.record import (
     start_attempt,
     write_cut_short,
 )
-from meshwright.spec import TraceSettings
+from meshwright.spec import DataSettings, Job, Layout, ModelSpec, RunSettings, TraceSettings
 from meshwright.spec.decode import encode_job
 
 
@@ -296,3 +298,17 @@ def test_a_run_too_short_to_be_profiled_says_what_would_profile_it():
     assert unprofiled(8, job) == "8 steps were run, and one in 50 is profiled: --set trace.every_steps=4"
     for steps in (2, 60):
         assert unprofiled(steps, job) == "trace.every_steps sets how often one is"
+
+
+def test_a_stage_that_computes_its_blocks_again_is_expected_to_take_longer() -> None:
+    """recompute = 4 of 8: the first blocks, and with them the first rank, whose passes are so much longer."""
+    model = ModelSpec(layers=8, d_model=1024, heads=16, kv_heads=4, head_dim=64, feed_forward=4096, vocabulary=8)
+    job = Job(
+        run=RunSettings(name="test", steps=1),
+        model=model,
+        data=DataSettings(sequence=128, global_batch=4),
+        layout=Layout(pipeline=2, recompute=4, stage_layers=(4, 4)),
+        cluster=cpu_cluster(2),
+    )
+    first, last = predict_idle(job).busy
+    assert first / last == pytest.approx(4 / 3, rel=0.05)

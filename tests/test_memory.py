@@ -11,6 +11,8 @@ from training import new_run, train_rank
 
 from meshwright.account import MemoryAccount
 from meshwright.plan import predict_memory
+from meshwright.plan.activations import peak_bytes, stage_activations, tables_bytes
+from meshwright.plan.frame import build_frame
 from meshwright.record import Memory, read_events
 from meshwright.spec import Job
 
@@ -96,3 +98,44 @@ def test_watching_memory_changes_nothing(tmp_path: Path) -> None:
     logits = job.layout.microbatch * job.data.sequence * job.model.vocabulary * torch.float32.itemsize
     assert account.logits >= 2 * logits
     assert account.activations > 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"schedule": "gpipe"},
+        {"schedule": "1f1b", "recompute": "full"},
+        {"schedule": "interleaved"},
+        {"schedule": "zero-bubble"},
+        {"schedule": "zero-bubble", "recompute": "full"},
+        {"schedule": "zbv"},
+        {"schedule": "dualpipev"},
+    ],
+    ids=lambda v: "-".join(map(str, v.values())),
+)
+def test_a_pipeline_keeps_what_is_predicted(tmp_path: Path, layout: dict[str, Any]) -> None:
+    """At the moment at which a rank's stages hold most together; products that are put off count."""
+    job = tiny_job(
+        tmp_path,
+        processes=2,
+        # So large that a block's tensors, while it runs again, are fewer than the loss's.
+        model={"layers": 5, "vocabulary": 900},
+        data={"global_batch": 8},
+        layout={"pipeline": 2, "microbatch": 1, "zero": 1, **layout},
+        run={"steps": 2},
+    )
+    accounts, frame = measured(job), build_frame(job)
+    for part in frame.parts:
+        alive = frame.timetable.alive[part.rank]
+        activations, _ = peak_bytes(job, part, alive)
+        found = accounts[part.rank].activations
+        most = max(sum(moment.kept) for moment in alive)
+        head = any(stage.head for stage in part.stages)
+        if job.layout.recompute != "none":
+            # Not watched: the tables that blocks run again with, and, where no loss's tensors are more, one that does.
+            again = 0.0 if head else max(stage_activations(job, part.cut, stage).again for stage in part.stages)
+            assert activations - again - most * tables_bytes(job) <= found <= activations, part.rank
+            continue
+        # The loss keeps its targets, and the sum of what counts.
+        targets = most * (8 * job.data.sequence + 4) if head else 0
+        assert activations <= found <= activations + targets, part.rank

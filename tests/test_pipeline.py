@@ -6,15 +6,20 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from jobs import tiny_job
+from ranks import run_ranks
 from torch import Tensor
-from training import assert_same_training, train_in_turns
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from training import assert_same_training, new_run, train_in_turns, train_rank
 from verifying import Fault, References, assert_agrees, verdict_of
 
 from meshwright.data import StepBatches
 from meshwright.explain.verification import explain_trial
 from meshwright.parallel import pipeline
+from meshwright.parallel.later import Product
 from meshwright.parallel.reduce import local_gradients
+from meshwright.record import RunFolder
 from meshwright.record.verification import Comparison, RankReport, Reference, Trial
 from meshwright.spec import Action, Direction, Job
 from meshwright.train import loop
@@ -72,6 +77,60 @@ def test_a_checkpoint_goes_on_in_other_pipelines_and_without_one(folder: Path, t
     turns = [(adam_job("parts", layout), until) for layout, until in zip(layouts, (2, 3, 5), strict=True)]
     whole = adam_job("whole", {})
     assert_same_training(whole, train_in_turns(turns), train_in_turns([(whole, 5)]))
+
+
+@pytest.mark.parametrize("others", [{}, {"tensor": 2}], ids=["alone", "tensor"])
+def test_products_put_off_are_added_up_in_fp32(folder: Path, tmp_path: Path, others: dict[str, int]) -> None:
+    """As few microbatches as there can be: a stage's products are all left when its last backward pass has ended."""
+    layout = {"pipeline": 2, "schedule": "zero-bubble", "precision": "bf16", **others}
+    job = pipelined(folder, tmp_path, layout, data={"global_batch": 2}, run={"steps": 2})
+    run, attempt = new_run(job)
+    assert {seen for rank in run_ranks(job.layout.world_size, summed_in, job, run, attempt) for seen in rank} == {
+        (torch.bfloat16, torch.float32)
+    }
+
+
+def summed_in(job: Job, run: RunFolder, attempt: int) -> set[tuple[torch.dtype, torch.dtype]]:
+    """What a rank multiplies in, and what the results are added up in."""
+    seen: set[tuple[torch.dtype, torch.dtype]] = set()
+    add = Product.add
+
+    def adding(product: Product) -> None:
+        add(product)
+        assert product.weight.grad is not None
+        seen.add((product.x.dtype, product.weight.grad.dtype))
+
+    with mock.patch.object(Product, "add", adding):
+        train_rank(job, run, attempt)
+    return seen
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_a_stage_gathers_no_more_than_its_passes_need(folder: Path, tmp_path: Path, zero: int) -> None:
+    """A later stage's first block does not have the last microbatch's end gathered again."""
+    layout = {"pipeline": 3, "shard": 2, "stage_layers": [1, 2, 1], "zero": zero}
+    job = pipelined(folder, tmp_path, layout, model={"layers": 4}, data={"global_batch": 6}, run={"steps": 1})
+    gathered = run_ranks(job.layout.world_size, gathers_of_a_step, job, *new_run(job))
+    # Forward and backward of three microbatches, or once a step; the head is kept from one to the other.
+    blocks, ends = (6, 3) if zero == 3 else (1, 1)
+    assert gathered[2:] == [2 * blocks] * 2 + [blocks + ends] * 2
+
+
+def gathers_of_a_step(job: Job, run: RunFolder, attempt: int) -> int:
+    """Groups of parameters that a rank gathers in the passes of a step."""
+    calls: list[int] = []
+    forward_backward, gather = loop.forward_backward, _fsdp_param_group.foreach_all_gather
+
+    def gathering(*arguments: Any) -> Any:
+        calls.append(1)
+        return gather(*arguments)
+
+    def counting(*arguments: Any) -> Tensor:
+        with mock.patch.object(_fsdp_param_group, "foreach_all_gather", gathering):
+            return forward_backward(*arguments)
+
+    train_rank(job, run, attempt, {"forward_backward": counting})
+    return len(calls)
 
 
 # --- Faults ---------------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ import io
 import subprocess
 import sys
 import time
+from functools import partial
 
 import msgspec
 import pytest
 from rich.console import Console
 
 from meshwright.plan import Plan, build_plan, predict
-from meshwright.plan.fit import SPARE
+from meshwright.plan.fit import SPARE, with_layout
+from meshwright.plan.frame import build_frame
 from meshwright.plan.machine import cpu_cluster
-from meshwright.plan.plan import rank_predictions
+from meshwright.plan.plan import predict_framed, rank_predictions
+from meshwright.plan.search import search_layouts
 from meshwright.plan.verdict import explain_verdict
 from meshwright.record import Prediction
 from meshwright.report.plan import plan_json, plan_text
@@ -281,3 +284,14 @@ def test_the_first_of_layouts_that_tie_is_not_called_the_fastest() -> None:
         job, prediction, None, [simple, quicker, fewest]
     )
     assert "; the fastest found is" in explain_verdict(job, prediction, None, [quicker, simple, fewest])
+
+
+def test_candidates_that_recompute_are_predicted_with_their_own_stages() -> None:
+    """Stages are balanced by what their blocks recompute."""
+    job = job_on("4xh100", "llama3-8b", 8192, 64)
+    found, _ = search_layouts(job, partial(predict_framed, brief=True))
+    again = [one for one in found if one.layout.pipeline > 1 and one.layout.recompute != "none"]
+    assert any(isinstance(one.layout.recompute, int) for one in again)
+    for one in again:
+        alone = predict_framed(with_layout(job, one.layout), build_frame(with_layout(job, one.layout)), brief=True)
+        assert (one.memory, one.step_s) == (alone.memory, alone.step_s)

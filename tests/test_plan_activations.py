@@ -15,14 +15,16 @@ from torch.utils._pytree import tree_leaves
 
 from meshwright.models import Decoder, build_model, build_view
 from meshwright.parallel import build_mesh, start_distributed
+from meshwright.parallel.later import Later, put_products_off
 from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.tensor import Heads, apply_tensor
-from meshwright.plan.activations import activation_bytes
+from meshwright.plan.activations import activation_bytes, stage_activations
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.part import build_part
 from meshwright.spec import SPLIT_TABLES, DataSettings, FamilyName, Job, Layout, ModelSpec, Recompute, RunSettings
 
 MICROBATCH, SEQUENCE = 2, 64
+CPU = torch.device("cpu")
 
 
 class Made(TorchDispatchMode):
@@ -58,7 +60,7 @@ Sees = Literal["all", "window", "documents"]
 def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: Any) -> Job:
     more: dict[str, Any] = {"kv_heads": 2, "attention_window": 17 if sees == "window" else 0} | numbers
     if family == "gpt2":
-        more |= {"kv_heads": 4, "max_positions": SEQUENCE, "tied_embeddings": True}
+        more = {"tied_embeddings": True} | more | {"kv_heads": 4, "max_positions": SEQUENCE}
     model = ModelSpec(
         family=family,
         layers=3,
@@ -143,6 +145,44 @@ def test_and_what_it_keeps_along_tensor(
     layout = Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, tensor=tensor)
     job = a_job(family, layout, sees=sees)
     assert set(run_ranks(tensor, kept_on_a_rank, job)) == {activation_bytes(job, build_part(job))}
+
+
+def put_off_bytes_on_a_rank(job: Job) -> int:
+    """What a backward pass leaves for its second half, logits and all."""
+    model = build_model(job.model)
+    later = Later()
+    put_products_off(model, later)
+    if job.layout.tensor > 1:
+        mesh = build_mesh(job.layout, start_distributed(job.cluster))["tensor"]
+        table = SPLIT_TABLES[job.model.family]
+        apply_tensor(model, table, mesh, Heads(job.model.kv_heads, job.model.head_dim))
+    for index, block in enumerate(model.blocks.values()):
+        prepare_block(block, job.layout, index, compiled=False)
+    model.to_empty(device="cpu")
+    logits = model(torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64), build_view(model.spec, SEQUENCE, None, CPU))
+    logits.backward(torch.ones_like(logits))
+    held = [storage_of(tensor) for product in later.take() for tensor in (product.x, product.gradient)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "recompute"),
+    [
+        ("llama", 1, "none"),
+        ("llama", 1, "full"),
+        ("qwen3", 1, "selective"),
+        ("gpt2", 1, "none"),
+        ("llama", 4, "full"),
+        ("gpt2", 2, "none"),
+    ],
+)
+def test_products_put_off_hold_what_is_predicted(family: FamilyName, tensor: int, recompute: Recompute) -> None:
+    """Whatever is recomputed: inputs are there by then, and so are gradients."""
+    layout = Layout(microbatch=MICROBATCH, precision="fp32", schedule="zero-bubble", tensor=tensor, recompute=recompute)
+    job = a_job(family, layout, tied_embeddings=False)
+    part = build_part(msgspec.structs.replace(job, layout=msgspec.structs.replace(layout, schedule="1f1b")))
+    predicted = stage_activations(job, part.cut, part.stages[0]).put_off
+    assert set(run_ranks(tensor, put_off_bytes_on_a_rank, job)) == {predicted}
 
 
 def test_a_block_that_runs_again_can_be_the_peak() -> None:

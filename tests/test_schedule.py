@@ -3,10 +3,11 @@
 import itertools
 from typing import Any, get_args
 
+import msgspec
 import pytest
 from torch.distributed.pipelining import schedules as torchs
 
-from meshwright.spec import Layout, ModelSpec, SettingError, count_flops
+from meshwright.spec import Layout, ModelSpec, Recompute, SettingError, count_flops
 from meshwright.spec.layout import Schedule
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
@@ -275,9 +276,12 @@ def model_of(layers: int, vocabulary: int) -> ModelSpec:
 @pytest.mark.parametrize("layers", [4, 6, 7, 9])
 @pytest.mark.parametrize("vocabulary", [256, 1500, 5000])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_the_slowest_stage_is_as_fast_as_can_be(layers: int, vocabulary: int, ranks: int) -> None:
-    model, layout = model_of(layers, vocabulary), Layout(pipeline=ranks)
-    blocks, first, last = stage_costs(model, 128)
+@pytest.mark.parametrize("recompute", ["none", 1, 3, "full"])
+def test_the_slowest_stage_is_as_fast_as_can_be(
+    layers: int, vocabulary: int, ranks: int, recompute: Recompute | int
+) -> None:
+    model, layout = model_of(layers, vocabulary), Layout(pipeline=ranks, recompute=recompute)
+    blocks, first, last = stage_costs(model, layout, 128)
 
     def slowest(split: tuple[int, ...]) -> float:
         ends = [0, *itertools.accumulate(split)]
@@ -299,6 +303,16 @@ def test_the_head_takes_the_place_of_blocks() -> None:
     split = split_layers(model, Layout(pipeline=4), 128)
     assert split[-1] == min(split) < min(split[1:-1])
     assert max(split[1:-1]) - min(split[1:-1]) <= 1
+
+
+def test_stages_with_blocks_that_are_computed_again_have_fewer() -> None:
+    """They are the first ones, and a forward pass dearer."""
+    model = msgspec.structs.replace(model_of(32, 256), d_model=1024, heads=16, head_dim=64, feed_forward=4096)
+    layout = Layout(pipeline=2, recompute=16)
+    blocks, _, _ = stage_costs(model, layout, 128)
+    assert blocks == pytest.approx([4 / 3 * blocks[-1]] * 16 + [blocks[-1]] * 16)
+    assert split_layers(model, Layout(pipeline=2), 128) == (16, 16)
+    assert split_layers(model, layout, 128) == (14, 18)
 
 
 def test_a_split_that_is_given_is_kept() -> None:

@@ -15,6 +15,8 @@ from meshwright.account import CLOSING_TOLERANCE
 from meshwright.data import Batches
 from meshwright.explain import Explanation, MeasuredSteps, explain_run
 from meshwright.record import RunFolder, Span, Step, read_events
+from meshwright.spec import count_flops
+from meshwright.trace.recorder import useful_seconds
 from meshwright.train import loop
 
 # Injected delays, and how far off a measured one may be: ranks share two cores with whatever else runs here.
@@ -210,3 +212,14 @@ def test_what_happens_between_steps_is_not_in_them(tmp_path: Path, name: str, fu
     assert account[name] > 1.5 * times * (DELAY_S - BOUND_S)
     assert told.step is not None and told.step.wall_s < DELAY_S
     assert all(rank.straggler < BOUND_S for rank in told.step.ranks.values())
+
+
+def test_useful_work_is_that_of_a_ranks_own_stages(tmp_path: Path) -> None:
+    """Or a rank with few blocks would seem to compute in less time than its device can."""
+    layout = {"pipeline": 2, "shard": 2, "stage_layers": [4, 1]}
+    job = tiny_job(tmp_path, processes=4, model={"layers": 5, "vocabulary": 8}, layout=layout, data={"global_batch": 8})
+    first, also_first, last, also_last = (useful_seconds(job, rank) for rank in range(4))
+    assert first == also_first and last == also_last
+    assert first > 3 * last
+    peak = job.cluster.device.peak_flops_per_s(job.layout.precision)
+    assert 2 * (first + last) * peak == pytest.approx(8 * count_flops(job.model, job.data.sequence).training())

@@ -27,15 +27,13 @@ class Idle(msgspec.Struct, frozen=True, kw_only=True):
 
 def predict_idle(job: Job) -> Idle:
     """The schedule replayed with free messages: first with equal stages, then with stages as long as their FLOPs."""
-    layout, costs = job.layout, stage_shares(job)
+    layout, stages = job.layout, stage_seconds(job)
     microbatches = layout.accumulation(job.data.global_batch)
     # All of the step, for the busy time is summed over it.
     timetable = build_timetable(layout, microbatches, rounds=microbatches)
-    again = layout.recomputed_layers(job.model.layers) / job.model.layers
-    passes: dict[str, float] = {kind: DURATIONS[kind] + (again if kind in ("B", "I") else 0.0) for kind in DURATIONS}
-    seconds = [passes[kind[-1]] for kind in KINDS]
-    equal = idle_seconds(layout, timetable, [seconds] * len(costs))
-    unequal = idle_seconds(layout, timetable, [[each * cost for each in seconds] for cost in costs])
+    mean_stage = [fmean(kind) for kind in zip(*stages, strict=True)]
+    equal = idle_seconds(layout, timetable, [mean_stage] * len(stages))
+    unequal = idle_seconds(layout, timetable, stages)
     mean = fmean(busy for _, busy in equal)
     return Idle(
         bubble=tuple(idle / mean for idle, _ in equal),
@@ -44,14 +42,30 @@ def predict_idle(job: Job) -> Idle:
     )
 
 
-def stage_shares(job: Job) -> list[float]:
-    """Each stage's cost over the mean stage's, first to last."""
-    blocks, first, last = stage_costs(job.model, job.data.sequence)
+def stage_seconds(job: Job) -> list[Seconds]:
+    """How long each stage's passes take, first to last, in seconds of a device of one FLOP/s.
+
+    What is computed again is computed in the backward pass, or in its first half, of the stages that have such blocks.
+    """
+    costs = stage_sums(job, job.layout)
+    once = stage_sums(job, msgspec.structs.replace(job.layout, recompute="none"))
+    whole = DURATIONS["F"] + DURATIONS["B"]
+    seconds: list[Seconds] = []
+    for cost, cost_once in zip(costs, once, strict=True):
+        forward, again = cost_once / whole, cost - cost_once
+        passes: dict[str, float] = {kind: forward * DURATIONS[kind] for kind in DURATIONS}
+        seconds.append([passes[kind[-1]] + (again if kind[-1] in ("B", "I") else 0.0) for kind in KINDS])
+    return seconds
+
+
+def stage_sums(job: Job, layout: Layout) -> list[float]:
+    """What each of the job's stages costs under a layout, first to last."""
+    blocks, first, last = stage_costs(job.model, layout, job.data.sequence)
     stages = stage_blocks(job.model, job.layout, job.data.sequence)
     costs = [sum(blocks[stage.start : stage.stop]) for stage in stages]
     costs[0] += first
     costs[-1] += last
-    return [cost / fmean(costs) for cost in costs]
+    return costs
 
 
 def idle_seconds(layout: Layout, timetable: Timetable, seconds: Sequence[Seconds]) -> list[tuple[float, float]]:

@@ -28,7 +28,7 @@ from meshwright.parallel.later import Later, put_products_off
 from meshwright.parallel.part import copy_whole
 from meshwright.parallel.pipeline import Stages, build_pipe
 from meshwright.parallel.recompute import prepare_block
-from meshwright.parallel.shard import apply_shard
+from meshwright.parallel.shard import apply_shard, begins_stage
 from meshwright.parallel.tensor import Heads, Loss, apply_tensor, build_vocabulary_loss, overlap_transfers
 from meshwright.parallel.units import check_table, check_units, find_tail, find_units
 from meshwright.spec import (
@@ -73,6 +73,8 @@ def build_parallel_model(job: Job, mesh: DeviceMesh, device: torch.device) -> St
         tail = [] if part.norm is None or part.head is None or part.head.weight is None else [part.norm, part.head]
         heads = Heads(spec.kv_heads, spec.head_dim)
         apply_layout(part, layout, mesh, units, tail, split_table(spec), heads, first=held.start, expert_axis=axis)
+        if stage:
+            begins_stage(units[0])
         allocate(part, layout, device)
         parts[stage] = part
     model = Stages(spec, layout, mesh, pipe, parts, later)

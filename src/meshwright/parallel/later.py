@@ -1,8 +1,7 @@
 """Backward passes cut in two: matrix products give the gradient of their input at once, that of their weight later."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,26 +10,52 @@ from torch import Tensor, nn
 from meshwright.models import Head
 
 
+class Product(NamedTuple):
+    """What a weight's gradient is computed from: x [..., inputs], which its layer was given, and the gradient of what
+    that made, [..., outputs]."""
+
+    weight: nn.Parameter
+    x: Tensor
+    gradient: Tensor
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add its part to the weight's gradient.
+
+        In fp32, as FSDP adds up gradients that it has not reduced yet. It would move this one there by itself, but
+        only in the stage's next backward pass: what is added before would be summed in the compute precision, and
+        after the step's last it would meet the stage's other gradients in another precision, which FSDP refuses.
+        """
+        part = self.gradient.flatten(0, -2).T @ self.x.flatten(0, -2)
+        if self.weight.grad is None:
+            self.weight.grad_dtype = torch.float32
+            self.weight.grad = part.float()
+        else:
+            self.weight.grad += part
+
+
 class Later:
     """The products that backward passes have put off, by whoever owns them."""
 
     def __init__(self) -> None:
-        self._products: list[Callable[[], None]] = []
+        self._products: list[Product] = []
 
-    def put_off(self, product: Callable[[], None]) -> None:
+    def put_off(self, product: Product) -> None:
         """Remember a product of the backward pass that runs now."""
         self._products.append(product)
 
-    def take(self) -> list[Callable[[], None]]:
+    def take(self) -> list[Product]:
         """All that were put off since the last time."""
         taken, self._products = self._products, []
         return taken
 
 
 def put_products_off(model: nn.Module, later: Later) -> None:
-    """Have every matrix of the model put the product for its weight's gradient off, whenever a backward pass meets it.
+    """Have every linear layer and the head put the product for its weight's gradient off, whenever a backward pass
+    meets it.
 
-    The other gradients (norms, biases, the embedding) are cheap, and are there at once.
+    The other gradients are there at once: of norms, biases and the embedding, which are cheap, and of a mixture's
+    router and routed experts, whose matrices are no linear layers but stacks, multiplied as a group.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -61,15 +86,5 @@ class ProductLater(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
         """The gradient of x."""
         (x,) = ctx.saved_tensors
-        ctx.later.put_off(partial(add_gradient, ctx.weight, x.detach(), gradients[0].detach()))
+        ctx.later.put_off(Product(ctx.weight, x.detach(), gradients[0].detach()))
         return None, gradients[0] @ ctx.weight, None
-
-
-@torch.no_grad()
-def add_gradient(weight: Tensor, x: Tensor, gradient: Tensor) -> None:
-    """Add a product's part to its weight's gradient; gradient: [..., outputs], of the product."""
-    part = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-    if weight.grad is None:
-        weight.grad = part
-    else:
-        weight.grad += part

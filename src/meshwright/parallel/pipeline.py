@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch.profiler import record_function
 
 from meshwright.models import Decoder, View
 from meshwright.parallel.context import LocalBatch, Samples, cut_sequence
-from meshwright.parallel.later import Later
+from meshwright.parallel.later import Later, Product
 from meshwright.parallel.part import local
 from meshwright.parallel.shard import COMPUTE_DTYPE, begin_microbatch, free_gathered, reduce_gradients
 from meshwright.record.kineto import message_label
@@ -34,16 +33,12 @@ from meshwright.spec import (
     Layout,
     Message,
     ModelSpec,
-    Pass,
     build_schedule,
     forward_only,
     message_from,
     order_messages,
     stage_count,
 )
-
-# Microbatches that a pass adds to what its stage keeps for its backward pass. Products put off hold on to it.
-KEPT: dict[Pass, int] = {"F": 1, "B": -1, "I": 0, "W": -1}
 
 
 class Pipe(NamedTuple):
@@ -157,16 +152,9 @@ class Passes:
         self._mail = Mail(model.pipe, model.messages(microbatches))
         # What went into a stage and what came out of it, until the backward pass; then products that this has put off.
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._put_off: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self._put_off: dict[tuple[int, int], list[Product]] = {}
         # The pass after which a stage's gradients are whole.
         self._ends = {action.stage: action for action in self.actions if action.kind in ("B", "W")}
-
-    def alike(self, action: Action) -> int:
-        """Microbatches that a stage keeps at most at once, if this is its first forward pass; otherwise 0."""
-        if action.microbatch:
-            return 0
-        kept = accumulate(KEPT[a.kind] for a in self.actions if a.stage == action.stage)
-        return max(kept)
 
     def forward(self, action: Action, tokens: Tensor, view: View) -> Tensor:
         """A stage's forward pass. Returns the state that it makes [B, S, D], or the last stage's logits."""
@@ -199,9 +187,13 @@ class Passes:
                 self._put_off[key] = later.take()
             if action.kind != "I":
                 for product in self._put_off.pop(key):
-                    product()
+                    product.add()
             if last:
                 reduce_gradients(part)
+
+    def put_off(self, action: Action) -> Sequence[Product]:
+        """The products that a backward pass has put off and that are still due."""
+        return self._put_off.get((action.stage, action.microbatch), ())
 
     def close(self) -> None:
         """Wait until what was sent has left, and give both copies of a tied embedding the sum of their gradients."""
@@ -213,7 +205,8 @@ class Mail:
     """States on their way between ranks, all ranks' sends and receives in one order.
 
     So they can share a stream on a GPU, where one waits for those before it. Receives are posted as early as that
-    allows, ahead of the passes that need them.
+    allows, ahead of the passes that need them: with gpipe a step's gradients all at once. Each takes a state's memory,
+    little beside what a stage keeps of the microbatch meanwhile; held back, it would take the sender's instead.
     """
 
     def __init__(self, pipe: Pipe, messages: Sequence[Message]) -> None:

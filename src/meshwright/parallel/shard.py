@@ -67,6 +67,19 @@ def sum_gradients(module: FSDPModule) -> None:
     module.set_force_sum_reduction_for_comms(True)
 
 
+def begins_stage(unit: nn.Module) -> None:
+    """Say that a unit is the first of a pipeline's later stage: no parameters are needed after its backward pass.
+
+    FSDP gathers ahead what came before in its record of forward passes, which goes back over all since the step began:
+    for this unit that is the end of the microbatch before, gathered for nothing.
+    """
+    # A mixture's experts come before the rest of their block in that record.
+    first = next((inner for inner in unit.modules() if isinstance(inner, Experts)), unit)
+    assert isinstance(first, FSDPModule)
+    # Itself, which is there: an empty list stands for FSDP's own choice.
+    first.set_modules_to_backward_prefetch([first])
+
+
 def begin_microbatch(model: nn.Module, layout: Layout, *, last: bool) -> None:
     """Say whether the coming backward pass is the step's last, and so which reductions it runs.
 

@@ -7,8 +7,8 @@ are this rank's; routed experts are given tokens as they lie split.
 
 import msgspec
 
-from meshwright.plan.part import Cut, Part, Stage
-from meshwright.spec import SPLIT_BACKWARD, Job, ModelSpec, Precision
+from meshwright.plan.part import Cut, Group, Part, Stage
+from meshwright.spec import SPLIT_BACKWARD, Job, ModelSpec, Moment, Precision
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 
@@ -141,11 +141,13 @@ def keep_products(cut: Cut, columns: float, copies: float, *, compiled: bool) ->
 
 
 class Activations(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one stage. kept: of each microbatch between its passes. again: by how much they are more (or less, where
-    blocks after it are done) while its last recomputed block runs again; -inf where none does."""
+    """Bytes of one stage. kept: of each microbatch between its passes. put_off: of each between the two halves of a
+    backward pass that is cut in two. again: by how much they are more (or less, where blocks after it are done) while
+    its last recomputed block runs again, or once all that is put off is there; -inf where neither comes."""
 
     kept: float
     again: float
+    put_off: float = 0.0
 
 
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
@@ -155,14 +157,16 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
     mask = 0 if job.cluster.device.kind == "cuda" else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))
-    kept, done, again, start = 0.0, 0.0, float("-inf"), 0
+    kept, done, again, first_again, start = 0.0, 0.0, float("-inf"), 0.0, 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0
         whole = keep_block(cut, dense=dense, selective=False, compiled=compiled).bytes_at(layout.precision)
         whole = tokens * whole + size * mask
+        if not start and (recomputed or layout.recompute == "selective"):
+            first_again = whole
         if layout.recompute == "selective":
             part = keep_block(cut, dense=dense, selective=True, compiled=compiled).bytes_at(layout.precision)
-            kept, again = kept + count * tokens * part, max(again, whole - tokens * part)
+            kept, again, start = kept + count * tokens * part, max(again, whole - tokens * part), start + count
             continue
         inputs = min(max(0, recomputed - start), count)
         kept += inputs * tokens * size * split + (count - inputs) * whole
@@ -174,7 +178,42 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     kept += mask if recomputed or layout.recompute == "selective" else 0
     # A stage's output is there until its gradient comes back.
     kept += tokens * (outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split))
-    return Activations(kept=kept + tables_bytes(job), again=again - done)
+    kept += tables_bytes(job)
+    put_off = put_off_bytes(job, cut, stage)
+    if not put_off:
+        return Activations(kept=kept, again=again - done)
+    # The first block's backward pass is the last one: while it runs again, the others' products are put off already.
+    _, first = stage.runs(cut)[0]
+    more = max(0.0, first_again - tokens * size * put_off_block(cut, first))
+    return Activations(kept=kept, again=max(again - done, put_off - kept + more), put_off=put_off)
+
+
+def put_off_bytes(job: Job, cut: Cut, stage: Stage) -> float:
+    """What a microbatch's backward pass leaves for its second half: inputs of matrices and gradients of their outputs.
+
+    0 where backward passes are not cut in two. What is recomputed makes no difference: all of it is there by then.
+    """
+    if job.layout.schedule not in SPLIT_BACKWARD:
+        return 0.0
+    elements = sum(count * put_off_block(cut, group) for count, group in stage.runs(cut))
+    if stage.head:
+        # The final norm's output, gathered, and the gradient of the logits.
+        elements += job.model.d_model - (-job.model.vocabulary // cut.tensor)
+    return tokens_of(job) * elements * BYTES[job.layout.precision]
+
+
+def put_off_block(cut: Cut, group: Group) -> float:
+    """Numbers a token of one block.
+
+    Inputs: the norms' outputs, gathered, 2D; attention's output HE; the product of gate and up F. Gradients: of queries
+    HE, keys and values 2KE, gate and up 2F; of both parts' outputs, before ranks of the tensor axis divide them, 2D; in
+    latent attention of what it goes down to as well. Routed experts' products are not put off.
+    """
+    model, w = cut.model, widths_of(cut)
+    experts = None if group is cut.first and cut.dense else model.experts
+    f = (experts.shared * experts.feed_forward if experts else model.feed_forward) / cut.tensor
+    attention = 2 * w.whole + w.mixed + w.query + w.made + 2 * w.low_rank
+    return attention + (2 * w.whole + (3 if model.parts.gated else 2) * f if f else 0)
 
 
 def mask_elements(job: Job) -> int:
@@ -189,10 +228,11 @@ def mask_elements(job: Job) -> int:
 
 def activation_bytes(job: Job, part: Part) -> float:
     """A rank's tensors between forward and backward passes at their peak, with one microbatch in each stage."""
-    return peak_bytes(job, part, ((1,) * len(part.stages),))[0]
+    stages = len(part.stages)
+    return peak_bytes(job, part, (Moment(kept=(1,) * stages, put_off=(0,) * stages),))[0]
 
 
-def peak_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> tuple[float, float]:
+def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> tuple[float, float]:
     """Activations and logits of a rank at their peak, or while a block runs again, if that is more.
 
     alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
@@ -202,10 +242,11 @@ def peak_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> tupl
     ends = [stage.head for stage in part.stages]
     waiting = waiting_logits_bytes(job) if any(ends) else 0.0
 
-    def at(moment: tuple[int, ...]) -> tuple[float, float]:
-        kept = sum(count * stage.kept for count, stage in zip(moment, each, strict=True))
+    def at(moment: Moment) -> tuple[float, float]:
+        kept = sum(count * stage.kept for count, stage in zip(moment.kept, each, strict=True))
+        kept += sum(count * stage.put_off for count, stage in zip(moment.put_off, each, strict=True))
         # The loss's tensors are whole for one microbatch; of others that are due, what its backward pass needs.
-        more = max(0, sum(count for count, end in zip(moment, ends, strict=True) if end) - 1)
+        more = max(0, sum(count for count, end in zip(moment.kept, ends, strict=True) if end) - 1)
         return kept, more * waiting
 
     kept, others = max((at(moment) for moment in alive), key=sum)

@@ -1,5 +1,6 @@
 """What a layout must recompute to fit its device, and how it is refused where it cannot."""
 
+from collections.abc import Callable
 from math import ceil
 
 import msgspec
@@ -15,6 +16,8 @@ from meshwright.spec import Job, Layout
 # (microbatch 3 in the notes on GPU baselines).
 SPARE = 0.05
 
+FrameOf = Callable[[Job], Frame]
+
 
 class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     """A layout that cannot run: why, and the nearest that can. memory: None where something else is at fault."""
@@ -25,24 +28,25 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryAccount | None = None
 
 
-def fit_recompute(job: Job, frame: Frame) -> tuple[list[Job], Rejected | None]:
+def fit_recompute(job: Job, frame_of: FrameOf) -> tuple[list[Job], Rejected | None]:
     """The job with what it must recompute to fit its device: nothing, or else what costs least of each kind.
 
     Those are the element-wise work alone, and as few first blocks as it takes. What recomputes more than it must
     is slower and no better, so it is not among them. The rejection is of the job that recomputes everything.
+    frame_of: stages are balanced by what they recompute too, so each of these has its own.
     """
-    missing = missing_bytes(job, frame)
+    missing = missing_bytes(job, frame_of)
     if missing <= 0:
         return [job], None
     full = with_layout(job, msgspec.structs.replace(job.layout, recompute="full"))
-    if missing_bytes(full, frame) > 0:
-        return [], reject_memory(full, frame)
+    if missing_bytes(full, frame_of) > 0:
+        return [], reject_memory(full, frame_of)
     selective = with_layout(job, msgspec.structs.replace(job.layout, recompute="selective"))
-    fitting = [selective] if missing_bytes(selective, frame) <= 0 else []
-    return [*fitting, fewest_recomputed(job, full, frame, missing)], None
+    fitting = [selective] if missing_bytes(selective, frame_of) <= 0 else []
+    return [*fitting, fewest_recomputed(job, full, frame_of, missing)], None
 
 
-def fewest_recomputed(job: Job, full: Job, frame: Frame, missing: float) -> Job:
+def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float) -> Job:
     """The job with as few first blocks recomputed as leave SPARE free; `full`, which fits, where all are needed.
 
     missing: bytes of the job as it is.
@@ -54,14 +58,14 @@ def fewest_recomputed(job: Job, full: Job, frame: Frame, missing: float) -> Job:
     spare_bytes = SPARE * share_machine(job).cluster.device.memory_bytes
     if job.layout.pipeline == 1:
         # Memory falls by as much with each block, but for the last, whose activations take the loss's place.
-        saved_bytes = missing - missing_bytes(first(1), frame)
+        saved_bytes = missing - missing_bytes(first(1), frame_of)
         layers = ceil((missing + spare_bytes) / saved_bytes) if saved_bytes > 0 else job.model.layers
         return first(layers) if layers < job.model.layers else full
     # First blocks are those of the first ranks; once these have room, others are the fullest.
     low, high = 0, job.model.layers
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if missing_bytes(first(middle), frame) + spare_bytes <= 0 else (middle, high)
+        low, high = (low, middle) if missing_bytes(first(middle), frame_of) + spare_bytes <= 0 else (middle, high)
     return first(high) if high < job.model.layers else full
 
 
@@ -70,15 +74,15 @@ def with_layout(job: Job, layout: Layout) -> Job:
     return msgspec.structs.replace(job, layout=layout)
 
 
-def missing_bytes(job: Job, frame: Frame) -> float:
+def missing_bytes(job: Job, frame_of: FrameOf) -> float:
     """What the fullest rank needs beyond its device's memory; negative where some is left."""
     job = share_machine(job)
-    return predict_memory(job, frame).total() - job.cluster.device.memory_bytes
+    return predict_memory(job, frame_of(job)).total() - job.cluster.device.memory_bytes
 
 
-def reject_memory(job: Job, frame: Frame) -> Rejected:
+def reject_memory(job: Job, frame_of: FrameOf) -> Rejected:
     """The rejection of a layout that does not fit its device: by how much, and which terms are largest."""
-    memory = predict_memory(share_machine(job), frame)
+    memory = predict_memory(share_machine(job), frame_of(job))
     capacity_bytes = share_machine(job).cluster.device.memory_bytes
     largest = sorted(memory.rows(), key=lambda row: -row[1])[:2]
     terms = ", ".join(f"{name.replace('_', ' ')} {gb(size)}" for name, size in largest)

@@ -15,11 +15,11 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     timetable: Timetable
 
 
-def build_frame(job: Job, cut: Cut | None = None, timetable: Timetable | None = None) -> Frame:
-    """The frame of a checked job. cut, timetable: where the caller has them already."""
-    cut = cut or cut_model(job)
+def build_frame(job: Job) -> Frame:
+    """The frame of a checked job."""
+    cut = cut_model(job)
     return Frame(
         cut=cut,
         parts=build_parts(job, cut=cut),
-        timetable=timetable or build_timetable(job.layout, job.layout.accumulation(job.data.global_batch)),
+        timetable=build_timetable(job.layout, job.layout.accumulation(job.data.global_batch)),
     )

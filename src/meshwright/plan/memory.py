@@ -9,7 +9,7 @@ from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes
 from meshwright.plan.part import STATE_BYTES, Groups, Part
-from meshwright.spec import Job
+from meshwright.spec import Job, Moment
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
@@ -65,7 +65,7 @@ def sum_held(account: MemoryAccount) -> float:
     )
 
 
-def held_bytes(job: Job, part: Part, alive: tuple[tuple[int, ...], ...]) -> MemoryAccount:
+def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount:
     """What a rank along pipeline holds but for the framework and fragmentation."""
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.

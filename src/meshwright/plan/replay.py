@@ -5,7 +5,17 @@ from itertools import pairwise
 
 import msgspec
 
-from meshwright.spec import Action, Layout, Table, build_schedule, held_stages, stage_count
+from meshwright.spec import (
+    Action,
+    Layout,
+    Moment,
+    Table,
+    build_schedule,
+    fullest_moments,
+    held_stages,
+    is_within,
+    stage_count,
+)
 
 # A steady schedule repeats itself; so many rounds of as many microbatches as ranks are replayed, the rest is reckoned.
 ROUNDS = 6
@@ -24,8 +34,8 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
     """A schedule's table, shortened where a step has more microbatches than tell anything new.
 
     steps: the table with each pass's place in KINDS. microbatches: of the table; repeats: rounds left out, of
-    `per_round` microbatches each. alive: for each rank the microbatches between their passes, one number for each of
-    its stages, at each moment that could be the fullest; emptier: whether the rank before it never has fewer.
+    `per_round` microbatches each. alive: for each rank the microbatches between their passes at each moment that could
+    be the fullest; emptier: whether the rank before it never has fewer.
     """
 
     table: Table
@@ -33,7 +43,7 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
     microbatches: int
     per_round: int
     repeats: int
-    alive: tuple[tuple[tuple[int, ...], ...], ...]
+    alive: tuple[tuple[Moment, ...], ...]
     emptier: tuple[bool, ...]
 
 
@@ -52,7 +62,7 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
     shortened = microbatches - repeats * per_round
     table = build_schedule(layout, shortened)
     alive = tuple(fullest_moments(rank) for rank in table)
-    covered = (all(any(within(one, most) for most in before) for one in here) for before, here in pairwise(alive))
+    covered = (all(any(is_within(one, most) for most in before) for one in here) for before, here in pairwise(alive))
     return Timetable(
         table=table,
         steps=tuple(tuple(step_of(action, shortened) for action in rank) for rank in table),
@@ -70,29 +80,6 @@ def step_of(action: Action, microbatches: int) -> Step:
     if kind == "F":
         return stage, each, 1 if each else 0
     return stage, each, {"B": 2, "I": 4, "W": 6}[kind] + (each == microbatches - 1)
-
-
-def fullest_moments(actions: Sequence[Action]) -> tuple[tuple[int, ...], ...]:
-    """Microbatches of each of a rank's stages after a forward pass, where no other moment has as many of all."""
-    place = {stage: index for index, stage in enumerate(sorted({action.stage for action in actions}))}
-    count = [0] * len(place)
-    seen: set[tuple[int, ...]] = set()
-    rising = False
-    for kind, stage, _ in actions:
-        if kind == "F":
-            count[place[stage]] += 1
-        elif kind != "I":
-            # Of a backward pass cut in two, the second half still needs what the forward pass kept.
-            if rising:
-                seen.add(tuple(count))
-            count[place[stage]] -= 1
-        rising = kind == "F" or (rising and kind == "I")
-    return tuple(one for one in seen if not any(one != other and within(one, other) for other in seen))
-
-
-def within(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether no number of `one` is above its counterpart."""
-    return all(a <= b for a, b in zip(one, other, strict=True))
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,8 +6,8 @@ from math import gcd
 import msgspec
 
 from meshwright.plan.fit import Rejected, fit_recompute, with_layout
-from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.part import Cut, cut_model
+from meshwright.plan.frame import Frame
+from meshwright.plan.part import Cut, Part, build_parts, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.time import bound_step
 from meshwright.record import Prediction
@@ -59,6 +59,7 @@ class Search:
         self.rejected: list[Rejected] = []
         self._cuts: dict[tuple[int, ...], Cut] = {}
         self._timetables: dict[tuple[object, ...], Timetable] = {}
+        self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
 
     def frame(self, job: Job) -> Frame:
         """The candidate's frame, from parts that others have had made."""
@@ -70,15 +71,20 @@ class Search:
             self._cuts[axes] = cut_model(job)
         if order not in self._timetables:
             self._timetables[order] = build_timetable(layout, microbatches)
-        return build_frame(job, self._cuts[axes], self._timetables[order])
+        # Stages are balanced by what their blocks recompute too.
+        split = (*axes, *order[:3], layout.recomputed_layers(job.model.layers), layout.stage_layers)
+        if split not in self._parts:
+            self._parts[split] = build_parts(job, cut=self._cuts[axes])
+        return Frame(cut=self._cuts[axes], parts=self._parts[split], timetable=self._timetables[order])
 
     def is_promising(self, bound_s: float) -> bool:
         """Whether a step that is no shorter than this could be among the fastest."""
         return not self.found or bound_s <= SLACK * min(p.step_s for p in self.found)
 
-    def add(self, candidates: Iterable[Job], frame: Frame) -> None:
+    def add(self, candidates: Iterable[Job]) -> None:
         """Predict these, but for pipelines that would be left far behind."""
         for job in candidates:
+            frame = self.frame(job)
             if job.layout.pipeline == 1 or self.is_promising(bound_step(job, frame)):
                 self.found.append(self.predict(job, frame))
 
@@ -147,9 +153,8 @@ def search_split(search: Search, split: Layout) -> None:
     for zero in (3, 2, 1) if split.parameter_shards > 1 else (3,):
         for microbatch in microbatches(share, split):
             candidate = with_layout(job, msgspec.structs.replace(split, zero=zero, microbatch=microbatch))
-            frame = search.frame(candidate)
-            fitting, missing = fit_recompute(candidate, frame)
-            search.add(fitting, frame)
+            fitting, missing = fit_recompute(candidate, search.frame)
+            search.add(fitting)
             if missing is not None:
                 # Larger microbatches need more still.
                 search.rejected.append(missing)
@@ -216,10 +221,11 @@ def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:
     for experts in reversed(expert_sizes(search.job, grid)):
         for zero in (1, 3) if grid.parameter_shards > 1 else (1,):
             candidate = with_layout(search.job, msgspec.structs.replace(grid, expert=experts, zero=zero))
-            frame = search.frame(candidate)
-            fitting, missing = fit_recompute(candidate, frame)
+            fitting, missing = fit_recompute(candidate, search.frame)
             if fitting:
-                return [min(((bound_step(each, frame), each) for each in fitting), key=lambda pair: pair[0])]
+                return [
+                    min(((bound_step(each, search.frame(each)), each) for each in fitting), key=lambda pair: pair[0])
+                ]
     search.rejected += [missing] if missing is not None else []
     return []
 
@@ -247,8 +253,7 @@ def vary_grid(search: Search, grid: Layout) -> None:
             # The grid has its layouts; this way of running it is just not one of them.
             continue
         candidate = with_layout(job, layout)
-        frame = search.frame(candidate)
-        search.add(fit_recompute(candidate, frame)[0], frame)
+        search.add(fit_recompute(candidate, search.frame)[0])
 
 
 def manners(best: Layout, *, schedules: bool) -> Iterator[Layout]:

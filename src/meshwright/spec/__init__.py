@@ -56,6 +56,7 @@ from meshwright.spec.model import (
     check_model,
     split_table,
 )
+from meshwright.spec.moments import Moment, fullest_moments, is_within
 from meshwright.spec.numbers import nearest_divisor
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
@@ -70,7 +71,7 @@ from meshwright.spec.schedule import (
     stage_count,
     stages_per_rank,
 )
-from meshwright.spec.stages import split_layers, stage_blocks, stage_costs
+from meshwright.spec.stages import rank_flops, split_layers, stage_blocks, stage_costs
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "Link",
     "Message",
     "ModelSpec",
+    "Moment",
     "NamedModel",
     "Offload",
     "OptimizerSettings",
@@ -133,13 +135,16 @@ __all__ = [
     "end_shapes",
     "expert_dim",
     "forward_only",
+    "fullest_moments",
     "held_stages",
     "home_of",
+    "is_within",
     "message_from",
     "nearest_choice",
     "nearest_divisor",
     "order_messages",
     "parameter_shapes",
+    "rank_flops",
     "rank_of_stage",
     "split_layers",
     "split_of",

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from meshwright.spec.count import active_elements, count_flops
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import ModelSpec
-from meshwright.spec.schedule import stage_count
+from meshwright.spec.schedule import held_stages, stage_count
 
 # What a byte costs that the embedding moves, in FLOPs that a device does meanwhile: an H100's 989.4 TFLOP/s in bf16
 # over its 3.35 TB/s (datasheets in spec/hardware.py). An A100's is 153, an H200's 206; it is a small part in each.
@@ -19,20 +19,38 @@ HEAD_SHARE = 0.67
 EMBEDDING_BYTES = 2 + 2 + 2 + 4 + 4
 
 
-def stage_costs(model: ModelSpec, sequence: int) -> tuple[list[float], float, float]:
-    """Training FLOPs of each block; and what the embedding costs, and the head with its loss, in FLOPs of a block.
+# Forward passes that a block costs: one, and a backward pass, which has two products for each of the forward's.
+PASSES = 3.0
+
+
+def block_flops(model: ModelSpec, sequence: int) -> list[float]:
+    """FLOPs of each block's forward pass over a sequence.
 
     Attention is counted over the full square: its kernels do half of that, at about half the rate of plain products.
     """
-    flops = count_flops(model, sequence)
+    attention = count_flops(model, sequence).block_attention
     dense = model.experts.dense_layers if model.experts else 0
+    first, last = (2.0 * sequence * active_elements(model, layer) + attention for layer in (0, model.layers - 1))
+    return [first] * dense + [last] * (model.layers - dense)
 
-    def block(layer: int) -> float:
-        return 3.0 * (2 * sequence * active_elements(model, layer) + flops.block_attention)
 
-    blocks = [block(0)] * dense + [block(model.layers - 1)] * (model.layers - dense)
+def rank_flops(model: ModelSpec, layout: Layout, sequence: int, rank: int) -> float:
+    """Training FLOPs of a sequence in the stages of one rank along pipeline, by themselves: useful work."""
+    stages, forward = stage_blocks(model, layout, sequence), block_flops(model, sequence)
+    held = held_stages(layout, rank)
+    flops = sum(forward[layer] for stage in held for layer in stages[stage])
+    head = count_flops(model, sequence).head if stage_count(layout) - 1 in held else 0
+    return PASSES * (flops + head)
+
+
+def stage_costs(model: ModelSpec, layout: Layout, sequence: int) -> tuple[list[float], float, float]:
+    """Training FLOPs of each block, one that is computed again with that; and what the embedding costs, and the head
+    with its loss, in FLOPs of a block."""
+    again = layout.recomputed_layers(model.layers)
+    blocks = [(PASSES + (layer < again)) * each for layer, each in enumerate(block_flops(model, sequence))]
+    head = count_flops(model, sequence).head
     embedding = sequence * model.d_model * EMBEDDING_BYTES * EMBEDDING_FLOPS_PER_BYTE
-    return blocks, float(embedding), 3.0 * HEAD_SHARE * flops.head
+    return blocks, float(embedding), PASSES * HEAD_SHARE * head
 
 
 def split_layers(model: ModelSpec, layout: Layout, sequence: int) -> tuple[int, ...]:
@@ -45,7 +63,7 @@ def split_layers(model: ModelSpec, layout: Layout, sequence: int) -> tuple[int, 
     stages = stage_count(layout)
     if stages == 1:
         return (model.layers,)
-    blocks, first, last = stage_costs(model, sequence)
+    blocks, first, last = stage_costs(model, layout, sequence)
     # Both ends lie beside blocks and can be counted as part of them.
     ends = [first + blocks[0], *blocks[1:-1], blocks[-1] + last] if len(blocks) > 1 else [first + blocks[0] + last]
     sums = [0.0, *accumulate(ends)]

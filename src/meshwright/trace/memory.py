@@ -2,7 +2,7 @@
 
 import re
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from meshwright.account import MemoryAccount
-from meshwright.parallel import PartOptimizer
+from meshwright.parallel import PartOptimizer, Stages
+from meshwright.parallel.later import Product
 from meshwright.parallel.mesh import SHARDING_AXES
 from meshwright.parallel.part import local
+from meshwright.spec import Action, Moment, fullest_moments
 
 
 class MemoryProbe:
@@ -22,8 +24,9 @@ class MemoryProbe:
 
     On a GPU the caching allocator is asked; on a CPU, which has none, tensors saved for backward are counted.
 
-    Order of calls: `forward` around the first microbatch's forward pass, `states` when gradients and optimizer
-    states are all there, `account` at the step's end.
+    Order of calls: `forward` around each forward pass, `backward` after each backward pass, `passed` after the last,
+    `states` when gradients and optimizer states are all there, `account` at the step's end. Of a stage's passes the
+    first is watched: others are like it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,32 +35,67 @@ class MemoryProbe:
         self._cuda = device.type == "cuda"
         # What the process holds before it has a model: libraries, the device context.
         self._baseline_bytes = 0 if self._cuda else resident_bytes()
-        # Sums over a rank's stages, in the one step that is watched.
+        # Of a microbatch, in the one step that is watched: what each stage keeps between its passes, what it puts off
+        # where its backward passes are cut in two, and the logits with their gradient.
+        self._kept: dict[int, float] = {}
+        self._put_off: dict[int, float] = {}
+        self._whole_logits = 0.0
+        # At the peak, of all microbatches and of the rank's stages.
         self._activations = self._logits = self._gathered = 0.0
         self._states: dict[str, float] = {}
 
     @contextmanager
-    def forward(self, model: nn.Module, *, times: int) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Around a forward pass; yields what logits are to be passed through, if it ends in them.
-
-        times: how many alike are kept at once at the step's peak; 0: not watched, because one like it was.
-        """
-        if not (self.active and times):
-            yield lambda logits: logits
+    def forward(self, model: Stages, action: Action) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Around a forward pass; yields what the stage's output is to be passed through."""
+        if not self.active or action.stage in self._kept:
+            yield lambda made: made
             return
-        held = self._allocator() if self._cuda else self._saved(model)
-        with held as count:
-            yield self._note
-            kept = count()
+        sent = 0.0
+
+        def note(made: Tensor) -> Tensor:
+            nonlocal sent
+            if action.stage == model.last:
+                # Twice: the gradient has the same size, and both are there when the backward pass begins.
+                self._whole_logits = 2.0 * tensor_bytes([made])
+            else:
+                # Kept until its gradient comes back, but not saved by any operator.
+                sent = 0.0 if self._cuda else tensor_bytes([made])
+            return made
+
+        with self._allocator() if self._cuda else self._saved(model) as count:
+            yield note
+            kept = count() + sent
             self._gathered = gathered_bytes(model)
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
         kept -= self._gathered if self._cuda else 0.0
-        self._activations += times * max(0.0, kept - self._logits / 2)
+        own_logits = self._whole_logits / 2 if action.stage == model.last else 0.0
+        self._kept[action.stage] = max(0.0, kept - own_logits)
 
-    def _note(self, logits: Tensor) -> Tensor:
-        # Twice: the gradient has the same size, and both are there when the backward pass begins.
-        self._logits = 2.0 * tensor_bytes([logits])
-        return logits
+    def backward(self, action: Action, put_off: Sequence[Product]) -> None:
+        """After a backward pass, or one half of it; put_off: the products that it has left for later."""
+        if self.active and put_off and action.stage not in self._put_off:
+            held = (local(tensor).untyped_storage() for product in put_off for tensor in (product.x, product.gradient))
+            self._put_off[action.stage] = float(sum({each.data_ptr(): each.nbytes() for each in held}.values()))
+
+    def passed(self, actions: Sequence[Action]) -> None:
+        """After the last pass; actions: all of them, in order. Finds the peak as the plan does."""
+        if not self.active:
+            return
+        last = max(self._kept)
+        # What the loss keeps of microbatches other than the one at work.
+        waiting = self._whole_logits / 2
+
+        def at(moment: Moment) -> tuple[float, float]:
+            stages = sorted(self._kept)
+            kept = sum(count * self._kept[stage] for count, stage in zip(moment.kept, stages, strict=True))
+            off = sum(n * self._put_off.get(stage, 0.0) for n, stage in zip(moment.put_off, stages, strict=True))
+            return kept + off, waiting * max(0, moment.kept[stages.index(last)] - 1)
+
+        held, others = max((at(moment) for moment in fullest_moments(actions)), key=sum)
+        # Once a backward pass has put all off, this can be more than its beginning, logits and all.
+        more = max((off - self._kept[stage] for stage, off in self._put_off.items()), default=0.0)
+        self._activations = held + max(0.0, more - self._whole_logits)
+        self._logits = self._whole_logits + others
 
     @contextmanager
     def _allocator(self) -> Iterator[Callable[[], float]]:

@@ -18,7 +18,7 @@ from meshwright.account import MemoryAccount, Purpose
 from meshwright.parallel.mesh import SHARD_CONTEXT
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
 from meshwright.record.kineto import PREFIX, STEP, measure_step
-from meshwright.spec import AXES, Job, Layout, count_flops
+from meshwright.spec import AXES, Job, Layout, held_stages, rank_flops, stage_blocks
 
 # Steps share a span until this many seconds have passed, so that a long run stays a short file.
 FLUSH_S = 10.0
@@ -44,7 +44,7 @@ class Recorder:
         self._compiled_s = compile_seconds()
         self._first: int | None = None
         self._last_step = 0
-        self.useful_s = useful_seconds(job)
+        self.useful_s = useful_seconds(job, self.rank)
         self._write("startup", began_s, time.time())
 
     def _write(self, name: str, start_s: float, end_s: float, *, step: int = 0, count: int = 1) -> None:
@@ -134,7 +134,7 @@ class Recorder:
         except (OSError, LookupError, ValueError) as error:
             self.fault(step, f"step {step} was profiled but not measured: {type(error).__name__}: {error}")
         else:
-            share = expert_share(self._job, sum(measured.expert_rows))
+            share = expert_share(self._job, self.rank, sum(measured.expert_rows))
             self._writer.append(Step(measured=msgspec.structs.replace(measured, expert_share=share)))
 
     def _synchronize(self) -> None:
@@ -196,24 +196,31 @@ def group_purposes(layout: Layout) -> dict[str, Purpose]:
     return purposes
 
 
-def useful_seconds(job: Job) -> float:
-    """One rank's model FLOPs of a step at its device's peak, seconds; 0 where no peak is known."""
+def useful_flops(job: Job, rank: int) -> float:
+    """One rank's model FLOPs of a step: of its own stages, shared with those that have the same."""
+    along = job.layout.coordinates(rank)["pipeline"]
+    flops = rank_flops(job.model, job.layout, job.data.sequence, along) * job.data.global_batch
+    return flops * job.layout.pipeline / job.layout.world_size
+
+
+def useful_seconds(job: Job, rank: int) -> float:
+    """These at the rank's device's peak, seconds; 0 where no peak is known."""
     peak = job.cluster.device.peak_flops_per_s(job.layout.precision)
-    flops = count_flops(job.model, job.data.sequence).training() * job.data.global_batch / job.layout.world_size
-    return flops / peak if peak else 0.0
+    return useful_flops(job, rank) / peak if peak else 0.0
 
 
-def expert_share(job: Job, rows: int) -> float:
+def expert_share(job: Job, rank: int, rows: int) -> float:
     """The share of a rank's FLOPs of a step that its experts took, given the rows that they were sent; 0 of none."""
     model, layout = job.model, job.layout
     if model.experts is None or not rows:
         return 0.0
     # Three matrices, each multiplied once forward and twice backward, at two FLOPs an element.
     row_flops = 3 * 3 * 2 * model.d_model * model.experts.feed_forward
-    passes = (model.layers - model.experts.dense_layers) * job.data.global_batch * job.data.sequence
-    rows_of_all = passes * model.experts.per_token
-    flops = count_flops(model, job.data.sequence).training() * job.data.global_batch
-    others = (flops - rows_of_all * row_flops) / layout.world_size
+    stages = stage_blocks(model, layout, job.data.sequence)
+    held = [layer for stage in held_stages(layout, layout.coordinates(rank)["pipeline"]) for layer in stages[stage]]
+    passes = sum(not model.is_dense(layer) for layer in held) * job.data.global_batch * job.data.sequence
+    mean_rows = passes * model.experts.per_token * layout.pipeline / layout.world_size
+    others = useful_flops(job, rank) - mean_rows * row_flops
     return rows * row_flops / (others + rows * row_flops)
 
 

@@ -86,17 +86,19 @@ def forward_backward(
     loss = torch.zeros((), device=share.microbatches[0].tokens.device)
     for action in passes.actions:
         if action.kind == "F":
-            with recorder.phase("forward"), memory.forward(model, times=passes.alike(action)) as logits_seen:
+            with recorder.phase("forward"), memory.forward(model, action) as seen:
                 held = model.cut(share.microbatches[action.microbatch])
-                made = passes.forward(action, held.tokens, held.view)
+                made = seen(passes.forward(action, held.tokens, held.view))
                 if action.stage == model.last:
-                    made = loss_of(logits_seen(made), held.targets) / share.counted
+                    made = loss_of(made, held.targets) / share.counted
                     loss += made.detach()
                 passes.keep(action, made)
         else:
             with recorder.phase("backward"):
                 passes.backward(action)
+            memory.backward(action, passes.put_off(action))
     passes.close()
+    memory.passed(passes.actions)
     return loss
 
 
