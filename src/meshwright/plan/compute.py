@@ -2,7 +2,7 @@
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, feed_forward_columns, is_compiled, tokens_of
+from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Device, Job, ModelSpec, count_flops
@@ -24,10 +24,10 @@ HOST_UPDATE_BYTES_PER_S = 20e9
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a piece's kernels in its forward and backward pass.
 
-    weights_s: of the backward pass's, the gradients of matrices. Of the forward pass's, elementwise_s: all but matrix
-    products and attention; reads_s, reduces_s: products that read what is gathered along the tensor axis, and those
-    whose outputs are summed along it; last_s: its last product; attention_s: attention; routed_s: routed experts'
-    products. attention_back_s: attention's backward pass.
+    weights_s: of the backward pass's, the gradients of matrices that a pass cut in two puts off. Of the forward pass's,
+    elementwise_s: all but matrix products and attention; reads_s, reduces_s: products that read what is gathered along
+    the tensor axis, and those whose outputs are summed along it; last_s: its last product; attention_s: attention;
+    routed_s: routed experts' products. attention_back_s: attention's backward pass.
     """
 
     forward_s: float = 0.0
@@ -112,7 +112,8 @@ def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
     return Passes(
         forward_s=matmul_s + attention_s + forward_elements * size,
         backward_s=2 * matmul_s + attention_back_s + backward_elements * size,
-        weights_s=matmul_s,
+        # Experts' products are not put off to a pass of their own.
+        weights_s=matmul_s - products["routed_s"],
         elementwise_s=forward_elements * size,
         attention_s=attention_s,
         attention_back_s=attention_back_s,

@@ -3,11 +3,12 @@
 import msgspec
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.activations import BYTES, peak_bytes
+from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes
+from meshwright.plan.kept import BYTES
 from meshwright.plan.part import STATE_BYTES, Groups, Part
 from meshwright.spec import Job
 

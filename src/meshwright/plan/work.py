@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, is_compiled
 from meshwright.plan.collective import (
     Ring,
     build_expert_rings,
@@ -15,6 +14,7 @@ from meshwright.plan.collective import (
 from meshwright.plan.compute import Passes, block_passes, head_passes
 from meshwright.plan.context import context_transfers
 from meshwright.plan.expert import exchange_seconds, uneven_seconds
+from meshwright.plan.kept import BYTES, is_compiled
 from meshwright.plan.part import STATE_BYTES, Cut, Group, Stage
 from meshwright.plan.rates import rates_of
 from meshwright.plan.tensor import TensorTransfers, block_transfers, end_transfers

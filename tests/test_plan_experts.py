@@ -1,0 +1,70 @@
+"""Predictions of mixtures: what is sent to experts, over which links, and what is gathered, kept and put off."""
+
+import msgspec
+import pytest
+
+from meshwright.plan import predict
+from meshwright.plan.collective import build_expert_rings, build_shard_ring, predict_exchange, ranks_along
+from meshwright.plan.frame import build_frame
+from meshwright.plan.passes import walk_stages
+from meshwright.plan.rates import GPU
+from meshwright.spec import Job, Layout
+from meshwright.spec.decode import planning_job
+from meshwright.spec.hardware import cluster_of
+
+
+def expert_job(*settings: str, gpus: str = "8xh100") -> Job:
+    more = ("layout.shard=8", *settings)
+    return planning_job(model="mixtral-8x7b", gpus=gpus, sequence=4096, global_batch=64, settings=more)
+
+
+def test_an_exchange_of_tokens_by_hand() -> None:
+    alone, divided = predict(expert_job()), predict(expert_job("layout.expert=8"))
+    assert alone.step.comm_expert == 0
+    # 8 microbatches, 32 blocks, two passes, there and back: two copies of 4096 tokens of 4096 numbers in bf16.
+    moved_bytes = 8 * 32 * 2 * 2 * 2 * 4096 * 4096 * 2 * 7 / 8
+    assert divided.step.comm_expert == pytest.approx(moved_bytes / (0.72 * 450e9), rel=0.05)
+    # Experts that stay where they are need not be gathered.
+    whole = [p.step.comm_shard + p.overlapped["shard"] for p in (alone, divided)]
+    assert whole[1] < 0.1 * whole[0]
+    assert divided.step.imbalance > 0 == alone.step.imbalance
+
+
+def test_an_exchange_inside_a_node_and_out_of_it() -> None:
+    cluster = cluster_of("4x8xh100")
+    inside, _ = build_expert_rings(Layout(shard=32, expert=8), cluster)
+    across, others = build_expert_rings(Layout(shard=32, expert=16), cluster)
+    assert (inside.nodes, across.nodes, others.size) == (1, 2, 2)
+    seconds = [predict_exchange(1e9, ring, cluster, GPU) for ring in (inside, across)]
+    assert seconds[0] == pytest.approx(1e9 * 7 / 8 / (0.72 * 450e9), rel=0.01)
+    # Half of it leaves the node, through one port.
+    assert seconds[1] == pytest.approx(1e9 / 2 / (0.72 * 50e9), rel=0.01)
+
+
+def test_rings_are_of_the_ranks_that_the_mesh_has() -> None:
+    """Experts lie on shard x context x tensor counted in that order, however the layout orders ranks."""
+    cluster = cluster_of("2x8xh100")
+    layout = Layout(shard=4, tensor=4, expert=4, order=("pipeline", "replica", "tensor", "context", "shard"))
+    assert list(ranks_along(layout, ("shard", "context", "tensor"))[:4]) == [0, 4, 8, 12]
+    tokens, matrices = build_expert_rings(layout, cluster)
+    assert (tokens.nodes, matrices.nodes) == (2, 1)
+    # With replicas between them, ranks of shard and context are not side by side.
+    layout = Layout(shard=2, replica=4, context=2, order=("pipeline", "shard", "replica", "context", "tensor"))
+    ring = build_shard_ring(layout, cluster)
+    assert (ring.size, ring.nodes) == (4, 2)
+    layout = Layout(shard=2, replica=4, context=2, order=("pipeline", "replica", "context", "shard", "tensor"))
+    assert build_shard_ring(layout, cluster).nodes == 1
+
+
+def test_products_of_experts_are_not_put_off() -> None:
+    """Later there are weights' gradients of plain matrices alone."""
+    settings = ("layout.shard=1", "layout.pipeline=8", "layout.schedule=zero-bubble", "layout.zero=1")
+
+    def weights_s(per_token: int) -> float:
+        job = expert_job(*settings, f"layout.stage_layers={[2] * 16}")
+        assert job.model.experts
+        numbers = msgspec.structs.replace(job.model.experts, per_token=per_token)
+        job = msgspec.structs.replace(job, model=msgspec.structs.replace(job.model, experts=numbers))
+        return walk_stages(job, build_frame(job))[1].weights_s
+
+    assert weights_s(1) == weights_s(4) > 0
