@@ -274,43 +274,6 @@ def test_the_account_of_every_schedule_closes(schedule: Schedule, held: int, kin
     assert explain_idle(job, frame, stages, 0.0, brief=True).bubble_s > 0 and busy_s > 0
 
 
-# --- Context ---------------------------------------------------------------------------------------------------------
-
-
-def long_job(*settings: str, gpus: str = "8xh100") -> Job:
-    more = ("model.max_positions=131072", "layout.shard=1", 'layout.recompute="full"')
-    return job_on(gpus, "llama3-8b", 131072, 8, *more, *settings)
-
-
-def test_ranks_of_a_context_have_equal_parts() -> None:
-    whole, divided = predict(long_job("layout.shard=8")), predict(long_job("layout.context=8"))
-    assert divided.step.useful == whole.step.useful
-    assert divided.step.compute == pytest.approx(whole.step.compute, rel=0.05)
-    assert divided.memory.activations == pytest.approx(whole.memory.activations / 8, rel=0.05)
-
-
-def test_a_ring_hides_under_attention_inside_a_node_and_not_across() -> None:
-    inside, across = predict(long_job("layout.context=8")), predict(long_job("layout.context=32", gpus="4x8xh100"))
-    assert inside.step.comm_context < 0.01 * inside.step_s
-    assert inside.overlapped["context"] > 5 * inside.step.comm_context
-    hidden = across.overlapped["context"] / (across.overlapped["context"] + across.step.comm_context)
-    assert hidden < inside.overlapped["context"] / (inside.overlapped["context"] + inside.step.comm_context)
-
-
-def test_an_exchange_of_heads_by_hand() -> None:
-    job = long_job("layout.context=8", "layout.context_form=all-to-all", "layout.recompute=none")
-    # 8 sequences, 32 blocks, two passes; queries, keys, values and the output: 32 + 8 + 8 + 32 heads of 128 for 16,384
-    # tokens in bf16, seven eighths of which leave, at 72% of NVLink's 450 GB/s.
-    moved_bytes = 8 * 32 * 2 * 80 * 128 * 16384 * 2 * 7 / 8
-    assert predict(job).step.comm_context == pytest.approx(moved_bytes / (0.72 * 450e9), rel=0.05)
-    # Fewer key heads than ranks are repeated; so are more that the ranks do not divide.
-    model = msgspec.structs.replace(job.model, kv_heads=4)
-    assert predict(msgspec.structs.replace(job, model=model)).step.comm_context == predict(job).step.comm_context
-    model, more = (msgspec.structs.replace(job.model, heads=48, kv_heads=heads) for heads in (12, 24))
-    seconds = [predict(msgspec.structs.replace(job, model=each)).step.comm_context for each in (model, more)]
-    assert seconds[0] == seconds[1]
-
-
 def test_hops_of_a_pipeline_stay_in_a_node_where_they_can() -> None:
     cluster, layout = cluster_of("2x8xh100"), Layout(pipeline=4, tensor=4)
     near, far = (hop_seconds(layout, cluster, ranks, 1e9, GPU) for ranks in ((0, 1), (1, 2)))
@@ -334,15 +297,6 @@ def test_models_of_hundreds_of_billions_get_pipelines() -> None:
     check_job(msgspec.structs.replace(job_on("128x8xa100-80", "llama3.1-405b", 8192, 1024), layout=best))
     # Listed in full: what waits is told apart.
     assert all(p.step.closes(p.step_s) and p.step.comm_pipeline > 0 for p in piped)
-
-
-def test_long_sequences_are_divided() -> None:
-    settings = ("model.max_positions=131072",)
-    plan = build_plan(job_on("2x8xh100", "llama3-8b", 131072, 4, *settings))
-    # Four sequences and sixteen devices.
-    best = plan.ranked[0].layout
-    assert best.context > 1 and best.world_size == 16
-    assert any(p.layout.context_form == "all-to-all" for p in plan.ranked)
 
 
 def test_every_layout_that_a_plan_lists_would_be_let_through() -> None:

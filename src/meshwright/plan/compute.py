@@ -2,9 +2,10 @@
 
 import msgspec
 
-from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of
+from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of, widths_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import rates_of
+from meshwright.plan.ring import ring_seconds
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
 # Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
@@ -98,14 +99,9 @@ def block_products(job: Job, group: Group) -> dict[str, float]:
 def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
     """One block on one microbatch."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
-    peak = device.peak_flops_per_s(job.layout.precision)
     products = block_products(job, group)
     matmul_s = products["reads_s"] + products["reduces_s"] + products["routed_s"]
-    whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
-    # Ranks of the context axis have equal parts of what the mask lets through.
-    causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
-    attention_s = causal_flops / (peak * rates.attention_forward)
-    attention_back_s = 2 * causal_flops / (peak * rates.attention_backward)
+    attention_s, attention_back_s = attention_seconds(job, cut)
     share = rates.elementwise if is_compiled(job) else rates.eager
     size = tokens_of(job) * BYTES[job.layout.precision] / (device.memory_bytes_per_s * share) / cut.tensor
     forward_elements, backward_elements = elementwise_elements(job.model, dense=group is cut.first and cut.dense > 0)
@@ -119,6 +115,18 @@ def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
         attention_back_s=attention_back_s,
         **products,
     )
+
+
+def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
+    """Forward and backward seconds of one block's attention on one microbatch."""
+    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
+    # Ranks of the context axis have equal parts of what the mask lets through.
+    causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
+    if job.layout.context > 1 and job.layout.context_form == "ring":
+        return ring_seconds(job, widths_of(job, cut), causal_flops)
+    peak = device.peak_flops_per_s(job.layout.precision)
+    return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
 
 
 def visible_share(model: ModelSpec, sequence: int) -> float:

@@ -5,7 +5,12 @@ from meshwright.plan.compute import Passes
 from meshwright.plan.kept import BYTES, tokens_of, widths_of
 from meshwright.plan.part import STATE_BYTES, Cut
 from meshwright.plan.rates import rates_of
+from meshwright.plan.ring import ring_buffer_bytes
 from meshwright.spec import Job
+
+# Tensors of the exchanged size that there are at once: in the backward pass what is to be sent, its late chunks in
+# order, all put in the order of ranks, that laid out anew, and what is received.
+EXCHANGE_COPIES = 4.5
 
 
 def context_transfers(job: Job, cut: Cut, passes: Passes) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -61,16 +66,10 @@ def exchange_transfers(job: Job, cut: Cut) -> tuple[tuple[float, float], tuple[f
 
 
 def context_buffer_bytes(job: Job, cut: Cut) -> float:
-    """What is on its way, at most, in the backward pass of one block.
-
-    A ring has keys and values twice, at hand and coming, with their fp32 gradients, and its own fp32 sums of queries'
-    gradients; an exchange has what it sends and what it receives.
-    """
+    """What one block holds, at most, beside what attention is given and gives."""
     if job.layout.context == 1:
         return 0.0
-    widths, size = widths_of(job, cut), BYTES[job.layout.precision]
+    widths = widths_of(job, cut)
     if job.layout.context_form == "ring":
-        numbers = 2 * (widths.key + widths.value) * (size + STATE_BYTES) + widths.query * STATE_BYTES
-    else:
-        numbers = 2 * size * max(widths.query, widths.mixed)
-    return tokens_of(job) * numbers
+        return ring_buffer_bytes(job, cut, widths)
+    return EXCHANGE_COPIES * tokens_of(job) * widths.sent * BYTES[job.layout.precision]

@@ -132,6 +132,11 @@ def is_exchanged(job: Job) -> bool:
     return job.layout.context > 1 and job.layout.context_form == "all-to-all"
 
 
+def is_masked(job: Job) -> bool:
+    """Whether tokens see less than all of the past."""
+    return job.data.attention == "document" or 0 < job.model.attention_window < job.data.sequence
+
+
 # --- Nothing recomputed ----------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import msgspec
 
 from meshwright.plan.fit import Rejected, fit_recompute, with_layout
 from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.kept import is_masked
 from meshwright.plan.part import Cut, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.time import bound_step
@@ -182,7 +183,20 @@ def grids(job: Job) -> Iterator[Layout]:
                     continue
                 if not divides_model(job, tensor):
                     continue
-                yield plainest(job, pipeline=pipeline, shard=devices // inner, context=context, tensor=tensor)
+                grid = plainest(job, pipeline=pipeline, shard=devices // inner, context=context, tensor=tensor)
+                yield choose_form(job, grid)
+
+
+def choose_form(job: Job, grid: Layout) -> Layout:
+    """The grid with heads exchanged where it can be and a ring would be slow: with documents or windows."""
+    if grid.context == 1 or not is_masked(job):
+        return grid
+    exchanged = msgspec.structs.replace(grid, context_form="all-to-all")
+    try:
+        check_context(exchanged, job.model, job.data.sequence)
+    except SettingError:
+        return grid
+    return exchanged
 
 
 def divides_model(job: Job, tensor: int) -> bool:
