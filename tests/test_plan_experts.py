@@ -68,3 +68,19 @@ def test_products_of_experts_are_not_put_off() -> None:
         return walk_stages(job, build_frame(job))[1].weights_s
 
     assert weights_s(1) == weights_s(4) > 0
+
+
+def test_experts_are_gathered_where_the_rest_is_whole() -> None:
+    """Along tensor alone nothing is sharded but experts, eight ways: their gradients do not wait whole."""
+    settings = ("layout.shard=1", "layout.tensor=8")
+    gathered, kept = (predict(expert_job(*settings, f"layout.zero={zero}")) for zero in (3, 1))
+    # 45.1e9 parameters of experts but for two blocks, whole in bf16, and all their gradients in fp32.
+    assert kept.memory.communication_buffers - gathered.memory.communication_buffers > 42e9 * 2 + 45e9 * 4
+    assert gathered.memory.communication_buffers < 20e9
+    # 64 microbatches: gathered twice and reduced in each, or once.
+    moved = [p.step.comm_shard + p.overlapped["shard"] for p in (gathered, kept)]
+    assert moved[0] == pytest.approx(64 * moved[1] * (2 * 2 + 4) / (2 + 4), rel=0.02)
+    # With an expert to each rank there is nothing to gather, and nothing of it to hold beside.
+    alone = predict(expert_job(*settings, "layout.expert=8"))
+    assert alone.step.comm_shard + alone.overlapped.get("shard", 0.0) == 0
+    assert alone.memory.parameters == gathered.memory.parameters
