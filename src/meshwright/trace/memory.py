@@ -4,6 +4,7 @@ import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,21 @@ class MemoryProbe:
             return
         held = self._allocator() if self._cuda else self._saved(model)
         with held as count:
-            yield self._note
+            seen: list[float] = []
+            yield partial(self._note, seen)
             kept = count()
             self._gathered = gathered_bytes(model)
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
         kept -= self._gathered if self._cuda else 0.0
-        self._activations += times * max(0.0, kept - self._logits / 2)
+        self._activations += times * max(0.0, kept - sum(seen))
+        # When a backward pass begins, the gradient is there too; uncompiled, so is that of what the loss has kept. Of
+        # other microbatches whose logits wait there is what the loss keeps.
+        self._logits += (times + (1 if self._cuda else 2)) * sum(seen)
 
-    def _note(self, logits: Tensor) -> Tensor:
-        # Twice: the gradient has the same size, and both are there when the backward pass begins.
-        self._logits = 2.0 * tensor_bytes([logits])
+    def _note(self, seen: list[float], logits: Tensor) -> Tensor:
+        """Remember how much the loss keeps of these logits: themselves, or uncompiled log-probabilities in fp32."""
+        kept = local(logits)
+        seen.append(float(kept.numel() * (kept.element_size() if self._cuda else torch.float32.itemsize)))
         return logits
 
     @contextmanager
