@@ -1,7 +1,11 @@
 """Predictions of mixtures: what is sent to experts, over which links, and what is gathered, kept and put off."""
 
+import tomllib
+from pathlib import Path
+
 import msgspec
 import pytest
+from jobs import cpu_cluster
 
 from meshwright.plan import predict
 from meshwright.plan.collective import build_expert_rings, build_shard_ring, predict_exchange, ranks_along
@@ -9,8 +13,10 @@ from meshwright.plan.frame import build_frame
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.rates import GPU
 from meshwright.spec import Job, Layout
-from meshwright.spec.decode import planning_job
+from meshwright.spec.decode import decode_job, planning_job
 from meshwright.spec.hardware import cluster_of
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def expert_job(*settings: str, gpus: str = "8xh100") -> Job:
@@ -84,3 +90,16 @@ def test_experts_are_gathered_where_the_rest_is_whole() -> None:
     alone = predict(expert_job(*settings, "layout.expert=8"))
     assert alone.step.comm_shard + alone.overlapped.get("shard", 0.0) == 0
     assert alone.memory.parameters == gathered.memory.parameters
+
+
+@pytest.mark.parametrize(("expert", "step_s", "host_s"), [(1, 0.379, 0.054), (2, 0.419, 0.117)])
+def test_steps_of_a_mixture_measured_on_two_h200s(expert: int, step_s: float, host_s: float) -> None:
+    """examples/mixture.toml: the step not profiled, `host` as the profiled account has it."""
+    table = tomllib.loads((EXAMPLES / "mixture.toml").read_text())
+    table["layout"] |= {"shard": 2, "expert": expert}
+    prediction = predict(decode_job(table | {"cluster": {"gpus": "2xh200"}}, local=cpu_cluster))
+    assert prediction.step_s == pytest.approx(step_s, rel=0.1)
+    assert prediction.step.host == pytest.approx(host_s, rel=0.1)
+    # In a pipeline's passes they count as well.
+    piped = predict(expert_job("layout.shard=4", "layout.pipeline=2", f"layout.expert={expert}"))
+    assert piped.step.closes(piped.step_s) and piped.step.host > 0

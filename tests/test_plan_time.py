@@ -294,3 +294,11 @@ def test_zero_1_moves_least_and_zero_3_most() -> None:
 
     assert moved(2) / moved(1) == pytest.approx(4, rel=0.01)
     assert moved(1) < moved(2) < moved(3) < 8 * moved(1)
+
+
+@pytest.mark.parametrize(("offload", "step_s"), [("optimizer", 0.726), ("parameters", 3.18)])
+def test_steps_with_offloading_measured_on_two_h200s(offload: str, step_s: float) -> None:
+    settings = ("layout.shard=2", "layout.microbatch=8", f"layout.offload={offload}")
+    prediction = predict(job_on("2xh200", "llama-1b-untied", 4096, 16, *settings))
+    assert prediction.step_s == pytest.approx(step_s, rel=0.1)
+    assert prediction.step.closes(prediction.step_s)

@@ -4,7 +4,7 @@ import msgspec
 
 from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of, widths_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
-from meshwright.plan.rates import rates_of
+from meshwright.plan.rates import HOST_LINK_BYTES_PER_S, HOST_UPDATE_BYTES_PER_S, rates_of
 from meshwright.plan.ring import ring_seconds
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
@@ -14,12 +14,6 @@ from meshwright.spec import Device, Job, ModelSpec, count_flops
 EAGER_LOSS_BYTES = 36
 # Compiled: reads logits for their maximum and sum, again for the gradient, and writes it, in compute precision.
 COMPILED_LOSS_PASSES = 4
-
-
-# Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
-# taken to reach four fifths. What of the host's memory one device's update gets is an assumption, not measured.
-HOST_LINK_BYTES_PER_S = 50e9
-HOST_UPDATE_BYTES_PER_S = 20e9
 
 
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,30 +141,22 @@ def head_passes(job: Job) -> Passes:
 
 
 def predict_optimizer(job: Job, local: int) -> float:
-    """Seconds of gradient norm, clipping and update of a rank's `local` parameters."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    """Seconds of gradient norm, clipping and update of a rank's `local` parameters, and of moving what is offloaded."""
+    device, rates, offload = job.cluster.device, rates_of(job.cluster.device), job.layout.offload
     local_bytes = STATE_BYTES * local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
-    update_s = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
-    update_s += offload_seconds(job, local)
     # The norm reads gradients; clipping reads and writes them again.
     clip_passes = 3 if job.optimizer.clip_norm > 0 else 1
-    return update_s + clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
-
-
-def offload_seconds(job: Job, local: int) -> float:
-    """What a rank's step takes longer because of what lies in the host's memory.
-
-    Moments come and go with each update. Parameters come for each gather, twice a microbatch, their gradients go after
-    each backward pass, and the host updates them.
-    """
-    if job.layout.offload == "none":
-        return 0.0
-    if job.layout.offload == "optimizer":
-        return 4 * STATE_BYTES * local / HOST_LINK_BYTES_PER_S
-    moved = 3 * job.layout.accumulation(job.data.global_batch) * STATE_BYTES * local
-    return moved / HOST_LINK_BYTES_PER_S + 7 * STATE_BYTES * local / HOST_UPDATE_BYTES_PER_S
+    if offload == "parameters":
+        # They come for each gather, twice a microbatch; their gradients go after each backward pass.
+        moved = 3 * job.layout.accumulation(job.data.global_batch)
+        host_s = (passes + clip_passes) * local_bytes / HOST_UPDATE_BYTES_PER_S
+        return host_s + moved * local_bytes / HOST_LINK_BYTES_PER_S
+    seconds = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
+    seconds += clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
+    # Moments come and go with each update.
+    return seconds + (4 * local_bytes / HOST_LINK_BYTES_PER_S if offload == "optimizer" else 0.0)
 
 
 def has_known_peak(device: Device, job: Job) -> bool:

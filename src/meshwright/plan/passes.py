@@ -92,7 +92,7 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         middle=forward + backward,
         weights_s=sum(p.count * p.weights_s for p in pieces),
         closing_s=closing.busy_s(),
-        launch_s=stage_launches(job, stage) / 2 if job.cluster.device.kind == "cpu" else 0.0,
+        launch_s=stage_waits(job, stage),
         hidden=Moves(
             tensor_s=sum(p.count * p.hidden.tensor_s for p in pieces),
             context_s=sum(p.count * p.hidden.context_s for p in pieces),
@@ -119,10 +119,25 @@ def rank_launches(job: Job, part: Part) -> float:
 
 
 def stage_launches(job: Job, stage: Stage) -> float:
-    """The same of one stage. FSDP wraps each block, the head and the root; what runs again is launched again."""
+    """The same of one stage. FSDP wraps each block, a mixture's experts, the head and the root; what runs again is
+    launched again."""
     rates = rates_of(job.cluster.device)
     again = stage.first(job.layout.recomputed_layers(job.model.layers))
     launches_s = rates.block_host_s * (stage.layers + again / 2)
-    launches_s += rates.group_host_s * (stage.layers + 1 + stage.head)
+    launches_s += rates.group_host_s * (stage.layers + stage_mixtures(job, stage) + 1 + stage.head)
     ends = (stage.root + stage.head) / 2
     return launches_s + (rates.tensor_host_s * (stage.layers + ends + again / 2) if job.layout.tensor > 1 else 0.0)
+
+
+def stage_waits(job: Job, stage: Stage) -> float:
+    """What the device waits for the host in either pass of a microbatch, however far ahead the host is else."""
+    rates = rates_of(job.cluster.device)
+    if job.cluster.device.kind == "cpu":
+        return stage_launches(job, stage) / 2
+    return stage_mixtures(job, stage) * (rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0))
+
+
+def stage_mixtures(job: Job, stage: Stage) -> int:
+    """Blocks with a mixture."""
+    experts = job.model.experts
+    return 0 if experts is None else stage.layers - stage.first(experts.dense_layers)
