@@ -243,3 +243,19 @@ def test_what_cannot_be_split_is_refused(tmp_path: Path, settings: dict[str, Any
     with pytest.raises(SettingError) as told:
         tiny_job(tmp_path, processes=16, model={"feed_forward": 92}, layout=settings)
     assert reason in str(told.value) and nearest in str(told.value)
+
+
+def test_what_is_offered_for_a_refused_context_is_let_through(tmp_path: Path) -> None:
+    """Heads that tensor leaves cannot be exchanged by two: nothing is left of the axis, or it is a ring."""
+    model = {"feed_forward": 92, "heads": 12, "kv_heads": 12, "head_dim": 8}
+    none = "layout.context = 1 without layout.context_form"
+    layout = {"context": 2, "tensor": 4, "context_form": "all-to-all"}
+    for sequence, nearest in (
+        (32, 'layout.context_form = "ring"'),
+        (24, none),
+    ):
+        with pytest.raises(SettingError) as told:
+            tiny_job(tmp_path, processes=16, model=model, data={"sequence": sequence}, layout=layout)
+        assert told.value.nearest == nearest
+    tiny_job(tmp_path, processes=8, model=model, data={"sequence": 32}, layout=layout | {"context_form": "ring"})
+    tiny_job(tmp_path, processes=4, model=model, data={"sequence": 24}, layout={"tensor": 4})

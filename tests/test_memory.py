@@ -139,3 +139,18 @@ def test_a_pipeline_keeps_what_is_predicted(tmp_path: Path, layout: dict[str, An
         # The loss keeps its targets, and the sum of what counts.
         targets = most * (8 * job.data.sequence + 4) if head else 0
         assert activations <= found <= activations + targets, part.rank
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_logits_of_all_microbatches_that_wait_are_counted(tmp_path: Path, schedule: str) -> None:
+    """With gpipe each microbatch's are kept until its backward pass, as planned; with 1f1b those of one."""
+    layout = {"pipeline": 2, "schedule": schedule, "microbatch": 1}
+    job = tiny_job(
+        tmp_path, processes=2, model={"layers": 2}, layout=layout, run={"steps": 3}, data={"global_batch": 4}
+    )
+    last, predicted = measured(job)[1], predict_memory(job)
+    one = job.data.sequence * job.model.vocabulary * torch.float32.itemsize
+    assert last.logits == (6 if schedule == "gpipe" else 3) * one
+    # The plan is about the fullest rank: with gpipe, and logits as large as these, the last one.
+    assert schedule == "1f1b" or predicted.logits == last.logits
+    assert schedule == "1f1b" or last.activations == pytest.approx(predicted.activations, rel=0.02)

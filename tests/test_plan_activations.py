@@ -1,13 +1,14 @@
 """Predicted activations against what the built model keeps: by family, by recompute policy, along the tensor axis."""
 
 import gc
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,13 +16,27 @@ from torch.utils._pytree import tree_leaves
 
 from meshwright.models import Decoder, build_model, build_view
 from meshwright.parallel import build_mesh, start_distributed
+from meshwright.parallel.context import apply_context, cut_sequence
+from meshwright.parallel.expert import apply_expert, build_expert_axis
 from meshwright.parallel.later import Later, put_products_off
+from meshwright.parallel.part import local
 from meshwright.parallel.recompute import prepare_block
 from meshwright.parallel.tensor import Heads, apply_tensor
 from meshwright.plan.activations import activation_bytes, stage_activations
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.part import build_part
-from meshwright.spec import SPLIT_TABLES, DataSettings, FamilyName, Job, Layout, ModelSpec, Recompute, RunSettings
+from meshwright.spec import (
+    DataSettings,
+    Experts,
+    FamilyName,
+    Job,
+    Layout,
+    ModelSpec,
+    Recompute,
+    RunSettings,
+    check_job,
+    split_table,
+)
 
 MICROBATCH, SEQUENCE = 2, 64
 CPU = torch.device("cpu")
@@ -40,9 +55,12 @@ class Made(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.remember(tensor)
         return result
+
+    def remember(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
     def held_bytes(self, *, but: list[Tensor]) -> int:
         gc.collect()
@@ -72,36 +90,67 @@ def a_job(family: FamilyName, layout: Layout, *, sees: Sees = "all", **numbers: 
         vocabulary=1500,
         **more,
     )
-    return Job(
+    job = Job(
         run=RunSettings(name="test", steps=1),
         model=model,
         data=DataSettings(
-            sequence=SEQUENCE, global_batch=MICROBATCH, attention="document" if sees == "documents" else "sample"
+            sequence=SEQUENCE,
+            global_batch=MICROBATCH * layout.data_size,
+            attention="document" if sees == "documents" else "sample",
         ),
         layout=layout,
         cluster=cpu_cluster(layout.world_size),
     )
+    check_job(job)
+    return job
 
 
-def kept_bytes(model: Decoder, job: Job) -> int:
+class Batch(NamedTuple):
+    """Whole samples, as data has them."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+def kept_bytes(model: Decoder, job: Job, mesh: DeviceMesh | None = None) -> int:
     """What a forward pass leaves behind on this rank, logits and parameters left out."""
     for index, block in enumerate(model.blocks.values()):
         prepare_block(block, job.layout, index, compiled=False)
     model.to_empty(device="cpu")
-    tokens = torch.zeros(MICROBATCH, SEQUENCE, dtype=torch.int64)
+    torch.manual_seed(1)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # As one process would have them or not: routers are to send tokens to all experts.
+        local(tensor.detach()).normal_(std=0.02)
     documents = (torch.arange(SEQUENCE, dtype=torch.int32) // 9).repeat(MICROBATCH, 1)
+    tokens = torch.randint(1500, (MICROBATCH, SEQUENCE))
+    batch = Batch(tokens, tokens, documents if job.data.attention == "document" else None)
+    if mesh is None:
+        here, view = tokens, build_view(model.spec, SEQUENCE, batch.documents, tokens.device)
+    else:
+        here, targets, view = cut_sequence(batch, job.model, job.layout, mesh)
+        del targets
     with Made() as made:
-        told = documents if job.data.attention == "document" else None
-        logits = model(tokens, build_view(model.spec, SEQUENCE, told, tokens.device))
-    return made.held_bytes(but=[logits, documents, *model.parameters()]) + tokens.nbytes
+        for tensor in (view.places, view.mask):
+            if isinstance(tensor, Tensor):
+                made.remember(tensor)
+        logits = model(here, view)
+    # Places that nothing needs again are gone with it.
+    del view, tensor
+    return made.held_bytes(but=[logits, documents, here, *model.parameters()]) + here.nbytes
 
 
 def kept_on_a_rank(job: Job) -> int:
-    device = start_distributed(job.cluster)
-    model = build_model(job.model)
-    heads = Heads(job.model.kv_heads, job.model.head_dim)
-    apply_tensor(model, SPLIT_TABLES[job.model.family], build_mesh(job.layout, device)["tensor"], heads)
-    return kept_bytes(model, job)
+    device, layout = start_distributed(job.cluster), job.layout
+    model, mesh = build_model(job.model), build_mesh(job.layout, device)
+    if layout.context > 1:
+        apply_context(model, layout, mesh["context"], job.model.attention_window)
+    if job.model.experts:
+        apply_expert(model, build_expert_axis(layout, mesh, job.data.global_batch))
+    if layout.tensor > 1:
+        heads = Heads(job.model.kv_heads, job.model.head_dim)
+        apply_tensor(model, split_table(job.model), mesh["tensor"], heads)
+    return kept_bytes(model, job, mesh)
 
 
 each_policy = pytest.mark.parametrize("recompute", ["none", "selective", 2, "full"])
@@ -154,7 +203,7 @@ def put_off_bytes_on_a_rank(job: Job) -> int:
     put_products_off(model, later)
     if job.layout.tensor > 1:
         mesh = build_mesh(job.layout, start_distributed(job.cluster))["tensor"]
-        table = SPLIT_TABLES[job.model.family]
+        table = split_table(job.model)
         apply_tensor(model, table, mesh, Heads(job.model.kv_heads, job.model.head_dim))
     for index, block in enumerate(model.blocks.values()):
         prepare_block(block, job.layout, index, compiled=False)
@@ -183,6 +232,63 @@ def test_products_put_off_hold_what_is_predicted(family: FamilyName, tensor: int
     part = build_part(msgspec.structs.replace(job, layout=msgspec.structs.replace(layout, schedule="1f1b")))
     predicted = stage_activations(job, part.cut, part.stages[0]).put_off
     assert set(run_ranks(tensor, put_off_bytes_on_a_rank, job)) == {predicted}
+
+
+PLAIN_MIXTURE = Experts(count=8, per_token=2, feed_forward=40)
+# All that routing can have besides.
+FULL_MIXTURE = Experts(
+    count=8, per_token=3, feed_forward=40, shared=2, dense_layers=1, groups=4, groups_per_token=2, balance_loss=0.1
+)
+
+
+@each_policy
+@pytest.mark.parametrize(
+    ("family", "experts"),
+    [
+        ("mixtral", PLAIN_MIXTURE),
+        ("mixtral", FULL_MIXTURE),
+        ("qwen3-moe", msgspec.structs.replace(PLAIN_MIXTURE, normalised=False)),
+    ],
+)
+def test_and_what_mixtures_keep(family: FamilyName, experts: Experts, recompute: Recompute | int) -> None:
+    job = a_job(family, Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute), experts=experts)
+    assert activation_bytes(job, build_part(job)) == kept_bytes(build_model(job.model), job)
+
+
+@pytest.mark.parametrize(
+    ("experts", "axes", "recompute"),
+    [
+        (PLAIN_MIXTURE, {"shard": 2, "expert": 2}, "none"),
+        (PLAIN_MIXTURE, {"shard": 2, "expert": 2}, "full"),
+        (PLAIN_MIXTURE, {"tensor": 2, "expert": 2}, "selective"),
+        (FULL_MIXTURE, {"tensor": 2}, "none"),
+        (FULL_MIXTURE, {"tensor": 2}, "selective"),
+    ],
+)
+def test_and_of_experts_on_other_ranks(experts: Experts, axes: dict[str, Any], recompute: Recompute) -> None:
+    """What one rank has more than the mean of tokens that are sent, another has less."""
+    job = a_job(
+        "mixtral", Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, **axes), experts=experts
+    )
+    kept = run_ranks(2, kept_on_a_rank, job)
+    assert sum(kept) / 2 == activation_bytes(job, build_part(job))
+
+
+@pytest.mark.parametrize(
+    ("family", "axes", "sees", "recompute"),
+    [
+        ("llama", {"context": 2}, "documents", "none"),
+        ("gpt2", {"context": 2, "tensor": 2}, "all", "selective"),
+        ("llama", {"context": 2}, "documents", "full"),
+        ("mistral", {"context": 2, "context_form": "all-to-all"}, "window", "none"),
+        # One key head for two ranks is repeated.
+        ("qwen3", {"context": 2, "context_form": "all-to-all", "tensor": 2}, "all", "selective"),
+    ],
+)
+def test_and_along_context(family: FamilyName, axes: dict[str, Any], sees: Sees, recompute: Recompute) -> None:
+    layout = Layout(microbatch=MICROBATCH, precision="fp32", recompute=recompute, **axes)
+    job = a_job(family, layout, sees=sees)
+    assert set(run_ranks(layout.world_size, kept_on_a_rank, job)) == {activation_bytes(job, build_part(job))}
 
 
 def test_a_block_that_runs_again_can_be_the_peak() -> None:

@@ -11,7 +11,7 @@ from meshwright.plan.collective import Ring, build_ring, predict_collective
 from meshwright.plan.machine import cpu_cluster
 from meshwright.plan.rates import CPU, GPU
 from meshwright.plan.walk import walk_backward, walk_forward
-from meshwright.plan.work import Moves, Piece
+from meshwright.plan.work import Copies, Moves, Piece
 from meshwright.record import Prediction
 from meshwright.spec import DataSettings, Job, Layout, ModelSpec, Recompute, RunSettings
 from meshwright.spec.decode import planning_job
@@ -209,46 +209,37 @@ def test_axes_lie_on_the_links_that_the_order_gives_them() -> None:
     assert (whole.nodes, whole.link_bytes_per_s) == (4, 8 * cluster.inter.bytes_per_s)
 
 
-def pieces(gather_s: float, reduce_s: float) -> list[Piece]:
+def pieces(gather_s: float, reduce_s: float, accumulate_s: float = 0.0) -> list[Piece]:
     def piece(forward_s: float) -> Piece:
         return Piece(
             forward_s=forward_s,
             backward_s=2 * forward_s,
-            copy_out_s=0,
-            copy_in_s=0,
-            accumulate_s=0.5,
-            gather_s=gather_s,
-            scatter_s=reduce_s,
-            all_reduce_s=0,
+            copies=Copies(accumulate_s=accumulate_s, gather_s=gather_s, scatter_s=reduce_s),
         )
 
     return [piece(0), piece(10), piece(10), piece(10), piece(4)]
 
 
 def test_only_the_first_gather_shows_when_compute_is_long() -> None:
-    walk = walk_forward(pieces(1, 1), gathers=True, overlaps=True)
+    walk = walk_forward(pieces(1, 1), overlaps=True)
     # The root computes nothing, so the first block's gather shows as well.
     assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (34, 5, 2)
 
 
 def test_long_gathers_show_where_compute_is_too_short() -> None:
-    walk = walk_forward(pieces(15, 1), gathers=True, overlaps=True)
+    walk = walk_forward(pieces(15, 1), overlaps=True)
     # Root, first block, then 5 more than a block's 10 three times.
     assert walk.exposed_shard_s == 15 + 15 + 3 * 5
 
 
 def test_only_the_last_reduction_shows_when_compute_is_long() -> None:
-    walk = walk_backward(
-        pieces(0, 1), gathers=False, scatters=True, all_reduces=False, accumulates=False, overlaps=True
-    )
+    walk = walk_backward(pieces(0, 1), overlaps=True)
     # The root has nothing to compute: it waits for the first block's reduction, then its own shows.
     assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (68, 5, 2)
 
 
 def test_kept_gradients_cost_a_pass() -> None:
-    walk = walk_backward(
-        pieces(0, 1), gathers=False, scatters=False, all_reduces=False, accumulates=True, overlaps=True
-    )
+    walk = walk_backward(pieces(0, 0, accumulate_s=0.5), overlaps=True)
     assert (walk.compute_s, walk.shard_s, walk.exposed_shard_s) == (68 + 5 * 0.5, 0, 0)
 
 
@@ -264,12 +255,14 @@ def test_alike_pieces_are_walked_as_one(overlaps: bool) -> None:
                 again_s=chance.choice((0.0, 5.0)),
                 forward=Moves(tensor_s=chance.choice((0.0, 2.0))),
                 backward=Moves(tensor_s=chance.choice((0.0, 2.0)), expert_s=chance.choice((0.0, 1.0))),
-                copy_out_s=chance.uniform(0, 1),
-                copy_in_s=chance.uniform(0, 1),
-                accumulate_s=0.5,
-                gather_s=chance.choice((0.0, 1.0, 15.0)) * chance.uniform(0.5, 1),
-                scatter_s=chance.choice((0.0, 1.0, 30.0)) * chance.uniform(0.5, 1),
-                all_reduce_s=chance.uniform(0, 2),
+                copies=Copies(
+                    copy_out_s=chance.uniform(0, 1),
+                    copy_in_s=chance.uniform(0, 1),
+                    accumulate_s=0.5,
+                    gather_s=chance.choice((0.0, 1.0, 15.0)) * chance.uniform(0.5, 1),
+                    scatter_s=chance.choice((0.0, 1.0, 30.0)) * chance.uniform(0.5, 1),
+                    all_reduce_s=chance.uniform(0, 2),
+                ),
             )
             for _ in range(4)
         )
@@ -280,19 +273,14 @@ def test_alike_pieces_are_walked_as_one(overlaps: bool) -> None:
             msgspec.structs.replace(other, count=30),
             head,
         ]
-        forward = [walk_forward(order, gathers=True, overlaps=overlaps) for order in (one_by_one, counted)]
-        backward = [
-            walk_backward(order, gathers=True, scatters=True, all_reduces=True, accumulates=True, overlaps=overlaps)
-            for order in (one_by_one, counted)
-        ]
+        forward = [walk_forward(order, overlaps=overlaps) for order in (one_by_one, counted)]
+        backward = [walk_backward(order, overlaps=overlaps) for order in (one_by_one, counted)]
         for alone, together in (forward, backward):
             assert msgspec.structs.astuple(together) == pytest.approx(msgspec.structs.astuple(alone))
 
 
 def test_blocking_transfers_all_show() -> None:
-    walk = walk_backward(
-        pieces(2, 3), gathers=True, scatters=True, all_reduces=False, accumulates=False, overlaps=False
-    )
+    walk = walk_backward(pieces(2, 3), overlaps=False)
     # The head is whole already, the other four are gathered again.
     assert walk.exposed_shard_s == walk.shard_s == 4 * 2 + 5 * 3
 
@@ -306,3 +294,11 @@ def test_zero_1_moves_least_and_zero_3_most() -> None:
 
     assert moved(2) / moved(1) == pytest.approx(4, rel=0.01)
     assert moved(1) < moved(2) < moved(3) < 8 * moved(1)
+
+
+@pytest.mark.parametrize(("offload", "step_s"), [("optimizer", 0.726), ("parameters", 3.18)])
+def test_steps_with_offloading_measured_on_two_h200s(offload: str, step_s: float) -> None:
+    settings = ("layout.shard=2", "layout.microbatch=8", f"layout.offload={offload}")
+    prediction = predict(job_on("2xh200", "llama-1b-untied", 4096, 16, *settings))
+    assert prediction.step_s == pytest.approx(step_s, rel=0.1)
+    assert prediction.step.closes(prediction.step_s)

@@ -1,143 +1,10 @@
-"""Bytes that a rank keeps from the forward to the backward pass, by recompute policy, and the loss's tensors.
-
-Letters as in ModelSpec. Along the context axis a rank has its part of each sequence. Along the tensor axis norms and
-residuals lie split over that part, what column layers read is gathered and whole, and heads and feed-forward columns
-are this rank's; routed experts are given tokens as they lie split.
-"""
+"""Bytes that a rank keeps from the forward to the backward pass, by recompute policy, and the loss's tensors."""
 
 import msgspec
 
+from meshwright.plan.kept import BYTES, is_compiled, keep_block, keep_load, local_sequence, tokens_of, widths_of
 from meshwright.plan.part import Cut, Group, Part, Stage
-from meshwright.spec import SPLIT_BACKWARD, Job, ModelSpec, Moment, Precision
-
-BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
-
-
-def is_compiled(job: Job) -> bool:
-    """Whether blocks are compiled: on a GPU, unless backward passes are cut in two, which a compiled one is not."""
-    return job.cluster.device.kind == "cuda" and job.layout.schedule not in SPLIT_BACKWARD
-
-
-def local_sequence(job: Job) -> int:
-    """Tokens of each sequence on a rank of the context axis."""
-    return job.data.sequence // job.layout.context
-
-
-def tokens_of(job: Job) -> int:
-    """Tokens of a microbatch on a rank of the context axis."""
-    return job.layout.microbatch * local_sequence(job)
-
-
-class Saved(msgspec.Struct, frozen=True, kw_only=True):
-    """What one token leaves behind in one block: elements in compute precision, and numbers that are always fp32."""
-
-    elements: float
-    fp32: float
-
-    def bytes_at(self, precision: Precision) -> float:
-        """Both together."""
-        return self.elements * BYTES[precision] + 4 * self.fp32
-
-
-class Widths(msgspec.Struct, frozen=True, kw_only=True):
-    """Numbers a token on one rank. split: D where the sequence is split; whole: D where it is gathered.
-
-    query, key, value, mixed: attention's inputs and output, heads and their numbers together; made: keys and values as
-    computed, of which a rank that shares heads with others looks at one. heads, kv_heads: how many of them. low_rank:
-    what latent attention goes down to.
-    """
-
-    split: float
-    whole: float
-    query: float
-    key: float
-    value: float
-    mixed: float
-    made: float
-    heads: float
-    kv_heads: float
-    low_rank: float
-
-
-def widths_of(cut: Cut) -> Widths:
-    """What the rank's part of each sequence is as wide as."""
-    model, tensor = cut.model, cut.tensor
-    heads, kv_heads = model.heads / tensor, max(1, model.kv_heads / tensor)
-    # Where there are fewer key heads than ranks, each rank computes all of them.
-    made = kv_heads if model.kv_heads % tensor == 0 else model.kv_heads
-    latent = model.latent
-    positions = latent.rope_head_dim if latent else 0
-    value = latent.value_head_dim if latent else model.head_dim
-    return Widths(
-        split=model.d_model / tensor,
-        whole=model.d_model,
-        query=heads * (model.head_dim + positions),
-        key=kv_heads * (model.head_dim + positions),
-        value=kv_heads * value,
-        mixed=heads * value,
-        made=made * (model.head_dim + positions + value),
-        heads=heads,
-        kv_heads=kv_heads,
-        low_rank=latent.query_rank + latent.kv_rank + latent.rope_head_dim if latent else 0,
-    )
-
-
-def feed_forward_columns(model: ModelSpec, layer: int) -> tuple[float, float]:
-    """Of one block, whole: columns of the feed-forward parts that a token runs through, and its copies to experts."""
-    experts = model.experts
-    if experts is None or layer < experts.dense_layers:
-        return model.feed_forward, 0
-    return (experts.per_token + experts.shared) * experts.feed_forward, experts.per_token
-
-
-def keep_block(cut: Cut, *, dense: bool, selective: bool, compiled: bool) -> Saved:
-    """What a block keeps for its backward pass, nothing recomputed or all but products and attention.
-
-    dense: one of a mixture's first blocks, which have no experts.
-    """
-    keep = keep_products if selective else keep_all
-    return keep(cut, *feed_forward_columns(cut.model, 0 if dense else cut.model.layers), compiled=compiled)
-
-
-def keep_all(cut: Cut, columns: float, copies: float, *, compiled: bool) -> Saved:
-    """One block, nothing recomputed.
-
-    Inputs of the two norms 2D; their outputs, which the projections keep (gathered: whole), 2D; queries and attention's
-    output 2HE; keys and values 2KE; gate, up and their product 3F, or in a plain feed-forward part 2F; norms of heads
-    HE + KE; the results of latent attention's products to low ranks, and their norms; each expert's input and output.
-    Eager code on a CPU keeps besides: RMSNorm's scaled inputs, silu's output F, and attention's output once more with
-    heads innermost HE (where queries are rotated and so laid out anew); a test holds that sum to the built model.
-    """
-    model, w, f = cut.model, widths_of(cut), columns / cut.tensor
-    family = model.parts
-    kept = 2 * w.split + 2 * w.whole + w.query + w.key + w.value + w.mixed + (3 if family.gated else 2) * f
-    kept += 2 * w.low_rank + 2 * copies * w.split
-    # Attention's log-sum-exp; norms' reciprocal roots, and LayerNorm's means.
-    fp32 = w.heads + (2 if family.norm == "rms" else 4) / cut.tensor
-    if family.head_norms:
-        kept += w.query + w.key
-        fp32 += w.heads + w.kv_heads
-    if not compiled:
-        kept += (w.mixed if family.positions == "rotary" else 0) + (f if family.gated else 0)
-        kept += 2 * w.split if family.norm == "rms" else 0
-        kept += w.query + w.key if family.head_norms else 0
-    return Saved(elements=kept, fp32=fp32)
-
-
-def keep_products(cut: Cut, columns: float, copies: float, *, compiled: bool) -> Saved:
-    """One block, recomputed but for the results of matrix products, attention and transfers.
-
-    The block's input and the state after attention 2D; queries, keys, values and attention's output; gate and up 2F,
-    or up alone; where ranks divide a sequence, what they gathered, 2D. Eager code keeps every such result, needed or
-    not: the last product's D, and of ranks that divide a sequence the sums before their reduction, 2D.
-    """
-    model, w, f = cut.model, widths_of(cut), columns / cut.tensor
-    kept = 2 * w.split + w.query + w.made + w.mixed + (2 if model.parts.gated else 1) * f
-    kept += w.low_rank + 2 * copies * w.split
-    kept += 2 * w.whole if cut.tensor > 1 else 0
-    if not compiled:
-        kept += w.split + (2 * w.whole if cut.tensor > 1 else 0)
-    return Saved(elements=kept, fp32=w.heads)
+from meshwright.spec import SPLIT_BACKWARD, Job, Moment
 
 
 class Activations(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +19,7 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
 
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
-    layout, compiled, tokens = job.layout, is_compiled(job), tokens_of(job)
+    layout, tokens = job.layout, tokens_of(job)
     size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
     mask = 0 if job.cluster.device.kind == "cuda" else mask_elements(job)
@@ -160,16 +27,15 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     kept, done, again, first_again, start = 0.0, 0.0, float("-inf"), 0.0, 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0
-        whole = keep_block(cut, dense=dense, selective=False, compiled=compiled).bytes_at(layout.precision)
-        whole = tokens * whole + size * mask
+        whole = keep_block(job, cut, dense=dense, selective=False) + size * mask
         if not start and (recomputed or layout.recompute == "selective"):
             first_again = whole
         if layout.recompute == "selective":
-            part = keep_block(cut, dense=dense, selective=True, compiled=compiled).bytes_at(layout.precision)
-            kept, again, start = kept + count * tokens * part, max(again, whole - tokens * part), start + count
+            part = keep_block(job, cut, dense=dense, selective=True)
+            kept, again, start = kept + count * part, max(again, whole - part), start + count
             continue
         inputs = min(max(0, recomputed - start), count)
-        kept += inputs * tokens * size * split + (count - inputs) * whole
+        kept += inputs * (tokens * size * split + keep_load(cut, dense=dense)) + (count - inputs) * whole
         done = 0.0 if inputs else done
         again = whole if inputs else again
         done += (count - inputs) * whole
@@ -184,7 +50,7 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
         return Activations(kept=kept, again=again - done)
     # The first block's backward pass is the last one: while it runs again, the others' products are put off already.
     _, first = stage.runs(cut)[0]
-    more = max(0.0, first_again - tokens * size * put_off_block(cut, first))
+    more = max(0.0, first_again - tokens * size * put_off_block(job, cut, first))
     return Activations(kept=kept, again=max(again - done, put_off - kept + more), put_off=put_off)
 
 
@@ -195,21 +61,21 @@ def put_off_bytes(job: Job, cut: Cut, stage: Stage) -> float:
     """
     if job.layout.schedule not in SPLIT_BACKWARD:
         return 0.0
-    elements = sum(count * put_off_block(cut, group) for count, group in stage.runs(cut))
+    elements = sum(count * put_off_block(job, cut, group) for count, group in stage.runs(cut))
     if stage.head:
         # The final norm's output, gathered, and the gradient of the logits.
         elements += job.model.d_model - (-job.model.vocabulary // cut.tensor)
     return tokens_of(job) * elements * BYTES[job.layout.precision]
 
 
-def put_off_block(cut: Cut, group: Group) -> float:
+def put_off_block(job: Job, cut: Cut, group: Group) -> float:
     """Numbers a token of one block.
 
     Inputs: the norms' outputs, gathered, 2D; attention's output HE; the product of gate and up F. Gradients: of queries
     HE, keys and values 2KE, gate and up 2F; of both parts' outputs, before ranks of the tensor axis divide them, 2D; in
     latent attention of what it goes down to as well. Routed experts' products are not put off.
     """
-    model, w = cut.model, widths_of(cut)
+    model, w = cut.model, widths_of(job, cut)
     experts = None if group is cut.first and cut.dense else model.experts
     f = (experts.shared * experts.feed_forward if experts else model.feed_forward) / cut.tensor
     attention = 2 * w.whole + w.mixed + w.query + w.made + 2 * w.low_rank
@@ -257,13 +123,13 @@ def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> tuple[float, 
 def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:
     """Bytes a token beside the blocks.
 
-    The embedding keeps its int64 tokens, and of a split vocabulary those in the rank's part (its output is the first
-    block's input, counted there); the final norm its input and a root (LayerNorm a mean as well), in eager code on a
-    CPU also its input scaled; the head the norm's output, gathered.
+    The embedding keeps its int64 tokens (its output is the first block's input, counted there); the final norm its
+    input and a root (LayerNorm a mean as well), in eager code on a CPU also its input scaled; the head the norm's
+    output, gathered.
     """
     rms = job.model.parts.norm == "rms"
     split = job.model.d_model / cut.tensor
-    tokens = 0 if not stage.root else 8 if cut.tensor == 1 else 16
+    tokens = 8 if stage.root else 0
     if not stage.head:
         return tokens
     norms = split + (split if rms and not is_compiled(job) else 0) + job.model.d_model

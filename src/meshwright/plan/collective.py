@@ -1,5 +1,9 @@
 """Seconds of a collective along an axis, where the layout puts it."""
 
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+
 import msgspec
 
 from meshwright.plan.rates import Collective, Rates
@@ -20,22 +24,50 @@ class Ring(msgspec.Struct, frozen=True, kw_only=True):
 
 def build_ring(layout: Layout, axis: Axis, cluster: Cluster) -> Ring:
     """The ring of one group along `axis`."""
-    return place_ring(layout.size(axis), stride_of(layout, axis), layout.world_size, cluster)
+    return place_ring(ranks_along(layout, (axis,)), layout.world_size, cluster)
 
 
-def place_ring(size: int, stride: int, world_size: int, cluster: Cluster) -> Ring:
-    """The ring of `size` ranks, `stride` apart in rank numbers.
+def build_shard_ring(layout: Layout, cluster: Cluster) -> Ring:
+    """The ring that parameters are sharded over: shard and context as one."""
+    axes: list[Axis] = [axis for axis in layout.order if axis in ("shard", "context")]
+    return place_ring(ranks_along(layout, axes), layout.world_size, cluster)
+
+
+def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:
+    """The ring that tokens are exchanged over, and the ring that each routed expert is sharded over.
+
+    Both divide the ranks of shard, context and tensor, counted in that order; neighbours have different experts.
+    """
+    ranks, world_size = ranks_along(layout, ("shard", "context", "tensor")), layout.world_size
+    return (
+        place_ring(ranks[: layout.expert], world_size, cluster),
+        place_ring(ranks[:: layout.expert], world_size, cluster),
+    )
+
+
+def ranks_along(layout: Layout, axes: Sequence[Axis]) -> Sequence[int]:
+    """The ranks of the first group along these axes together, the last of them fastest; a range where they are one."""
+    levels = [(layout.size(axis), stride_of(layout, axis)) for axis in axes if layout.size(axis) > 1]
+    stride, size = (levels[-1][1], 1) if levels else (1, 1)
+    for more, apart in reversed(levels):
+        if apart != stride * size:
+            starts = (range(0, count * step, step) for count, step in levels)
+            return [sum(places) for places in product(*starts)]
+        size *= more
+    return range(0, size * stride, stride)
+
+
+def place_ring(ranks: Sequence[int], world_size: int, cluster: Cluster) -> Ring:
+    """The ring of these ranks.
 
     Ranks are numbered with the last axis of `layout.order` fastest and fill node after node. A group inside a node
     uses the inner link. One that spans nodes crosses each border once a direction, over as many ports as it has
     members there: other groups use the ports of their own members at the same time.
     """
-    per_node = cluster.devices_per_node
-    if stride * size <= per_node or world_size <= per_node:
-        return Ring(size=size, nodes=1, link_bytes_per_s=cluster.intra.bytes_per_s, round_s=cluster.intra.latency_s)
-    members = max(1, per_node // stride)
-    nodes = -(-size // members)
-    inside, across = cluster.intra, cluster.inter
+    size, inside, across = len(ranks), cluster.intra, cluster.inter
+    nodes, members = spread_over(ranks, cluster.devices_per_node)
+    if nodes == 1 or world_size <= cluster.devices_per_node:
+        return Ring(size=size, nodes=1, link_bytes_per_s=inside.bytes_per_s, round_s=inside.latency_s)
     return Ring(
         size=size,
         nodes=nodes,
@@ -45,22 +77,13 @@ def place_ring(size: int, stride: int, world_size: int, cluster: Cluster) -> Rin
     )
 
 
-def build_shard_ring(layout: Layout, cluster: Cluster) -> Ring:
-    """The ring that parameters are sharded over: shard and context, as if they lay side by side."""
-    stride = min(stride_of(layout, axis) for axis in ("shard", "context"))
-    return place_ring(layout.parameter_shards, stride, layout.world_size, cluster)
-
-
-def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:
-    """The ring that tokens are exchanged over, and the ring that each routed expert is sharded over.
-
-    Both divide the ranks of shard, context and tensor, as if they lay side by side; neighbours have different experts.
-    """
-    stride = min(stride_of(layout, axis) for axis in ("shard", "context", "tensor"))
-    return (
-        place_ring(layout.expert, stride, layout.world_size, cluster),
-        place_ring(layout.expert_shard, stride * layout.expert, layout.world_size, cluster),
-    )
+def spread_over(ranks: Sequence[int], per_node: int) -> tuple[int, int]:
+    """How many nodes these ranks are on, and how many of them on each, where that differs on one of them."""
+    if isinstance(ranks, range):
+        members = max(1, per_node // ranks.step)
+        return -(-len(ranks) // members), members
+    held = Counter(rank // per_node for rank in ranks)
+    return len(held), min(held.values())
 
 
 def stride_of(layout: Layout, axis: Axis) -> int:

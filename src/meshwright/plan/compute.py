@@ -2,9 +2,10 @@
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, feed_forward_columns, is_compiled, tokens_of
+from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of, widths_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
-from meshwright.plan.rates import rates_of
+from meshwright.plan.rates import HOST_LINK_BYTES_PER_S, HOST_UPDATE_BYTES_PER_S, rates_of
+from meshwright.plan.ring import ring_seconds
 from meshwright.spec import Device, Job, ModelSpec, count_flops
 
 # Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
@@ -15,19 +16,13 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
-# Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
-# taken to reach four fifths. What of the host's memory one device's update gets is an assumption, not measured.
-HOST_LINK_BYTES_PER_S = 50e9
-HOST_UPDATE_BYTES_PER_S = 20e9
-
-
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of a piece's kernels in its forward and backward pass.
 
-    weights_s: of the backward pass's, the gradients of matrices. Of the forward pass's, elementwise_s: all but matrix
-    products and attention; reads_s, reduces_s: products that read what is gathered along the tensor axis, and those
-    whose outputs are summed along it; last_s: its last product; attention_s: attention; routed_s: routed experts'
-    products. attention_back_s: attention's backward pass.
+    weights_s: of the backward pass's, the gradients of matrices that a pass cut in two puts off. Of the forward pass's,
+    elementwise_s: all but matrix products and attention; reads_s, reduces_s: products that read what is gathered along
+    the tensor axis, and those whose outputs are summed along it; last_s: its last product; attention_s: attention;
+    routed_s: routed experts' products. attention_back_s: attention's backward pass.
     """
 
     forward_s: float = 0.0
@@ -98,26 +93,34 @@ def block_products(job: Job, group: Group) -> dict[str, float]:
 def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
     """One block on one microbatch."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
-    peak = device.peak_flops_per_s(job.layout.precision)
     products = block_products(job, group)
     matmul_s = products["reads_s"] + products["reduces_s"] + products["routed_s"]
-    whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
-    # Ranks of the context axis have equal parts of what the mask lets through.
-    causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
-    attention_s = causal_flops / (peak * rates.attention_forward)
-    attention_back_s = 2 * causal_flops / (peak * rates.attention_backward)
+    attention_s, attention_back_s = attention_seconds(job, cut)
     share = rates.elementwise if is_compiled(job) else rates.eager
     size = tokens_of(job) * BYTES[job.layout.precision] / (device.memory_bytes_per_s * share) / cut.tensor
     forward_elements, backward_elements = elementwise_elements(job.model, dense=group is cut.first and cut.dense > 0)
     return Passes(
         forward_s=matmul_s + attention_s + forward_elements * size,
         backward_s=2 * matmul_s + attention_back_s + backward_elements * size,
-        weights_s=matmul_s,
+        # Experts' products are not put off to a pass of their own.
+        weights_s=matmul_s - products["routed_s"],
         elementwise_s=forward_elements * size,
         attention_s=attention_s,
         attention_back_s=attention_back_s,
         **products,
     )
+
+
+def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
+    """Forward and backward seconds of one block's attention on one microbatch."""
+    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
+    # Ranks of the context axis have equal parts of what the mask lets through.
+    causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
+    if job.layout.context > 1 and job.layout.context_form == "ring":
+        return ring_seconds(job, widths_of(job, cut), causal_flops)
+    peak = device.peak_flops_per_s(job.layout.precision)
+    return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
 
 
 def visible_share(model: ModelSpec, sequence: int) -> float:
@@ -138,30 +141,22 @@ def head_passes(job: Job) -> Passes:
 
 
 def predict_optimizer(job: Job, local: int) -> float:
-    """Seconds of gradient norm, clipping and update of a rank's `local` parameters."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    """Seconds of gradient norm, clipping and update of a rank's `local` parameters, and of moving what is offloaded."""
+    device, rates, offload = job.cluster.device, rates_of(job.cluster.device), job.layout.offload
     local_bytes = STATE_BYTES * local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
-    update_s = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
-    update_s += offload_seconds(job, local)
     # The norm reads gradients; clipping reads and writes them again.
     clip_passes = 3 if job.optimizer.clip_norm > 0 else 1
-    return update_s + clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
-
-
-def offload_seconds(job: Job, local: int) -> float:
-    """What a rank's step takes longer because of what lies in the host's memory.
-
-    Moments come and go with each update. Parameters come for each gather, twice a microbatch, their gradients go after
-    each backward pass, and the host updates them.
-    """
-    if job.layout.offload == "none":
-        return 0.0
-    if job.layout.offload == "optimizer":
-        return 4 * STATE_BYTES * local / HOST_LINK_BYTES_PER_S
-    moved = 3 * job.layout.accumulation(job.data.global_batch) * STATE_BYTES * local
-    return moved / HOST_LINK_BYTES_PER_S + 7 * STATE_BYTES * local / HOST_UPDATE_BYTES_PER_S
+    if offload == "parameters":
+        # They come for each gather, twice a microbatch; their gradients go after each backward pass.
+        moved = 3 * job.layout.accumulation(job.data.global_batch)
+        host_s = (passes + clip_passes) * local_bytes / HOST_UPDATE_BYTES_PER_S
+        return host_s + moved * local_bytes / HOST_LINK_BYTES_PER_S
+    seconds = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
+    seconds += clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
+    # Moments come and go with each update.
+    return seconds + (4 * local_bytes / HOST_LINK_BYTES_PER_S if offload == "optimizer" else 0.0)
 
 
 def has_known_peak(device: Device, job: Job) -> bool:

@@ -1,11 +1,16 @@
 """Transfers along the context axis in one block: keys and values around a ring, or heads exchanged for tokens."""
 
-from meshwright.plan.activations import BYTES, tokens_of, widths_of
 from meshwright.plan.collective import build_ring, predict_exchange
 from meshwright.plan.compute import Passes
+from meshwright.plan.kept import BYTES, tokens_of, widths_of
 from meshwright.plan.part import STATE_BYTES, Cut
 from meshwright.plan.rates import rates_of
+from meshwright.plan.ring import ring_buffer_bytes
 from meshwright.spec import Job
+
+# Tensors of the exchanged size that there are at once: in the backward pass what is to be sent, its late chunks in
+# order, all put in the order of ranks, that laid out anew, and what is received.
+EXCHANGE_COPIES = 4.5
 
 
 def context_transfers(job: Job, cut: Cut, passes: Passes) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -20,7 +25,7 @@ def ring_transfers(job: Job, cut: Cut, passes: Passes) -> tuple[tuple[float, flo
 
     These end at home, so they make one step more.
     """
-    size, widths, rates = job.layout.context, widths_of(cut), rates_of(job.cluster.device)
+    size, widths, rates = job.layout.context, widths_of(job, cut), rates_of(job.cluster.device)
     numbers = tokens_of(job) * (widths.key + widths.value)
     # All send at once, so a step lasts as long as its slowest hop: between nodes through the sender's own port.
     ring = build_ring(job.layout, "context", job.cluster)
@@ -49,28 +54,22 @@ def ring_transfers(job: Job, cut: Cut, passes: Passes) -> tuple[tuple[float, flo
 def exchange_transfers(job: Job, cut: Cut) -> tuple[tuple[float, float], tuple[float, float]]:
     """Queries, keys and values are exchanged before attention and its output after it; backward their gradients.
 
-    Where a rank has fewer key heads than there are ranks, they are repeated. Nothing runs beside it.
+    The first three travel together. Nothing runs beside it.
     """
-    size, widths, rates = job.layout.context, widths_of(cut), rates_of(job.cluster.device)
+    widths, rates = widths_of(job, cut), rates_of(job.cluster.device)
     ring = build_ring(job.layout, "context", job.cluster)
-    repeated = max(1.0, size / widths.kv_heads)
     tokens_bytes = tokens_of(job) * BYTES[job.layout.precision]
-    exchanged = (widths.query, widths.key * repeated, widths.value * repeated, widths.mixed)
-    pass_s = sum(predict_exchange(width * tokens_bytes, ring, job.cluster, rates) for width in exchanged)
+    pass_s = sum(
+        predict_exchange(width * tokens_bytes, ring, job.cluster, rates) for width in (widths.sent, widths.mixed)
+    )
     return (pass_s, 0.0), (pass_s, 0.0)
 
 
 def context_buffer_bytes(job: Job, cut: Cut) -> float:
-    """What is on its way, at most, in the backward pass of one block.
-
-    A ring has keys and values twice, at hand and coming, with their fp32 gradients, and its own fp32 sums of queries'
-    gradients; an exchange has what it sends and what it receives.
-    """
+    """What one block holds, at most, beside what attention is given and gives."""
     if job.layout.context == 1:
         return 0.0
-    widths, size = widths_of(cut), BYTES[job.layout.precision]
+    widths = widths_of(job, cut)
     if job.layout.context_form == "ring":
-        numbers = 2 * (widths.key + widths.value) * (size + STATE_BYTES) + widths.query * STATE_BYTES
-    else:
-        numbers = 2 * size * max(widths.query, widths.mixed)
-    return tokens_of(job) * numbers
+        return ring_buffer_bytes(job, cut, widths)
+    return EXCHANGE_COPIES * tokens_of(job) * widths.sent * BYTES[job.layout.precision]

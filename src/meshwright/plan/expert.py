@@ -1,7 +1,7 @@
 """What routing tokens to experts on other ranks costs in one block: exchanges, buffers, and uneven loads."""
 
-from meshwright.plan.activations import BYTES, feed_forward_columns, tokens_of
 from meshwright.plan.collective import build_expert_rings, predict_exchange
+from meshwright.plan.kept import BYTES, feed_forward_columns, tokens_of
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Job
 

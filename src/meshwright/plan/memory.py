@@ -3,12 +3,13 @@
 import msgspec
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.activations import BYTES, peak_bytes
+from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes
-from meshwright.plan.part import STATE_BYTES, Groups, Part
+from meshwright.plan.kept import BYTES
+from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
 from meshwright.spec import Job, Moment
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
@@ -86,15 +87,16 @@ def gathered_bytes(job: Job, groups: Groups) -> float:
     """Parameters in compute precision beside the fp32 masters.
 
     Kept whole, or else: root and head, which the ends of both passes need, one block at work and one gathered ahead.
-    A gather's own buffer, as large as the largest group, lies in the pool of the gather's stream. FSDP makes the
-    compute copy in a single process too.
+    A gather's own buffer, as large as the largest group, lies in the pool of the gather's stream; routed experts are
+    a group by themselves. FSDP makes the compute copy in a single process too.
     """
     layout = job.layout
     elements = groups.root + groups.head + min(2, groups.layers) * groups.largest_block
     if layout.zero < 3:
         elements = groups.whole()
-    if layout.parameter_shards > 1:
-        elements += max(groups.largest_block, groups.head, groups.root)
+    arriving = [groups.largest_plain, groups.head, groups.root] if layout.parameter_shards > 1 else []
+    arriving += [groups.largest_routed] if layout.expert_shard > 1 else []
+    elements += max(arriving, default=0)
     return float(elements * BYTES[layout.precision])
 
 
@@ -105,8 +107,11 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
     """
     layout = job.layout
     in_flight = groups.largest_block * (BYTES[layout.precision] + STATE_BYTES)
-    keeps = (layout.zero == 1 or layout.parameter_shards == 1) and layout.accumulation(job.data.global_batch) > 1
-    return float(in_flight + (STATE_BYTES * groups.whole() if keeps else 0))
+    kept = 0
+    if layout.accumulation(job.data.global_batch) > 1:
+        kept += groups.whole() - groups.routed if holds_whole(layout, layout.parameter_shards) else 0
+        kept += groups.routed if holds_whole(layout, layout.expert_shard) else 0
+    return float(in_flight + STATE_BYTES * kept)
 
 
 def framework_bytes(job: Job) -> float:

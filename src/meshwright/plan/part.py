@@ -89,10 +89,17 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Groups(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters (elements) of a rank's FSDP groups: mean block, largest block, head with its norm, root."""
+    """Parameters (elements) of a rank's FSDP groups: mean block, largest block, head with its norm, root.
+
+    Routed experts are a group beside their block's, and may be sharded where the rest is not, or the other way round.
+    largest_plain, largest_routed: the largest of either. routed: of all blocks.
+    """
 
     block: float
     largest_block: int
+    largest_plain: int
+    largest_routed: int
+    routed: int
     head: int
     root: int
     layers: int
@@ -115,6 +122,11 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
     groups: Groups
     local: int
     tensors: int
+
+
+def holds_whole(layout: Layout, shards: int) -> bool:
+    """Whether parameters over so many shards, and their gradients, stay whole from one microbatch to the next."""
+    return shards == 1 or layout.zero == 1
 
 
 def build_part(job: Job, rank: int = 0) -> Part:
@@ -154,6 +166,9 @@ def part_of(cut: Cut, rank: int, stages: tuple[Stage, ...]) -> Part:
         groups=Groups(
             block=sum(count * group.elements for count, group in blocks) / layers,
             largest_block=max(group.elements for _, group in blocks),
+            largest_plain=max(group.elements - group.routed for _, group in blocks),
+            largest_routed=max(group.routed for _, group in blocks),
+            routed=sum(count * group.routed for count, group in blocks),
             head=cut.head.elements if any(stage.head for stage in stages) else 0,
             root=cut.root.elements if any(stage.root for stage in stages) else 0,
             layers=layers,

@@ -3,11 +3,11 @@
 import msgspec
 
 from meshwright.plan.frame import Frame
-from meshwright.plan.part import Part, Stage
+from meshwright.plan.part import Part, Stage, holds_whole
 from meshwright.plan.rates import rates_of
 from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
-from meshwright.plan.work import Moves, Piece, build_pieces, stage_pieces
+from meshwright.plan.work import Does, Moves, Piece, build_pieces, stage_pieces
 from meshwright.spec import SPLIT_BACKWARD, Job
 
 
@@ -55,33 +55,30 @@ def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
 
 def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
     """One stage's passes."""
-    layout, rates = job.layout, rates_of(job.cluster.device)
-    overlaps, microbatches = rates.overlaps, layout.accumulation(job.data.global_batch)
-    # Replicas alone, and zero 1, keep whole parameters and gradients from one microbatch's backward pass to the next.
-    holds = layout.parameter_shards == 1 or layout.zero == 1
+    layout, overlaps = job.layout, rates_of(job.cluster.device).overlaps
     split = layout.schedule in SPLIT_BACKWARD
 
-    def back(*, last: bool) -> Walk:
-        reduces = (last or not holds) and not split
-        return walk_backward(
-            pieces,
-            gathers=layout.zero == 3,
-            scatters=reduces,
-            all_reduces=reduces and last and layout.replica > 1,
-            accumulates=holds and microbatches > 1,
-            overlaps=overlaps,
-            last=last,
-        )
+    def in_pass(*, backward: bool, first: bool = False, last: bool = False) -> list[Piece]:
+        # A mixture's experts may be split where the rest is not, and the other way round.
+        does = [
+            backward_does(job, shards, last=last)
+            if backward
+            else Does(gathers=first or not holds_whole(layout, shards))
+            for shards in (layout.parameter_shards, layout.expert_shard)
+        ]
+        return [piece.in_pass(*does) for piece in pieces]
 
-    first = walk_forward(pieces, gathers=True, overlaps=overlaps)
-    forward = walk_forward(pieces, gathers=not holds, overlaps=overlaps)
-    backward, last, closing = back(last=False), back(last=True), Walk()
+    first = walk_forward(in_pass(backward=False, first=True), overlaps=overlaps)
+    forward = walk_forward(in_pass(backward=False), overlaps=overlaps)
+    backward = walk_backward(in_pass(backward=True), overlaps=overlaps, last=False)
+    last, closing = walk_backward(in_pass(backward=True, last=True), overlaps=overlaps), Walk()
     if split:
         # Weights' gradients come after the passes that FSDP would reduce behind: all of it shows.
-        scatter_s = sum(p.count * p.scatter_s for p in pieces)
-        replica_s = sum(p.count * p.all_reduce_s for p in pieces) if layout.replica > 1 else 0.0
+        copies = [(p.count, p.copies + p.routed) for p in pieces]
+        scatter_s = sum(count * each.scatter_s for count, each in copies)
+        replica_s = sum(count * each.all_reduce_s for count, each in copies)
         closing = Walk(
-            compute_s=sum(p.count * p.copy_in_s for p in pieces),
+            compute_s=sum(count * each.copy_in_s for count, each in copies),
             shard_s=scatter_s,
             replica_s=replica_s,
             exposed_shard_s=scatter_s,
@@ -95,11 +92,24 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         middle=forward + backward,
         weights_s=sum(p.count * p.weights_s for p in pieces),
         closing_s=closing.busy_s(),
-        launch_s=stage_launches(job, stage) / 2 if job.cluster.device.kind == "cpu" else 0.0,
+        launch_s=stage_waits(job, stage),
         hidden=Moves(
             tensor_s=sum(p.count * p.hidden.tensor_s for p in pieces),
             context_s=sum(p.count * p.hidden.context_s for p in pieces),
         ),
+    )
+
+
+def backward_does(job: Job, shards: int, *, last: bool) -> Does:
+    """What is done in a backward pass with parameters over so many shards."""
+    layout = job.layout
+    holds = holds_whole(layout, shards)
+    reduces = (last or not holds) and layout.schedule not in SPLIT_BACKWARD
+    return Does(
+        gathers=layout.zero == 3,
+        scatters=reduces,
+        all_reduces=reduces and last and layout.replica > 1,
+        accumulates=holds and layout.accumulation(job.data.global_batch) > 1,
     )
 
 
@@ -109,10 +119,25 @@ def rank_launches(job: Job, part: Part) -> float:
 
 
 def stage_launches(job: Job, stage: Stage) -> float:
-    """The same of one stage. FSDP wraps each block, the head and the root; what runs again is launched again."""
+    """The same of one stage. FSDP wraps each block, a mixture's experts, the head and the root; what runs again is
+    launched again."""
     rates = rates_of(job.cluster.device)
     again = stage.first(job.layout.recomputed_layers(job.model.layers))
     launches_s = rates.block_host_s * (stage.layers + again / 2)
-    launches_s += rates.group_host_s * (stage.layers + 1 + stage.head)
+    launches_s += rates.group_host_s * (stage.layers + stage_mixtures(job, stage) + 1 + stage.head)
     ends = (stage.root + stage.head) / 2
     return launches_s + (rates.tensor_host_s * (stage.layers + ends + again / 2) if job.layout.tensor > 1 else 0.0)
+
+
+def stage_waits(job: Job, stage: Stage) -> float:
+    """What the device waits for the host in either pass of a microbatch, however far ahead the host is else."""
+    rates = rates_of(job.cluster.device)
+    if job.cluster.device.kind == "cpu":
+        return stage_launches(job, stage) / 2
+    return stage_mixtures(job, stage) * (rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0))
+
+
+def stage_mixtures(job: Job, stage: Stage) -> int:
+    """Blocks with a mixture."""
+    experts = job.model.experts
+    return 0 if experts is None else stage.layers - stage.first(experts.dense_layers)

@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, tokens_of
 from meshwright.plan.collective import hop_seconds
 from meshwright.plan.frame import Frame
+from meshwright.plan.kept import BYTES, tokens_of
 from meshwright.plan.part import STATE_BYTES
 from meshwright.plan.passes import StageWalks
 from meshwright.plan.rates import rates_of

@@ -14,6 +14,14 @@ from meshwright.spec import Device
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
+# Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
+# taken to reach four fifths.
+HOST_LINK_BYTES_PER_S = 50e9
+# The host's cores on parameters that are offloaded: 10 passes (7 of AdamW, 3 of the norm and clipping) over 0.75e9
+# numbers of 4 bytes in about 2.4 s of a 3.18 s step, a rank: llama-1b-untied, shard 2, on two H200s whose host has 32
+# cores for both (torch 2.11, 2026-11-23). Ranks with fewer cores will have less.
+HOST_UPDATE_BYTES_PER_S = 12.5e9
+
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Shares of a device's peak FLOP rate, memory bandwidth and link bandwidth; and seconds that the host takes.
@@ -21,6 +29,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
         1 + matmul_edge (1/M + 1/K + 1/N) times as long.
     attention_forward, attention_backward: of the peak, on the causal half of the products alone.
+    ring_forward, ring_backward: the same of the context axis's ring, whose kernels are others.
     elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
     loss: cross entropy over the vocabulary.
     grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
@@ -37,6 +46,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul_edge: float
     attention_forward: float
     attention_backward: float
+    ring_forward: float
+    ring_backward: float
     elementwise: float
     eager: float
     loss: float
@@ -50,6 +61,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     block_host_s: float
     group_host_s: float
     tensor_host_s: float
+    routed_wait_s: float
+    sent_wait_s: float
     step_s: float
 
 
@@ -62,6 +75,10 @@ GPU = Rates(
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     attention_forward=0.51,
     attention_backward=0.37,
+    # FlashAttention 2: 761.5 ms forward and backward over 131,072 tokens on 2 H200s (32 heads of 128, 8 key heads:
+    # docs/benchmarks.md), less what adding up reads and writes. Only the sum was measured: split as cuDNN's two are.
+    ring_forward=0.35,
+    ring_backward=0.256,
     # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
     elementwise=0.53,
     # Assumed as far below a copy (the next line) as on the CPU below, where it is measured: not compiled, the same work
@@ -69,8 +86,9 @@ GPU = Rates(
     eager=0.27,
     # Device copy 4.26 TB/s of 4.8: the compiled loss is a few passes over large tensors. Assumed to equal a copy.
     loss=0.89,
-    # Assumed: not measured yet.
-    grouped=0.85,
+    # `inefficiency` of examples/mixture.toml on 2 H200s (torch 2.11, 2026-11-23): 172 ms with shard 2, 147 with expert
+    # 2 as well, where this gives 167 and 158. What is eager around the products, routing and SwiGLU, is in it.
+    grouped=0.6,
     # 8.03e9 parameters x (2 + 4) bytes in 26 ms: 1.85 TB/s of 4.8.
     copy_in=0.39,
     # 2 gathers x 8.03e9 parameters x (2 + 2) bytes in 17 ms: 3.8 TB/s of 4.8.
@@ -90,6 +108,10 @@ GPU = Rates(
     group_host_s=0.8e-3,
     # Compiled, a block's placements are settled before it runs. Assumed: none.
     tensor_host_s=0.0,
+    # `host` of the two runs of examples/mixture.toml above, profiled: 54 and 117 ms a step of 12 blocks, 2 microbatches
+    # and 2 passes. Assumed to be the same for larger blocks, under which the host might run ahead.
+    routed_wait_s=1.1e-3,
+    sent_wait_s=1.3e-3,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
     step_s=0.0,
 )
@@ -102,6 +124,9 @@ CPU = Rates(
     # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
     attention_forward=0.17,
     attention_backward=0.17,
+    # torch's flash attention again, in pieces.
+    ring_forward=0.17,
+    ring_backward=0.17,
     # A block's rest, 11.5 ms for 109 MB by elementwise_elements (eager, many passes): 9.5 GB/s of a copy's 32.
     elementwise=0.30,
     eager=0.30,
@@ -127,6 +152,9 @@ CPU = Rates(
     # `host` of a step of a model of 2 blocks, the two ends of which count as a third: 33 ms in 2 processes along
     # tensor, 8 ms in one (measured accounts, 2026-11-22; DTensor works out in Python where everything goes).
     tensor_host_s=8e-3,
+    # Every launch counts here, in a block's.
+    routed_wait_s=0.0,
+    sent_wait_s=0.0,
     # The optimizer's and the loop's own Python, assumed.
     step_s=4e-3,
 )

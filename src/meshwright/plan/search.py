@@ -7,6 +7,7 @@ import msgspec
 
 from meshwright.plan.fit import Rejected, fit_recompute, with_layout
 from meshwright.plan.frame import Frame
+from meshwright.plan.kept import is_masked
 from meshwright.plan.part import Cut, Part, build_parts, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.time import bound_step
@@ -132,8 +133,8 @@ def search_plain(search: Search) -> None:
             data = msgspec.structs.replace(layout, shard=ranks // tensor)
             if divides_batch(search, data):
                 for split in splits(layout, ranks // tensor):
-                    for experts in expert_sizes(job, split):
-                        search_split(search, msgspec.structs.replace(split, expert=experts))
+                    for divided in divide_experts(search, split):
+                        search_split(search, divided)
 
 
 def divides_batch(search: Search, layout: Layout) -> bool:
@@ -187,7 +188,20 @@ def grids(job: Job) -> Iterator[Layout]:
                     continue
                 if not divides_model(job, tensor):
                     continue
-                yield plainest(job, pipeline=pipeline, shard=devices // inner, context=context, tensor=tensor)
+                grid = plainest(job, pipeline=pipeline, shard=devices // inner, context=context, tensor=tensor)
+                yield choose_form(job, grid)
+
+
+def choose_form(job: Job, grid: Layout) -> Layout:
+    """The grid with heads exchanged where it can be and a ring would be slow: with documents or windows."""
+    if grid.context == 1 or not is_masked(job):
+        return grid
+    exchanged = msgspec.structs.replace(grid, context_form="all-to-all")
+    try:
+        check_context(exchanged, job.model, job.data.sequence)
+    except SettingError:
+        return grid
+    return exchanged
 
 
 def divides_model(job: Job, tensor: int) -> bool:
@@ -200,10 +214,9 @@ def divides_model(job: Job, tensor: int) -> bool:
 
 
 def check_grid(job: Job, layout: Layout) -> None:
-    """Raise SettingError for what no cluster could run."""
+    """Raise SettingError for what no cluster could run, however experts are divided."""
     check_layout(layout, job.data.global_batch)
     check_context(layout, job.model, job.data.sequence)
-    check_expert(layout, job.model)
     check_schedule(layout, layout.accumulation(job.data.global_batch), job.model.layers)
 
 
@@ -218,9 +231,9 @@ def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:
         search.refuse(grid, error)
         return []
     missing: Rejected | None = None
-    for experts in reversed(expert_sizes(search.job, grid)):
+    for divided in reversed(divide_experts(search, grid)):
         for zero in (1, 3) if grid.parameter_shards > 1 else (1,):
-            candidate = with_layout(search.job, msgspec.structs.replace(grid, expert=experts, zero=zero))
+            candidate = with_layout(search.job, msgspec.structs.replace(divided, zero=zero))
             fitting, missing = fit_recompute(candidate, search.frame)
             if fitting:
                 return [
@@ -238,8 +251,8 @@ def vary_grid(search: Search, grid: Layout) -> None:
     for shard in shard_sizes(job, grid, ranks):
         sizes = {"replica": ranks // shard, "shard": shard, "expert": 1}
         split = msgspec.structs.replace(grid, recompute="none", **sizes)
-        for experts in expert_sizes(job, split):
-            search_split(search, msgspec.structs.replace(split, expert=experts))
+        for divided in divide_experts(search, split):
+            search_split(search, divided)
     found = search.found[before:]
     if not found:
         return
@@ -276,13 +289,25 @@ def shard_sizes(job: Job, grid: Layout, ranks: int) -> list[int]:
     return sorted({ranks, gcd(ranks, inside), 1}, reverse=True)
 
 
-def expert_sizes(job: Job, layout: Layout) -> list[int]:
-    """Powers of two that divide both a mixture's experts and the ranks that hold them."""
-    if job.model.experts is None:
-        return [1]
-    common = gcd(job.model.experts.count, layout.expert_ranks)
-    sizes = (1 << power for power in range(MOST_EXPERT_RANKS.bit_length()))
-    return [size for size in sizes if common % size == 0]
+def divide_experts(search: Search, layout: Layout) -> list[Layout]:
+    """The layout with every power of two along expert that can divide the model's experts; why none can is remembered.
+
+    What `expert` leaves of the ranks divides each expert's matrices, so that it may work with one size and not another.
+    """
+    found: list[Layout] = []
+    refusals: list[tuple[Layout, SettingError]] = []
+    most = MOST_EXPERT_RANKS if search.job.model.experts else 1
+    for size in (1 << power for power in range(most.bit_length())):
+        divided = msgspec.structs.replace(layout, expert=size)
+        try:
+            check_expert(divided, search.job.model)
+        except SettingError as error:
+            refusals.append((divided, error))
+        else:
+            found.append(divided)
+    if not found:
+        search.refuse(*refusals[0])
+    return found
 
 
 def axis_sizes(devices: int) -> list[int]:

@@ -7,8 +7,8 @@ gradients of what each of them holds whole: norms, the biases of row layers, key
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, tokens_of
 from meshwright.plan.collective import build_ring, predict_collective
+from meshwright.plan.kept import BYTES, tokens_of
 from meshwright.plan.part import Cut, Group
 from meshwright.plan.rates import rates_of
 from meshwright.spec import Job

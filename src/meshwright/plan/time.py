@@ -30,13 +30,15 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     stages = walk_stages(job, frame)
     walk = mean_walk(stages, microbatches, ranks)
     launches_s = sum(rank_launches(job, part) for part in frame.parts) * microbatches / ranks
-    eager_s = launches_s if device.kind == "cpu" else 0.0
-    idle = explain_idle(job, frame, stages, walk.busy_s() + eager_s, brief=brief)
+    waits_s = 2 * sum(stage.launch_s for stage in stages) * microbatches / ranks
+    idle = explain_idle(job, frame, stages, walk.busy_s() + waits_s, brief=brief)
     useful_s = useful_seconds(job)
     optimizers = [predict_optimizer(job, part.local) for part in frame.parts]
     optimizer_s = sum(optimizers) / ranks
-    # A CPU launches and works in turn; a GPU idles only for what the host launches later than it could run.
-    late_s = eager_s if device.kind == "cpu" else max(0.0, launches_s - walk.busy_s() - idle.total_s())
+    # A CPU launches and works in turn; a GPU idles also for what the host launches later than it could run.
+    host_s = waits_s
+    if device.kind != "cpu":
+        host_s += max(0.0, launches_s - walk.busy_s() - waits_s - idle.total_s())
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,
@@ -51,7 +53,7 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
         comm_control=predict_control(job),
         imbalance=walk.uneven_s + idle.imbalance_s + max(optimizers) - optimizer_s,
         bubble=idle.bubble_s,
-        host=late_s + rates.step_s,
+        host=host_s + rates.step_s,
     )
     return account, hidden_seconds(stages, walk, idle, microbatches, ranks)
 

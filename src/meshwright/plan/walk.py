@@ -38,41 +38,32 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
         return Walk(**{name: getattr(self, name) * times for name in self.__struct_fields__})
 
 
-def walk_forward(pieces: Sequence[Piece], *, gathers: bool, overlaps: bool) -> Walk:
-    """A forward pass.
+def walk_forward(pieces: Sequence[Piece], *, overlaps: bool) -> Walk:
+    """A forward pass of pieces with the copies that it does.
 
     While a piece computes, the next one is gathered (FSDP's prefetch goes one ahead), so only the first gather and
     what a piece's compute is too short to cover are exposed.
     """
     whole = Walk(
-        compute_s=sum(p.count * (p.forward_s + (p.copy_out_s if gathers else 0.0)) for p in pieces),
+        compute_s=sum(p.count * (p.forward_s + p.copies.copy_out_s) for p in pieces),
         **sum_moves([(p.count, p.forward) for p in pieces]),
-        shard_s=sum(p.count * p.gather_s for p in pieces) if gathers else 0.0,
+        shard_s=sum(p.count * p.copies.gather_s for p in pieces),
     )
     if not overlaps or not whole.shard_s:
         return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s)
     # Seconds from now until the coming piece is whole.
-    ahead_s, waited_s = pieces[0].gather_s, 0.0
+    ahead_s, waited_s = pieces[0].copies.gather_s, 0.0
     for index, piece in enumerate(pieces):
-        busy_s = piece.copy_out_s + piece.forward_s + piece.forward.total()
+        busy_s = piece.copies.copy_out_s + piece.forward_s + piece.forward.total()
         # The first waits for what was gathered under the piece before it, the others of its kind under one of them.
-        waited_s += max(0.0, ahead_s) + (piece.count - 1) * max(0.0, piece.gather_s - busy_s)
+        waited_s += max(0.0, ahead_s) + (piece.count - 1) * max(0.0, piece.copies.gather_s - busy_s)
         if index + 1 < len(pieces):
-            ahead_s = pieces[index + 1].gather_s - busy_s
+            ahead_s = pieces[index + 1].copies.gather_s - busy_s
     return msgspec.structs.replace(whole, exposed_shard_s=waited_s)
 
 
-def walk_backward(
-    pieces: Sequence[Piece],
-    *,
-    gathers: bool,
-    scatters: bool,
-    all_reduces: bool,
-    accumulates: bool,
-    overlaps: bool,
-    last: bool = True,
-) -> Walk:
-    """A backward pass, from the last piece to the first.
+def walk_backward(pieces: Sequence[Piece], *, overlaps: bool, last: bool = True) -> Walk:
+    """A backward pass, from the last piece to the first, each with the copies that it does.
 
     Gathers and reductions share the links and are sent in the order in which FSDP issues them: the next piece's
     gather when a piece begins, a piece's reduction when it ends. FSDP keeps one reduction in flight: a piece that
@@ -81,17 +72,15 @@ def walk_backward(
     """
     order = list(reversed(pieces))
     # The head stays whole between the passes; the root is gathered first of all, when the backward pass begins.
-    reduces = scatters or all_reduces
     stretches = [
         Stretch(
             count=p.count,
-            gather_s=p.gather_s if gathers and index else 0.0,
+            gather_s=p.copies.gather_s if index else 0.0,
             busy_s=p.again_s
             + p.again.total()
             + p.backward.total()
-            + computed_of(p, gathers and index > 0, reduces)
-            + (p.accumulate_s if accumulates else 0.0),
-            reduce_s=(p.scatter_s if scatters else 0.0) + (p.all_reduce_s if all_reduces else 0.0),
+            + (p.backward_s + (p.copies.copy_out_s if index else 0.0) + p.copies.copy_in_s + p.copies.accumulate_s),
+            reduce_s=p.copies.scatter_s + p.copies.all_reduce_s,
         )
         for index, p in enumerate(order)
     ]
@@ -99,7 +88,7 @@ def walk_backward(
     moves = sum_moves([(p.count, part) for p in order for part in (p.again, p.backward)])
     gathered_s = sum(s.count * s.gather_s for s in stretches)
     reduced_s = sum(s.count * s.reduce_s for s in stretches)
-    replica_s = sum(p.count * p.all_reduce_s for p in order) if all_reduces else 0.0
+    replica_s = sum(p.count * p.copies.all_reduce_s for p in order)
     whole = Walk(
         compute_s=sum(s.count * s.busy_s for s in stretches) - recompute_s - sum(moves.values()),
         recompute_s=recompute_s,
@@ -122,11 +111,6 @@ def walk_backward(
 def sum_moves(parts: Sequence[tuple[int, Moves]]) -> dict[str, float]:
     """Transfers inside passes (how often, which) by the names of Walk, which are theirs."""
     return {name: sum(count * getattr(moves, name) for count, moves in parts) for name in Moves.__struct_fields__}
-
-
-def computed_of(piece: Piece, gathered: bool, reduces: bool) -> float:
-    """Seconds of a piece's backward kernels with FSDP's copies out of a gather and into a reduction."""
-    return piece.backward_s + (piece.copy_out_s if gathered else 0.0) + (piece.copy_in_s if reduces else 0.0)
 
 
 class Stretch(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,6 @@ from itertools import pairwise
 
 import msgspec
 
-from meshwright.plan.activations import BYTES, is_compiled
 from meshwright.plan.collective import (
     Ring,
     build_expert_rings,
@@ -15,6 +14,7 @@ from meshwright.plan.collective import (
 from meshwright.plan.compute import Passes, block_passes, head_passes
 from meshwright.plan.context import context_transfers
 from meshwright.plan.expert import exchange_seconds, uneven_seconds
+from meshwright.plan.kept import BYTES, is_compiled
 from meshwright.plan.part import STATE_BYTES, Cut, Group, Stage
 from meshwright.plan.rates import rates_of
 from meshwright.plan.tensor import TensorTransfers, block_transfers, end_transfers
@@ -34,31 +34,72 @@ class Moves(msgspec.Struct, frozen=True, kw_only=True):
         return self.tensor_s + self.context_s + self.expert_s + self.uneven_s
 
 
+class Copies(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of what FSDP does with parameters, once.
+
+    copy_out_s: making them whole in compute precision. copy_in_s: turning their gradients into a reduction's input.
+    accumulate_s: adding whole gradients to those kept for a later reduction. gather_s, scatter_s, all_reduce_s: their
+    transfers.
+    """
+
+    copy_out_s: float = 0.0
+    copy_in_s: float = 0.0
+    accumulate_s: float = 0.0
+    gather_s: float = 0.0
+    scatter_s: float = 0.0
+    all_reduce_s: float = 0.0
+
+    def __add__(self, other: "Copies") -> "Copies":
+        names = self.__struct_fields__
+        return Copies(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+
+class Does(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of these a pass does."""
+
+    gathers: bool = False
+    scatters: bool = False
+    all_reduces: bool = False
+    accumulates: bool = False
+
+    def part_of(self, copies: Copies) -> Copies:
+        """What of them is done. Reductions of either kind begin with the same copy."""
+        reduces = self.scatters or self.all_reduces
+        return Copies(
+            copy_out_s=copies.copy_out_s if self.gathers else 0.0,
+            copy_in_s=copies.copy_in_s if reduces else 0.0,
+            accumulate_s=copies.accumulate_s if self.accumulates else 0.0,
+            gather_s=copies.gather_s if self.gathers else 0.0,
+            scatter_s=copies.scatter_s if self.scatters else 0.0,
+            all_reduce_s=copies.all_reduce_s if self.all_reduces else 0.0,
+        )
+
+
 class Piece(msgspec.Struct, frozen=True, kw_only=True):
-    """One FSDP group with what runs while it is whole: the embedding (root), a block, or the head.
+    """The embedding (root), a block, or the head, with what FSDP does around it.
 
     Seconds for one microbatch. count: pieces in a row that are alike. weights_s: of the backward pass, the gradients
     of matrices. again_s: forward work done again before the backward pass. forward, backward, again: exposed transfers
-    inside each of the three; hidden: of all three. copy_out_s: making the group whole in compute precision, once.
-    copy_in_s: turning its gradients into a reduction's input. accumulate_s: adding whole gradients to those kept for a
-    later reduction. gather_s, scatter_s, all_reduce_s: its transfers, once.
+    inside each of the three; hidden: of all three. copies: of the piece's parameters but for routed experts, which are
+    a group of their own.
     """
 
     count: int = 1
-    forward_s: float
-    backward_s: float
+    forward_s: float = 0.0
+    backward_s: float = 0.0
     weights_s: float = 0.0
     again_s: float = 0.0
     forward: Moves = Moves()
     backward: Moves = Moves()
     again: Moves = Moves()
     hidden: Moves = Moves()
-    copy_out_s: float
-    copy_in_s: float
-    accumulate_s: float
-    gather_s: float
-    scatter_s: float
-    all_reduce_s: float
+    copies: Copies = Copies()
+    routed: Copies = Copies()
+
+    def in_pass(self, plain: Does, routed: Does) -> "Piece":
+        """The piece with what one pass does of its copies, all together."""
+        copies = plain.part_of(self.copies) + routed.part_of(self.routed)
+        return msgspec.structs.replace(self, copies=copies, routed=Copies())
 
 
 class Pieces(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,16 +142,7 @@ def stage_pieces(job: Job, cut: Cut, pieces: Pieces, stage: Stage) -> list[Piece
 
 
 # What stands for either end in a stage that has not got it.
-EMPTY = Piece(
-    forward_s=0.0,
-    backward_s=0.0,
-    copy_out_s=0.0,
-    copy_in_s=0.0,
-    accumulate_s=0.0,
-    gather_s=0.0,
-    scatter_s=0.0,
-    all_reduce_s=0.0,
-)
+EMPTY = Piece()
 
 
 def build_block(job: Job, cut: Cut, group: Group) -> tuple[Piece, Piece]:
@@ -159,13 +191,8 @@ def recompute_elementwise(job: Job, piece: Piece, passes: Passes) -> Piece:
 
 
 def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfers) -> Piece:
-    """A group of parameters with its copies and transfers."""
-    rates, parameters = rates_of(job.cluster.device), group.elements
-    size, memory_bytes_per_s = BYTES[job.layout.precision], job.cluster.device.memory_bytes_per_s
-    gather_s, scatter_s, all_reduce_s = group_transfers(job, group) if parameters else (0.0, 0.0, 0.0)
-    # A gather arrives in compute precision; one process casts its fp32 masters instead.
-    read = size if gather_s else STATE_BYTES
-    # Reductions are fp32. FSDP runs the copy into the reduction's input without other ranks too.
+    """A group of parameters with its copies and transfers: routed experts are sharded as a group of their own."""
+    routed = build_expert_rings(job.layout, job.cluster)[1] if group.routed else None
     return Piece(
         forward_s=passes.forward_s,
         backward_s=passes.backward_s,
@@ -173,26 +200,28 @@ def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfe
         forward=Moves(tensor_s=transfers.forward_s),
         backward=Moves(tensor_s=transfers.backward_s),
         hidden=Moves(tensor_s=transfers.hidden_s),
+        copies=build_copies(job, group.elements - group.routed, build_shard_ring(job.layout, job.cluster)),
+        routed=build_copies(job, group.routed, routed) if routed else Copies(),
+    )
+
+
+def build_copies(job: Job, parameters: int, shards: Ring) -> Copies:
+    """What is done with a group of parameters, so many whole, that is sharded over a ring."""
+    cluster, rates, size = job.cluster, rates_of(job.cluster.device), BYTES[job.layout.precision]
+    memory_bytes_per_s, replica = cluster.device.memory_bytes_per_s, build_ring(job.layout, "replica", cluster)
+    # A gather arrives in compute precision; a rank that has all of it casts its fp32 masters instead.
+    read = size if shards.size > 1 else STATE_BYTES
+    # Reductions are fp32. FSDP runs the copy into the reduction's input without other ranks too.
+    return Copies(
         copy_out_s=parameters * (read + size) / (memory_bytes_per_s * rates.copy_out),
         copy_in_s=parameters * (size + STATE_BYTES) / (memory_bytes_per_s * rates.copy_in),
         # Reads the new gradient and the fp32 sum, writes the sum: a plain pass, as fast as a copy.
         accumulate_s=parameters * (size + 2 * STATE_BYTES) / (memory_bytes_per_s * rates.copy_out),
-        gather_s=gather_s,
-        scatter_s=scatter_s,
-        all_reduce_s=all_reduce_s,
-    )
-
-
-def group_transfers(job: Job, group: Group) -> tuple[float, float, float]:
-    """Seconds of a group's gather, reduction and sum over replicas; routed experts have groups of their own."""
-    layout, cluster = job.layout, job.cluster
-    replica, plain = build_ring(layout, "replica", cluster), build_shard_ring(layout, cluster)
-    parts: list[tuple[int, Ring]] = [(group.elements - group.routed, plain)]
-    if group.routed:
-        parts.append((group.routed, build_expert_rings(layout, cluster)[1]))
-    rates, size = rates_of(cluster.device), BYTES[layout.precision]
-    return (
-        sum(predict_collective("all_gather", count * size, ring, rates) for count, ring in parts),
-        sum(predict_collective("reduce_scatter", count * STATE_BYTES, ring, rates) for count, ring in parts),
-        sum(predict_collective("all_reduce", count * STATE_BYTES / ring.size, replica, rates) for count, ring in parts),
+        gather_s=predict_collective("all_gather", parameters * size, shards, rates) if parameters else 0.0,
+        scatter_s=predict_collective("reduce_scatter", parameters * STATE_BYTES, shards, rates) if parameters else 0.0,
+        all_reduce_s=(
+            predict_collective("all_reduce", parameters * STATE_BYTES / shards.size, replica, rates)
+            if parameters
+            else 0.0
+        ),
     )

@@ -1,5 +1,7 @@
 """What the context and expert axes can divide: sequences, heads and experts."""
 
+import msgspec
+
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout
 from meshwright.spec.model import ModelSpec
@@ -16,11 +18,23 @@ def check_context(layout: Layout, model: ModelSpec, sequence: int) -> None:
         return
     reason = context_refusal(layout, size, model, sequence)
     if reason:
-        near = next(fewer for fewer in range(size, 0, -1) if not context_refusal(layout, fewer, model, sequence))
-        parts = 2 * size * layout.tensor
-        up = -(-sequence // parts) * parts
-        other = f", or data.sequence = {up}" if sequence % parts else ', or layout.context_form = "ring"'
-        raise SettingError(f"layout.context = {size}", reason, f"layout.context = {near}{other}")
+        raise SettingError(f"layout.context = {size}", reason, nearest_context(layout, model, sequence))
+
+
+def nearest_context(layout: Layout, model: ModelSpec, sequence: int) -> str:
+    """What would work in place of a refused `layout.context`; each of these is let through as it stands."""
+    size, form, parts = layout.context, layout.context_form, 2 * layout.context * layout.tensor
+    near = next(fewer for fewer in range(size, 0, -1) if not context_refusal(layout, fewer, model, sequence))
+    up = -(-sequence // parts) * parts
+    ring = msgspec.structs.replace(layout, context_form="ring")
+    ways: list[str] = []
+    if near > 1 or form == "ring":
+        ways.append(f"layout.context = {near}")
+    if sequence % parts and not context_refusal(layout, size, model, up):
+        ways.append(f"data.sequence = {up}")
+    if form != "ring" and not context_refusal(ring, size, model, sequence):
+        ways.append('layout.context_form = "ring"')
+    return ", or ".join(ways) or "layout.context = 1 without layout.context_form"
 
 
 def context_refusal(layout: Layout, size: int, model: ModelSpec, sequence: int) -> str:
