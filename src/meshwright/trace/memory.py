@@ -36,10 +36,10 @@ class MemoryProbe:
         # What the process holds before it has a model: libraries, the device context.
         self._baseline_bytes = 0 if self._cuda else resident_bytes()
         # Of a microbatch, in the one step that is watched: what each stage keeps between its passes, what it puts off
-        # where its backward passes are cut in two, and the logits with their gradient.
+        # where its backward passes are cut in two, and what the loss keeps of the logits.
         self._kept: dict[int, float] = {}
         self._put_off: dict[int, float] = {}
-        self._whole_logits = 0.0
+        self._loss = 0.0
         # At the peak, of all microbatches and of the rank's stages.
         self._activations = self._logits = self._gathered = 0.0
         self._states: dict[str, float] = {}
@@ -55,21 +55,22 @@ class MemoryProbe:
         def note(made: Tensor) -> Tensor:
             nonlocal sent
             if action.stage == model.last:
-                # Twice: the gradient has the same size, and both are there when the backward pass begins.
-                self._whole_logits = 2.0 * tensor_bytes([made])
+                # Themselves, or uncompiled log-probabilities in fp32.
+                own = local(made)
+                self._loss = float(own.numel() * (own.element_size() if self._cuda else torch.float32.itemsize))
             else:
                 # Kept until its gradient comes back, but not saved by any operator.
                 sent = 0.0 if self._cuda else tensor_bytes([made])
             return made
 
+        before = gathered_bytes(model)
         with self._allocator() if self._cuda else self._saved(model) as count:
             yield note
             kept = count() + sent
             self._gathered = gathered_bytes(model)
         # The allocator cannot tell parameters that stay gathered after the forward pass from activations.
-        kept -= self._gathered if self._cuda else 0.0
-        own_logits = self._whole_logits / 2 if action.stage == model.last else 0.0
-        self._kept[action.stage] = max(0.0, kept - own_logits)
+        kept -= self._gathered - before if self._cuda else 0.0
+        self._kept[action.stage] = max(0.0, kept - (self._loss if action.stage == model.last else 0.0))
 
     def backward(self, action: Action, put_off: Sequence[Product]) -> None:
         """After a backward pass, or one half of it; put_off: the products that it has left for later."""
@@ -82,20 +83,21 @@ class MemoryProbe:
         if not self.active:
             return
         last = max(self._kept)
-        # What the loss keeps of microbatches other than the one at work.
-        waiting = self._whole_logits / 2
 
         def at(moment: Moment) -> tuple[float, float]:
             stages = sorted(self._kept)
             kept = sum(count * self._kept[stage] for count, stage in zip(moment.kept, stages, strict=True))
             off = sum(n * self._put_off.get(stage, 0.0) for n, stage in zip(moment.put_off, stages, strict=True))
-            return kept + off, waiting * max(0, moment.kept[stages.index(last)] - 1)
+            return kept + off, self._loss * max(0, moment.kept[stages.index(last)] - 1)
 
+        # When a backward pass begins, the logits' gradient is there too; uncompiled, so is that of what the loss keeps.
+        logits = self._loss * (2 if self._cuda else 3)
+        # Of other microbatches there is what the loss keeps.
         held, others = max((at(moment) for moment in fullest_moments(actions)), key=sum)
         # Once a backward pass has put all off, this can be more than its beginning, logits and all.
         more = max((off - self._kept[stage] for stage, off in self._put_off.items()), default=0.0)
-        self._activations = held + max(0.0, more - self._whole_logits)
-        self._logits = self._whole_logits + others
+        self._activations = held + max(0.0, more - logits)
+        self._logits = logits + others
 
     @contextmanager
     def _allocator(self) -> Iterator[Callable[[], float]]:
