@@ -117,6 +117,10 @@ def keep_block(job: Job, cut: Cut, *, dense: bool, selective: bool) -> float:
         if selective and job.layout.expert > 1:
             # The counts that come from other ranks are the result of a transfer.
             constant += 8 * experts.count
+        if selective and experts.balance_loss:
+            # So are each sequence's, summed along an axis that has other parts of it.
+            axes = (job.layout.context > 1) + (cut.tensor > 1)
+            constant += 8 * axes * job.layout.microbatch * experts.count
     return tokens_of(job) * kept.bytes_at(job.layout.precision) + constant
 
 
@@ -230,13 +234,14 @@ def products_plain(job: Job, cut: Cut, columns: float) -> Saved:
 
 
 def products_mixture(job: Job, cut: Cut, experts: Experts) -> Saved:
-    """What the routed part is given, D and logits; each copy's gate and up 2F and output D, and what exchanges brought
-    either way. Shared experts as a feed-forward part, for which eager code also keeps what it is added to, 2D."""
+    """What the routed part is given, D and logits; each copy's gate and up 2F and output D, the sort by experts in two
+    int64, and what exchanges brought either way, where there is a sort on both sides. Shared experts as a feed-forward
+    part, for which eager code also keeps what it is added to, 2D."""
     split, copies = cut.model.d_model / cut.tensor, experts.per_token / cut.tensor
     exchanged = 2 if job.layout.expert > 1 else 0
     kept = split + experts.count / cut.tensor
     kept += copies * (2 * experts.feed_forward + (1 + exchanged) * cut.model.d_model)
-    saved = Saved(elements=kept)
+    saved = Saved(elements=kept, wide=4 * copies * (2 if exchanged else 1))
     if experts.shared:
         saved += products_plain(job, cut, experts.shared * experts.feed_forward)
         saved += Saved(elements=0 if is_compiled(job) else 2 * split)
