@@ -29,7 +29,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
         1 + matmul_edge (1/M + 1/K + 1/N) times as long.
     attention_forward, attention_backward: of the peak, on the causal half of the products alone.
-    ring_forward, ring_backward: the same of the context axis's ring, whose kernels are others.
     elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
     loss: cross entropy over the vocabulary.
     grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
@@ -46,8 +45,6 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul_edge: float
     attention_forward: float
     attention_backward: float
-    ring_forward: float
-    ring_backward: float
     elementwise: float
     eager: float
     loss: float
@@ -75,10 +72,6 @@ GPU = Rates(
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     attention_forward=0.51,
     attention_backward=0.37,
-    # FlashAttention 2: 761.5 ms forward and backward over 131,072 tokens on 2 H200s (32 heads of 128, 8 key heads:
-    # docs/benchmarks.md), less what adding up reads and writes. Only the sum was measured: split as cuDNN's two are.
-    ring_forward=0.35,
-    ring_backward=0.256,
     # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
     elementwise=0.53,
     # Assumed as far below a copy (the next line) as on the CPU below, where it is measured: not compiled, the same work
@@ -124,9 +117,6 @@ CPU = Rates(
     # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
     attention_forward=0.17,
     attention_backward=0.17,
-    # torch's flash attention again, in pieces.
-    ring_forward=0.17,
-    ring_backward=0.17,
     # A block's rest, 11.5 ms for 109 MB by elementwise_elements (eager, many passes): 9.5 GB/s of a copy's 32.
     elementwise=0.30,
     eager=0.30,

@@ -1,7 +1,7 @@
-"""What a ring of the context axis computes and takes, where its kernels are not those of ordinary attention.
+"""What a ring of the context axis computes and takes beside what ordinary attention does.
 
-The ring (parallel/ring.py) needs the log-sum-exp of each piece, which FlashAttention 2 gives, and adds pieces up in
-fp32. Documents and windows it computes plainly in fp32, tile by tile.
+The ring (parallel/ring.py) runs the same kernels on pieces and adds these up in fp32. Documents and windows it computes
+plainly in fp32, tile by tile.
 """
 
 from meshwright.plan.kept import BYTES, Widths, is_masked, tokens_of
@@ -32,8 +32,8 @@ def ring_seconds(job: Job, widths: Widths, causal_flops: float) -> tuple[float, 
         peak = device.peak_flops_per_s(job.layout.precision)
         merged = [size / copy_bytes_per_s for size in merge_bytes(job, widths)]
         return (
-            causal_flops / (peak * rates.ring_forward) + merged[0],
-            2 * causal_flops / (peak * rates.ring_backward) + merged[1],
+            causal_flops / (peak * rates.attention_forward) + merged[0],
+            2 * causal_flops / (peak * rates.attention_backward) + merged[1],
         )
     # A tile is a rectangle, half of whose height is more than the causal past.
     causal_flops *= 1 + tile_rows(job, widths) / job.data.sequence
