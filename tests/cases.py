@@ -4,7 +4,7 @@ All of them are too many. `fast_cases` are few that hold every two choices toget
 with each choice in turns.
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, cycle, islice, product
 from math import prod
@@ -229,25 +229,15 @@ def fast_cases(layouts: dict[Case, Choices], about: Container[str]) -> list[Case
     return chosen
 
 
-def slow_cases(layouts: dict[Case, Choices], rounds: Callable[[Case, Choices], int]) -> list[Case]:
+def slow_cases(layouts: dict[Case, Choices], rounds: int) -> list[Case]:
     """Every layout in so many cases, its choices taken in turns, which begin anywhere."""
     chosen: dict[Case, None] = {}
     for layout, choices in layouts.items():
-        random, count = Random(str(layout)), rounds(layout, choices)
-        turns = {name: islice(cycle(random.sample(values, len(values))), count) for name, values in choices.items()}
+        random = Random(str(layout))
+        turns = {name: islice(cycle(random.sample(values, len(values))), rounds) for name, values in choices.items()}
         for drawn in zip(*turns.values(), strict=True):
             chosen[settled(replace(layout, **dict(zip(turns, drawn, strict=True))))] = None
     return list(chosen)
-
-
-def most_values(layout: Case, choices: Choices) -> int:
-    """Enough for each choice once, where ranks are a power of two; two where they are not."""
-    return max(map(len, choices.values())) if layout.ranks.bit_count() == 1 else 2
-
-
-def expert_sizes(_layout: Case, choices: Choices) -> int:
-    """Enough for each way to divide the experts, and two."""
-    return max(2, len(choices["expert"]))
 
 
 LAYOUTS = every_layout(range(2, MOST_RANKS + 1))
@@ -256,4 +246,12 @@ SPARSE = {layout: choices for layout in (Case(), *LAYOUTS) if (choices := mixtur
 # Experts are divided or not; what else two choices do to each other, dense models show.
 DIVIDED = {layout: choices | {"expert": choices["expert"][:2]} for layout, choices in SPARSE.items()}
 FAST = [*fast_cases(DENSE, {"ranks", *AXES, *dense_choices(Case())}), *fast_cases(DIVIDED, {"expert"})]
-SLOW = slow_cases(DENSE, most_values) + slow_cases(SPARSE, expert_sizes)
+# Eight ranks by name, and every layout.
+NAMED = [
+    *(settled(Case(pipeline=2, shard=2, tensor=2, schedule=schedule)) for schedule in get_args(Schedule)),
+    Case(pipeline=2, replica=2, shard=2, schedule="interleaved", tied=True),
+    Case(context=2, tensor=2, shard=2, documents=True, recompute="selective"),
+    Case(family="mixtral", pipeline=2, shard=4, expert=4, recompute="full"),
+    Case(family="shared", shard=2, context=2, tensor=2, expert=4, accumulation=4),
+]
+SLOW = list(dict.fromkeys([*NAMED, *slow_cases(DENSE, 2), *slow_cases(SPARSE, 2)]))
