@@ -68,7 +68,10 @@ def cut_after(folder: RunFolder, step: int) -> None:
             shutil.rmtree(later)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=name_of)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(each, id=name_of(each), marks=[pytest.mark.slow] * (each in LAYOUTS[:6:2])) for each in LAYOUTS],
+)
 def test_resuming_is_as_if_nothing_had_happened(tmp_path: Path, layout: dict[str, int]) -> None:
     job = a_job(tmp_path, layout, "one", checkpoint={"every_steps": 2, "keep": 0})
     folder = trained(job)

@@ -234,7 +234,7 @@ def test_another_models_attention_cannot_be_spread() -> None:
         ({"context": 5}, "data.sequence = 24", "layout.context = 4, or data.sequence = 30"),
         ({"context": 2, "tensor": 4}, "data.sequence = 24", "layout.context = 1, or data.sequence = 32"),
         ({"context": 3, "context_form": "all-to-all"}, "does not divide model.heads = 4", '"ring"'),
-        ({"context": 2, "shard": 3}, "layout.replica x layout.shard = 3", "2 ranks"),
+        ({"context": 2, "shard": 3}, "layout.replica x layout.shard = 3", "layout.shard = 2"),
         ({"context_form": "all-to-all"}, "means nothing with layout.context = 1", "layout.context = 2"),
     ],
     ids=str,

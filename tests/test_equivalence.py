@@ -100,7 +100,7 @@ def test_a_window_over_documents(compare: Any) -> None:
     compare(Case(family="mistral", shard=2, tensor=2, documents=True))
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+@pytest.mark.parametrize("kv_heads", [1, 8, *(pytest.param(heads, marks=pytest.mark.slow) for heads in (2, 4))])
 def test_key_heads_shared_by_ranks_or_several_a_rank(compare: Any, kv_heads: int) -> None:
     compare(Case(tensor=4), model={"kv_heads": kv_heads})
 

@@ -264,7 +264,7 @@ def console_commands(page: str) -> list[str]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", ["getting-started.md", "finetuning.md"])
+@pytest.mark.parametrize("page", ["getting-started.md", pytest.param("finetuning.md", marks=pytest.mark.slow)])
 def test_commands_of_a_page_run_in_order(page: str, tmp_path: Path):
     commands = console_commands((ROOT / "docs" / page).read_text())
     assert commands

@@ -156,6 +156,7 @@ sys.meta_path.insert(0, Finder())
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_first_evaluation_stops_at_once(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     run_folder = tmp_path / "runs" / "tiny"
@@ -326,6 +327,7 @@ def test_ranks_of_an_external_torchrun_have_their_tokens_before_they_wait_for_on
     assert ended.returncode == 2 and ended.stderr.endswith("error: tokens: 1\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_an_external_torchrun_with_other_ranks_is_refused(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     refused = torchrun(1, job)
@@ -336,6 +338,7 @@ def test_an_external_torchrun_with_other_ranks_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_refused_data_is_one_line_and_the_mended_job_runs(tmp_path: Path) -> None:
     job = write_job(tmp_path)
     text = tmp_path / "text"

@@ -330,7 +330,11 @@ def test_a_sequence_that_does_not_divide_is_refused() -> None:
     assert "layout.tensor = 2: does not divide the sequence, 7 long" in run_ranks(2, refused_sequence)[0]
 
 
-@pytest.mark.parametrize("arguments", [[], ["shrad"], ["shard"]], ids=["no axis", "a slip", "no torchrun"])
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param([], marks=pytest.mark.slow), ["shrad"], pytest.param(["shard"], marks=pytest.mark.slow)],
+    ids=["no axis", "a slip", "no torchrun"],
+)
 def test_the_example_says_how_it_is_used(arguments: list[str]) -> None:
     command = [sys.executable, ROOT / "examples" / "own_model.py", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -27,7 +27,7 @@ def test_a_pipelines_account_closes_and_knows_its_bubble(tmp_path: Path, schedul
         assert rows["imbalance"] >= 0 and rows["straggler"] >= 0
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_slow_stage_is_found(tmp_path: Path, late: int) -> None:
     """What its neighbour waits for it is no bubble: the schedule explains only as much as equal ranks would wait."""
     patches = {"Passes": late_passes(late, DELAY_S)}

@@ -289,6 +289,7 @@ def convert(run_folder: Path, *arguments: object) -> tuple[int, str]:
     return result.exit_code, str(result.exception) if refused else result.output
 
 
+@pytest.mark.slow
 def test_from_a_folder_and_back_on_the_command_line(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf", bos_token_id=3)
     (folder / "tokenizer.json").write_text("{}")

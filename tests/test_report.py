@@ -212,11 +212,11 @@ def test_every_word_has_a_colour_and_a_meaning():
 def test_a_long_curve_is_thinned_and_a_loss_that_is_no_number_leaves_a_gap(tmp_path):
     folder = a_run(tmp_path / "run")
     line = explain_run(folder).metrics[0]
-    lines = [msgspec.structs.replace(line, step=n, loss=float(n)) for n in range(1, 10_001)]
+    lines = [msgspec.structs.replace(line, step=n - 1, loss=float(n)) for n in range(1, 10_001)]
     points = thinned(lines)
     assert len(points) <= 1500 and points[-1][0] == 10_000
     assert points[0][1] == pytest.approx(4.0), "the mean of steps 1 to 7"
-    assert thinned([msgspec.structs.replace(line, loss=None)]) == [(line.step, None)]
+    assert thinned([msgspec.structs.replace(line, loss=None)]) == [(line.step + 1, None)]
     assert thinned([]) == []
 
 
