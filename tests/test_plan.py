@@ -286,6 +286,16 @@ def test_the_first_of_layouts_that_tie_is_not_called_the_fastest() -> None:
     assert "; the fastest found is" in explain_verdict(job, prediction, None, [quicker, simple, fewest])
 
 
+def test_a_job_that_fits_by_offloading_alone_is_said_to() -> None:
+    job = job_on("2xh100", "llama3-8b", 8192, 2)
+    whole = build_plan(with_layout(job, msgspec.structs.replace(job.layout, shard=2)))
+    assert whole.ranked == () and not whole.job_fits
+    assert whole.verdict.startswith("Nothing fits") and 'layout.offload = "parameters"' in whole.verdict
+    offloaded = build_plan(with_layout(job, msgspec.structs.replace(job.layout, shard=2, offload="parameters")))
+    assert offloaded.ranked == () and offloaded.job_fits
+    assert offloaded.verdict.startswith("This job's layout fits (53.")
+
+
 def test_candidates_that_recompute_are_predicted_with_their_own_stages() -> None:
     """Stages are balanced by what their blocks recompute."""
     job = job_on("4xh100", "llama3-8b", 8192, 64)

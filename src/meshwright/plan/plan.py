@@ -28,6 +28,7 @@ UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time i
 EXPERTS_NOTE = (
     "mixtures of experts: grouped products and uneven loads are assumed, not measured (plan/rates.py, plan/expert.py)"
 )
+OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/compute.py)"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"
 
 
@@ -85,6 +86,7 @@ def notes_on(job: Job, *, known: bool) -> list[str]:
     """How far to trust a prediction."""
     split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.kind == "cuda"
     notes = [PRECISION_NOTE[job.cluster.device.kind] if known else UNKNOWN_PEAK_NOTE]
+    notes += [OFFLOAD_NOTE] if job.layout.offload != "none" else []
     return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
 
 

@@ -17,9 +17,7 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
     """Whether one device is enough, how it compares with the best layout and with the job's own."""
     device = "process" if job.cluster.device.kind == "cpu" else "device"
     if not ranked:
-        name, size_bytes = max(own.memory.rows(), key=lambda row: row[1])
-        largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
-        return f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
+        return nothing_searched_fits(job, own)
     if one is None:
         fewest = min(ranked, key=lambda p: p.layout.world_size)  # of several, the first in rank
         which = "the fastest found"
@@ -42,6 +40,21 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
             f"fast ({100 * gain / ranks:.0f}% of linear): {in_words(best)}."
         )
     return f"One {device} is enough: {fits}{compare_own(own, one, device)}."
+
+
+def nothing_searched_fits(job: Job, own: Prediction) -> str:
+    """The verdict where no layout of the search fits; the job's own may, by what the search leaves out."""
+    needed, capacity = own.memory.total(), share_machine(job).cluster.device.memory_bytes
+    if needed <= capacity:
+        pace = f", {own.step_s:.3g} s a step" if own.step_s else ""
+        fits = f"This job's layout fits ({gb(needed)} of {gb(capacity)} GB){pace}: {own.layout.label()}."
+        return f"{fits} Nothing else does on {job.cluster.label()}; offloading is not searched."
+    name, size_bytes = max(own.memory.rows(), key=lambda row: row[1])
+    largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
+    verdict = f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
+    if job.cluster.device.kind == "cpu" or job.layout.offload != "none":
+        return verdict
+    return f'{verdict} layout.offload = "parameters" was not searched: it keeps states in the host\'s memory.'
 
 
 def compare_own(own: Prediction, one: Prediction, device: str) -> str:
