@@ -26,9 +26,10 @@ PRECISION_NOTE = {
 }
 UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
 EXPERTS_NOTE = (
-    "mixtures of experts: grouped products and uneven loads are assumed, not measured (plan/rates.py, plan/expert.py)"
+    "mixtures of experts: products and the host's waits as in one small model's run; uneven loads are assumed, not "
+    "measured (plan/rates.py, plan/expert.py)"
 )
-OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/compute.py)"
+OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/rates.py)"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"
 
 
