@@ -10,12 +10,16 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Barrier
+from threading import BrokenBarrierError
 from typing import Any
 
 import torch
 
 TIMEOUT_S = 120
+PATIENCE_S = 5
 
 # Forking after an operation that ran on several OpenMP threads hangs the child: the parent keeps to one from the start.
 torch.set_num_threads(1)
@@ -26,8 +30,9 @@ def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any) -> lis
     fork = multiprocessing.get_context("fork")
     port = free_port()
     pipes = [fork.Pipe(duplex=False) for _ in range(world_size)]
+    done = fork.Barrier(world_size)
     ranks = [
-        fork.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], work, arguments))
+        fork.Process(target=_rank, args=(rank, world_size, port, pipes[rank][1], done, work, arguments))
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -54,7 +59,9 @@ def receive(receiver: Connection) -> tuple[bool, Any]:
         return False, "a rank ended without a word"
 
 
-def _rank(rank: int, world_size: int, port: int, sender: Connection, work: Callable[..., Any], arguments: Any) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, sender: Connection, done: Barrier, work: Callable[..., Any], arguments: Any
+) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -67,6 +74,9 @@ def _rank(rank: int, world_size: int, port: int, sender: Connection, work: Calla
     try:
         # Pickled by value: a pipe would pass tensors by a handle into this process, which is gone by then.
         sender.send_bytes(pickle.dumps((True, work(*arguments))))
+        # Rank 0 has the store by which the others may still be meeting; where one failed, not for long.
+        with suppress(BrokenBarrierError):
+            done.wait(PATIENCE_S)
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
     sender.close()

@@ -221,6 +221,8 @@ def test_another_models_attention_cannot_be_spread() -> None:
         mesh = build_mesh(layout, start_distributed())
         with pytest.raises(SettingError) as told:
             parallelize(torch.nn.Sequential(torch.nn.Linear(2, 2)), layout, mesh, blocks=["0"])
+        # Rank 0 has the store by which the other may still be meeting it.
+        torch.distributed.barrier()
         stop_distributed()
         return str(told.value)
 
