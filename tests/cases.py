@@ -15,8 +15,8 @@ from typing import Any, get_args
 from jobs import tiny_job
 from mixtures import MIXTURES, mixture_job
 
-from meshwright.spec import AXES, BUILT_FAMILIES, FAMILIES, ContextForm, Job, Schedule
-from meshwright.spec.schedule import SPLIT_BACKWARD, STAGES_PER_RANK
+from meshwright.spec import AXES, BUILT_FAMILIES, FAMILIES, ContextForm, Job, Layout, Schedule, stage_count
+from meshwright.spec.schedule import SPLIT_BACKWARD
 
 DENSE_FAMILIES = tuple(family for family in BUILT_FAMILIES if not FAMILIES[family].mixture)
 RECOMPUTE = ("none", "selective", "full", 1)
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def stages(self) -> int:
-        return self.pipeline * (STAGES_PER_RANK[self.schedule][0] if self.pipeline > 1 else 1)
+        return stage_count(Layout(pipeline=self.pipeline, schedule=self.schedule))
 
     @property
     def microbatches(self) -> int:

@@ -44,8 +44,8 @@ def shrink_job(job: Job, folder: Path, *, local: Callable[[int], Cluster]) -> Jo
     layout = shrink_layout(job.layout, job.data.global_batch)
     cluster = local(layout.world_size)
     if cluster.device.kind != "cuda":
-        layout = msgspec.structs.replace(layout, async_tensor=False, offload="none")
-    elif layout.offload == "optimizer":
+        layout = msgspec.structs.replace(layout, async_tensor=False)
+    if cluster.device.kind != "cuda" or layout.offload == "optimizer":
         layout = msgspec.structs.replace(layout, offload="none")
     # Two chunks for each rank along context, each of which tensor divides.
     part = 2 * layout.context * layout.tensor

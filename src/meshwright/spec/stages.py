@@ -17,8 +17,6 @@ EMBEDDING_FLOPS_PER_BYTE = 295
 HEAD_SHARE = 0.67
 # Bytes a token and column that it moves: reads a row and writes it in bf16, reads its gradient, reads and writes fp32.
 EMBEDDING_BYTES = 2 + 2 + 2 + 4 + 4
-
-
 # Forward passes that a block costs: one, and a backward pass, which has two products for each of the forward's.
 PASSES = 3.0
 
