@@ -290,7 +290,7 @@ def test_opening_what_is_no_run_names_one_that_is(tmp_path):
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "job.toml").write_text("x = 1\n")
     assert refused(runs / "god") == ("does not exist", str(runs / "good"))
-    assert refused(runs) == ("holds no job.toml", f"{runs / 'good'}, {runs / 'tiny'}")
+    assert refused(runs) == ("holds no job.toml and no program.json", f"{runs / 'good'}, {runs / 'tiny'}")
     assert refused(tmp_path / "mine") == ("does not exist", "a folder that meshwright train made")
     assert open_run(runs / "good").path == runs / "good"
 

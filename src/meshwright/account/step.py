@@ -32,6 +32,7 @@ MEANINGS: dict[str, str] = {
     "input": "waiting for the next batch",
     "host": "device idle: its next work launched late",
     "checkpoint": "the step stalled by a save",
+    "unseen": "in a compiled program that shows no parts",
     "other": "what is left",
 }
 
@@ -60,6 +61,7 @@ class StepAccount(Account, frozen=True, kw_only=True, forbid_unknown_fields=True
     input: float = 0.0
     host: float = 0.0
     checkpoint: float = 0.0
+    unseen: float = 0.0
     other: float = 0.0
 
     @property

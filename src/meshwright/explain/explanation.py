@@ -3,7 +3,7 @@
 import msgspec
 
 from meshwright.account import MemoryAccount, RunAccount, StepAccount
-from meshwright.record import Evaluation, Metrics, Prediction
+from meshwright.record import Evaluation, Metrics, Prediction, Program, StepDetail
 from meshwright.spec import Job
 
 
@@ -71,11 +71,28 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     evidence: str
 
 
+class Advice(msgspec.Struct, frozen=True, kw_only=True):
+    """A cause of lost time, and what to do about it.
+
+    cause: one word or two, the same in every run (input, synchronize, launch, straggler, ...; `unexplained` where time
+    is lost and nothing says why). gain_s: seconds of each step that it would save, at most; None where it cannot be
+    told. where: the page and heading of the documentation.
+    """
+
+    cause: str
+    what: str
+    evidence: str
+    gain_s: float | None
+    where: str
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     """A run, read back. `notes` say what could not be measured and why; what is None was not there to be read.
 
     attempt: the newest, which `prediction`, `step`, `memory` and `ending` describe. ranks: those that wrote events in
     it. difference: predicted minus measured, bucket by bucket. step_s: the median of the steps that were not profiled.
+    program: in place of a job, where another trainer recorded the run. detail: mean over profiled steps and ranks; its
+    gaps are the longest of all. advice: what would gain most first.
     """
 
     path: str
@@ -99,3 +116,6 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     faults: tuple[RankFault, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    program: Program | None = None
+    detail: StepDetail | None = None
+    advice: tuple[Advice, ...] = ()

@@ -1,5 +1,6 @@
 """The run folder: one writer, one reader, lines of JSON between them. Loads no torch."""
 
+from meshwright.record.detail import HOST_CAUSES, Gap, GroupTransfers, HostCause, KernelGroup, StepDetail
 from meshwright.record.events import (
     Ended,
     Evaluation,
@@ -23,33 +24,45 @@ from meshwright.record.folder import (
     read_lines,
     read_metrics,
     read_prediction,
+    read_program,
     replace_text,
     start_attempt,
     write_cut_short,
+    write_program,
 )
+from meshwright.record.program import Program
 
 __all__ = [
+    "HOST_CAUSES",
     "MANIFEST",
     "Ended",
     "Evaluation",
     "Event",
     "Fault",
+    "Gap",
+    "GroupTransfers",
+    "HostCause",
+    "KernelGroup",
     "LineWriter",
     "Memory",
     "Metrics",
     "PlannedPass",
     "PlannedPipeline",
     "Prediction",
+    "Program",
     "RunFolder",
     "Span",
     "Step",
+    "StepDetail",
     "create_run",
     "open_run",
     "read_events",
     "read_lines",
     "read_metrics",
     "read_prediction",
+    "read_program",
     "replace_text",
     "start_attempt",
     "write_cut_short",
+    "write_program",
 ]

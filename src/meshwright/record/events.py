@@ -3,6 +3,7 @@
 import msgspec
 
 from meshwright.account import MeasuredStep, MemoryAccount, StepAccount
+from meshwright.record.detail import StepDetail
 from meshwright.spec import Layout
 
 
@@ -13,7 +14,8 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     so that a run that diverged still has its lines; the gradient norm likewise. mfu: model FLOPs utilisation, 0 to 1;
     None where no peak is known. memory_bytes: rank 0's peak (on CPU its resident set). Of a mixture, else None:
     expert_load, tokens of the fullest expert over its layer's mean, in the layer where that is largest; balance_loss,
-    what it adds to the loss that is minimised, which `loss` leaves out.
+    what it adds to the loss that is minimised, which `loss` leaves out. Of another trainer's program also None: what it
+    does not tell its recorder.
     """
 
     step: int
@@ -21,11 +23,11 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     time_s: float
     loss: float | None
     gradient_norm: float | None
-    learning_rate: float
+    learning_rate: float | None
     step_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     mfu: float | None
-    memory_bytes: float
+    memory_bytes: float | None
     expert_load: float | None = None
     balance_loss: float | None = None
 
@@ -58,9 +60,10 @@ class Span(msgspec.Struct, frozen=True, kw_only=True, tag="span", tag_field="eve
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag="step", tag_field="event"):
-    """A profiled step as this rank measured it."""
+    """A profiled step as this rank measured it, with what its trace tells beyond the account."""
 
     measured: MeasuredStep
+    detail: StepDetail | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, tag="memory", tag_field="event"):

@@ -11,6 +11,7 @@ from typing import TypeVar, cast
 import msgspec
 
 from meshwright.record.events import Evaluation, Event, Metrics, Prediction
+from meshwright.record.program import Program
 from meshwright.spec import SettingError
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.job = path / "job.toml"
+        # In place of a job, where another trainer recorded the run.
+        self.program = path / "program.json"
         self.metrics = path / "metrics.jsonl"
         self.attempts = path / "attempts"
         self.checkpoints = path / "checkpoints"
@@ -103,8 +106,8 @@ def free_name(path: Path) -> str:
 def open_run(path: Path) -> RunFolder:
     """An existing run folder. Raises SettingError where `path` is none."""
     folder = RunFolder(path)
-    if not folder.job.is_file():
-        reason = "holds no job.toml" if path.exists() else "does not exist"
+    if not folder.job.is_file() and not folder.program.is_file():
+        reason = "holds no job.toml and no program.json" if path.exists() else "does not exist"
         raise SettingError(f"run folder {path}", reason, nearby_runs(path))
     return folder
 
@@ -119,15 +122,36 @@ def nearby_runs(path: Path) -> str:
 
 def runs_in(folder: Path) -> list[str]:
     """Names of the runs in a folder. One in which somebody keeps a job file of their own has no attempts."""
-    return sorted(p.parent.name for p in folder.glob("*/attempts") if RunFolder(p.parent).job.is_file())
+    runs = (RunFolder(path.parent) for path in folder.glob("*/attempts"))
+    return sorted(run.path.name for run in runs if run.job.is_file() or run.program.is_file())
 
 
-def start_attempt(folder: RunFolder, prediction: Prediction) -> int:
-    """Make the next attempt's folder with its plan and return its number."""
+def start_attempt(folder: RunFolder, prediction: Prediction | None) -> int:
+    """Make the next attempt's folder with its plan, if there is one, and return its number."""
     number = max(folder.attempt_numbers(), default=-1) + 1
     (folder.attempt(number) / "events").mkdir(parents=True)
-    replace_text(folder.plan(number), msgspec.json.format(msgspec.json.encode(prediction)).decode() + "\n")
+    if prediction is not None:
+        replace_text(folder.plan(number), json_text(prediction))
     return number
+
+
+def write_program(folder: RunFolder, program: Program) -> None:
+    """Say, or say anew, which program the run is of."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    replace_text(folder.program, json_text(program))
+
+
+def read_program(folder: RunFolder) -> Program | None:
+    """The program that recorded the run; None where it is a job of ours, or the file cannot be read."""
+    try:
+        return msgspec.json.decode(folder.program.read_bytes(), type=Program)
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return None
+
+
+def json_text(value: msgspec.Struct) -> str:
+    """As a file for people to read too."""
+    return msgspec.json.format(msgspec.json.encode(value)).decode() + "\n"
 
 
 def write_cut_short(folder: RunFolder, attempt: int, code: int) -> None:

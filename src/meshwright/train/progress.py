@@ -37,10 +37,13 @@ def build_display(job: Job, folder: RunFolder, first: int) -> Display:
 
 def describe(line: Metrics) -> str:
     """A step in a few words, the same in both displays."""
-    words = [f"loss {line.loss:.3f}", f"{line.tokens_per_s:,.0f} tokens/s"]
+    words = [f"loss {line.loss:.3f}"]
+    if line.tokens_per_s is not None:
+        words.append(f"{line.tokens_per_s:,.0f} tokens/s")
     if line.mfu is not None:
         words.append(f"MFU {line.mfu:.1%}")
-    words.append(f"{line.memory_bytes / 2**30:.2f} GiB")
+    if line.memory_bytes is not None:
+        words.append(f"{line.memory_bytes / 2**30:.2f} GiB")
     if line.expert_load is not None:
         words.append(f"fullest expert {line.expert_load:.1f}x")
     return "  ".join(words)
