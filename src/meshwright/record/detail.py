@@ -1,4 +1,4 @@
-"""What a profiled step's trace tells beyond its account: its kernels, its process groups, and why the device was idle."""
+"""What a profiled step tells beyond its account: its kernels, its process groups, and why the device was idle."""
 
 from typing import Literal, get_args
 
