@@ -4,9 +4,13 @@
     torchrun --nproc-per-node 2 benchmarks/programs/accelerate_loop.py [--ddp] [--small] [--profile FOLDER] ...
 """
 
+# accelerate is no requirement of the project.
+# pyright: reportMissingImports=false
+
 import argparse
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +48,8 @@ def main() -> None:
     options = settle(parser.parse_args())
     if not options.ddp and not torch.cuda.is_available():
         sys.exit("FSDP2 needs GPUs: on CPUs accelerate replicates the model, and says nothing; ask for that with --ddp")
-    accelerator = build_accelerator(options)
+    # Any: accelerate's own annotations take profile(), a context manager, for a function that never returns.
+    accelerator: Any = build_accelerator(options)
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     torch.manual_seed(0)
     with device:

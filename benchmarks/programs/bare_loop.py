@@ -1,12 +1,13 @@
 """A bare PyTorch loop over a decoder of a billion parameters, split in one of torch's own ways.
 
-    torchrun --nproc-per-node 2 benchmarks/programs/bare_loop.py --parallel fsdp2 [--small] [--profile FOLDER] ...
+torchrun --nproc-per-node 2 benchmarks/programs/bare_loop.py --parallel fsdp2 [--small] [--profile FOLDER] ...
 """
 
 import argparse
 import os
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,8 @@ def split(model: Decoder, options: argparse.Namespace, ranks: int, device: torch
             policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
             for layer in model.layers:
                 fully_shard(layer, mp_policy=policy)
-            return fully_shard(model, mp_policy=policy)
+            fully_shard(model, mp_policy=policy)
+            return model
         case "tensor":
             return split_tensors(model, ranks, device)
         case _:
@@ -122,7 +124,8 @@ def split_tensors(model: Decoder, ranks: int, device: torch.device) -> nn.Module
 def clip(model: nn.Module, across_stages: bool) -> None:
     """Clip the gradients by their norm over all ranks."""
     if isinstance(model, FullyShardedDataParallel):
-        model.clip_grad_norm_(MAX_NORM)
+        clip_sharded: Any = model.clip_grad_norm_
+        clip_sharded(MAX_NORM)
         return
     norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None], foreach=True)
     if across_stages:
@@ -157,7 +160,7 @@ def pipeline_pass(schedule: Schedule1F1B, rank: int, ranks: int, tokens: Tensor,
     return torch.stack(losses).detach().mean() if losses else None
 
 
-def build_loader(options: argparse.Namespace, rank: int, ranks: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def build_loader(options: argparse.Namespace, rank: int, ranks: int) -> DataLoader[Any]:
     """One batch a step. The ranks of a tensor or pipeline axis read the same ones."""
     shares = ranks if options.parallel in DATA_PARALLEL else 1
     batch = options.microbatch * options.accumulate
@@ -165,9 +168,7 @@ def build_loader(options: argparse.Namespace, rank: int, ranks: int) -> DataLoad
     sampler = DistributedSampler(data, shares, rank % shares, shuffle=True)
     collate = delayed(inputs_and_targets, options.delay_input)
     pinned = torch.cuda.is_available()
-    return DataLoader(
-        data, batch, sampler=sampler, collate_fn=collate, num_workers=options.workers, pin_memory=pinned
-    )
+    return DataLoader(data, batch, sampler=sampler, collate_fn=collate, num_workers=options.workers, pin_memory=pinned)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer on a Llama of a billion parameters, replicated or, with --fsdp, sharded by its own option.
 
-    torchrun --nproc-per-node 2 benchmarks/programs/huggingface_trainer.py [--fsdp] [--small] [--profile FOLDER] ...
+torchrun --nproc-per-node 2 benchmarks/programs/huggingface_trainer.py [--fsdp] [--small] [--profile FOLDER] ...
 """
 
 import argparse
@@ -43,7 +43,9 @@ class Injected(TrainerCallback):
         self._options, self._layers, self._clock = options, layers, clock
 
     def on_train_begin(self, *_arguments: Any, **_more: Any) -> None:
-        inject(self._options, self.trainer.model_wrapped, self._layers, self.trainer.args.process_index, self._clock)
+        wrapped = self.trainer.model_wrapped
+        assert wrapped is not None
+        inject(self._options, wrapped, self._layers, self.trainer.args.process_index, self._clock)
 
 
 def training_arguments(options: argparse.Namespace, folder: str) -> TrainingArguments:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common import StepClock
 
@@ -30,7 +31,7 @@ def first_element(output: Any) -> Tensor:
         output = next(iter(output.values()))
     while isinstance(output, tuple | list):
         output = output[0]
-    local = output.to_local() if isinstance(output, torch.distributed.tensor.DTensor) else output
+    local = output.to_local() if isinstance(output, DTensor) else output
     return local.detach().flatten()[0]
 
 

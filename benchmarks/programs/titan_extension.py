@@ -4,6 +4,9 @@ torchtitan parses its own command line, so the options of this folder's programs
 PROGRAM_OPTIONS, as they would stand on the command line of torchtitan_llama.py.
 """
 
+# torchtitan is no requirement of the project.
+# pyright: reportMissingImports=false
+
 import atexit
 import dataclasses
 import os

@@ -8,6 +8,7 @@ build does not bring: `pip install triton` first to run this on a CPU.
 """
 
 import argparse
+import importlib
 import os
 import runpy
 import shlex
@@ -89,7 +90,7 @@ def stand_in_for_a_gpu() -> None:
         empty_cache=lambda: None,
         memory_stats=lambda _device: {},
     )
-    utils: Any = torch._utils
+    utils: Any = importlib.import_module("torch._utils")
     utils._get_available_device_type = lambda: "cpu"
     utils._get_device_module = lambda _type: device
 
