@@ -141,9 +141,8 @@ def plain_pass(model: nn.Module, tokens: Tensor, targets: Tensor, options: argpa
     microbatches = list(zip(tokens.split(options.microbatch), targets.split(options.microbatch), strict=True))
     for number, (inputs, expected) in enumerate(microbatches):
         last = number == len(microbatches) - 1
-        waits = isinstance(model, DistributedDataParallel) and not last
         with (
-            model.no_sync() if waits else nullcontext(),
+            model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext(),
             loss_parallel() if options.parallel == "tensor" else nullcontext(),
         ):
             loss = next_token_loss(model(inputs), expected)
