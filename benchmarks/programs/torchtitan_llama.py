@@ -34,13 +34,12 @@ def read_options(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--ddp", action="store_true", help="replicate the model in place of FSDP2")
     parser.add_argument("--compile", action="store_true", help="torchtitan's torch.compile of each layer")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none")
-    parser.add_argument("--print-command", action="store_true", help="print the torchrun command and end")
+    parser.add_argument("--print-command", type=int, metavar="RANKS", help="print the torchrun command and end")
     return settle(parser.parse_args(words))
 
 
-def titan_arguments(options: argparse.Namespace, folder: str) -> list[str]:
+def titan_arguments(options: argparse.Namespace, data_parallel: int, folder: str) -> list[str]:
     """The options in torchtitan's words. What is not named keeps torchtitan's default."""
-    data_parallel = int(os.environ.get("WORLD_SIZE", 1))
     settings: dict[str, Any] = {
         "experimental.custom_import": "titan_extension",
         "job.dump_folder": folder,
@@ -103,16 +102,26 @@ def keep_trace(options: argparse.Namespace, folder: str) -> None:
         shutil.move(trace, options.profile / f"rank-{rank}.json")
 
 
+def plain_command(options: argparse.Namespace) -> str:
+    """What one would type to run torchtitan's module without this script, on this machine, if it has GPUs."""
+    ranks = options.print_command
+    module, *arguments = [*wrapped(options, "torchtitan.train"), *titan_arguments(options, ranks, "outputs")]
+    given = shlex.join(sys.argv[1:])
+    return (
+        f"PYTHONPATH={Path(__file__).parent} {VARIABLE}={shlex.quote(given)} "
+        f"torchrun --standalone --nproc-per-node {ranks} -m {shlex.join([module, *arguments])}"
+    )
+
+
 def main() -> None:
     """Run torchtitan's module as `python -m` would."""
     options = read_options(sys.argv[1:])
-    here = str(Path(__file__).parent)
+    if options.print_command:
+        print(plain_command(options))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        module, *arguments = [*wrapped(options, "torchtitan.train"), *titan_arguments(options, folder)]
-        if options.print_command:
-            given = shlex.quote(shlex.join(word for word in sys.argv[1:] if word != "--print-command"))
-            print(f"PYTHONPATH={here} {VARIABLE}={given} torchrun -m {shlex.join([module, *arguments])}")
-            return
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        module, *arguments = [*wrapped(options, "torchtitan.train"), *titan_arguments(options, ranks, folder)]
         os.environ[VARIABLE] = shlex.join(sys.argv[1:])
         if not torch.cuda.is_available():
             stand_in_for_a_gpu()
