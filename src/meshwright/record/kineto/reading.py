@@ -189,6 +189,8 @@ class Reading:
         for number, what in ((self._lost, "are not JSON"), (self._timeless, "have no time that can be meant")):
             if number:
                 self._notes.append(f"{number:,} events of the trace {what}: left out.")
+        if self._source.lacks_end:
+            self._notes.append("The trace does not say where it ends: if it was cut short, behind a whole event.")
         arguments = events.arguments(shown)
         about = about_trace(self._beside, events.first_us(), arguments)
         columns = events.sorted(self._shown_places(events.places()), arguments)

@@ -29,9 +29,10 @@ TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:(")|\\?\Z)|[\[\]{}]', re.DOTA
 SCALAR = re.compile(rb"[^\s,\[\]{}\"]++")
 FILLING = re.compile(rb"[\s,]*+")
 BLANK = re.compile(rb"\s*+")
-BETWEEN = re.compile(rb"\}\s*,\s*(?=\{)")
+BETWEEN = re.compile(rb"\}(?=\s*,\s*\{)")
+CLOSING = re.compile(rb"\}\s*,?\s*(?=\])")
 # Between two events as all profilers write them, which begin with their phase; inside of an event it is not found.
-SURELY_BETWEEN = re.compile(rb'\}\s*,\s*(?=\{\s*"ph"\s*:)')
+SURELY_BETWEEN = re.compile(rb'\}(?=\s*,\s*\{\s*"ph"\s*:)')
 
 # Where to look for the end of the last whole event, and how many places to try.
 TAIL_BYTES, TRIES = 64 << 10, 3
@@ -51,6 +52,7 @@ class Source:
         self.buffer = b""
         self.at = 0
         self.ended = False
+        self.lacks_end = False
         self.read_bytes = 0
         # The file as it lies on disk, and its text, which is the same if it is not packed.
         self._raw, self._file = raw, file
@@ -232,11 +234,16 @@ def batches(
             if not source.ended:
                 continue
             if may_lack_end:
+                source.lacks_end = True
                 return
             raise source.cut_short()
-        if not source.ended and (found := decode_most(source, decode)) is not None:
+        # The last piece of a file most likely holds the end of the list, and none other does.
+        if (found := decode_most(source, CLOSING if source.ended else BETWEEN, decode)) is not None:
             yield found
             wanted = source.chunk_bytes
+            if source.ended:
+                source.at += 1
+                return
             continue
         ends, closed = ends_of_items(source.buffer, source.at)
         end = closed if closed >= 0 else ends[-1] if ends else source.at
@@ -262,13 +269,13 @@ def skip_filling(buffer: bytes, at: int) -> int:
     return found.end() if found else at
 
 
-def decode_most(source: Source, decode: Callable[[bytes], list[Item]]) -> list[Item] | None:
-    """The buffer's items up to the last that is whole, if that one's end is found soon.
+def decode_most(source: Source, end: "re.Pattern[bytes]", decode: Callable[[bytes], list[Item]]) -> list[Item] | None:
+    """The buffer's items up to the last place that looks like `end`, if that is what it is.
 
     A cut inside of a string or of an event leaves text that does not decode, so whatever decodes was cut rightly.
     """
     tail = max(source.at, len(source.buffer) - TAIL_BYTES)
-    cuts = [match.start() + 1 for match in BETWEEN.finditer(source.buffer, tail)]
+    cuts = [match.end() for match in end.finditer(source.buffer, tail)]
     for cut in cuts[: -TRIES - 1 : -1]:
         found = try_decode(source.buffer[source.at : cut], decode)
         if found is not None:
@@ -289,7 +296,7 @@ def decode_parts(
     source: Source, decode: Callable[[bytes], list[Item]], lost: Callable[[int], None], ends: list[int], closed: int
 ) -> Iterator[list[Item]]:
     """What can be decoded of a buffer in which something cannot, event by event; the rest is reported as lost."""
-    sure = [match.start() + 1 for match in SURELY_BETWEEN.finditer(source.buffer, source.at)]
+    sure = [match.end() for match in SURELY_BETWEEN.finditer(source.buffer, source.at)]
     cuts = sure or ends
     if not cuts and closed < 0:
         if source.ended:

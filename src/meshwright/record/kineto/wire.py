@@ -97,6 +97,7 @@ class Decoder:
 
     def __call__(self, text: bytes) -> list[WireEvent]:
         """The events in the text of a list, without its brackets. Raises ValueError or RecursionError."""
+        text = text.rstrip(b", \t\r\n")
         for other, key in OTHER_KEYS.items():
             text = text.replace(other, key)
         try:
