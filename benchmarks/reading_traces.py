@@ -38,14 +38,15 @@ INSIDE = ("aten::matmul", "aten::mul", "aten::empty_strided", "aten::_flash_atte
 KERNELS = (
     "nvjet_tst_256x128_64x4_1x2_h_bz_coopA_TNT",
     (
-        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, "
-        "3ul> >(int, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul>)"
+        "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>, "
+        "std::array<char*, 3ul> >(int, at::native::CUDAFunctor_add<c10::BFloat16>, std::array<char*, 3ul>)"
     ),
     (
         "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)::"
-        "{lambda()#3}::operator()() const::{lambda()#12}::operator()() const::{lambda(c10::BFloat16)#1}, std::array<char*, "
-        "2ul>, 4, TrivialOffsetCalculator<1, unsigned int>, char*, at::native::memory::LoadWithCast<1>, "
-        "at::native::memory::StoreWithCast<1> >(int, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&))"
+        "{lambda()#3}::operator()() const::{lambda()#12}::operator()() const::{lambda(c10::BFloat16)#1}, "
+        "std::array<char*, 2ul>, 4, TrivialOffsetCalculator<1, unsigned int>, char*, "
+        "at::native::memory::LoadWithCast<1>, at::native::memory::StoreWithCast<1> >(int, "
+        "at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&))"
     ),
     "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, false, cutlass::bfloat16_t>>",
     "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",

@@ -94,7 +94,7 @@ def configured_groups(config: object, world_size: int) -> Groups:
         if "pg_name" not in said:
             continue
         ranks = parsed_ranks(said.get("ranks"))
-        size = whole(said.get("pg_size", said.get("group_size")), world_size)
+        size = whole(said.get("pg_size", said.get("group_size")), 0 if said.get("ranks") else world_size)
         # torch lists no ranks where they are all of them.
         if not ranks and 0 < size == world_size <= MOST_RANKS:
             ranks = tuple(range(world_size))

@@ -182,10 +182,10 @@ class Reading:
     def trace(self) -> Trace:
         """What was read."""
         events, total = self._events, len(self._events)
-        if not total:
-            raise self._source.error("holds no events with a begin and a duration")
         if self._lost > MOST_LOST * total:
             raise self._source.error(f"{self._lost:,} of its {total + self._lost:,} events are not JSON")
+        if not total:
+            raise self._source.error("holds no events with a begin and a duration")
         for number, what in ((self._lost, "are not JSON"), (self._timeless, "have no time that can be meant")):
             if number:
                 self._notes.append(f"{number:,} events of the trace {what}: left out.")

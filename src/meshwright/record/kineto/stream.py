@@ -18,8 +18,8 @@ Item = TypeVar("Item")
 CHUNK_BYTES = 4 << 20
 # One event, or one value beside the events. Operators over thousands of tensors, with all their shapes, take kilobytes.
 LARGEST_BYTES = 16 << 20
-# A profiler's own traces shrink to a twentieth or so. Deflate can at most do 1032 to 1: what comes near is made to.
-MOST_SHRUNK, FREE_BYTES = 300, 256 << 20
+# Profilers' traces shrink to a tenth or a twentieth. Deflate can do 1032 to 1 at most: what comes near is made to.
+MOST_SHRUNK, FREE_BYTES = 200, 64 << 20
 
 # The same file, or one like it, that would be read.
 WHOLE = "a whole trace, as torch.profiler's export_chrome_trace or jax.profiler.trace writes it"
@@ -135,18 +135,40 @@ class Source:
             if whole:
                 raise self.cut_short()
             if wanted >= LARGEST_BYTES:
-                raise self.error(f"holds a single value of more than {LARGEST_BYTES >> 20} MiB")
-            wanted *= 4
+                raise self.too_large()
+            wanted = min(wanted * 4, LARGEST_BYTES)
 
     def skip(self) -> None:
-        """Go past the next value, which may be of any size as long as its parts are not."""
+        """Go past the next value, which may be of any size, as long as its strings are not."""
         if self.peek() not in (b"[", b"{"):
             self.value()
             return
-        self.at += 1
-        while not self.take(b"]}"):
-            if not self.take(b",:"):
-                self.value()
+        depth, wanted = 0, self.chunk_bytes
+        while True:
+            whole = not self.fill(wanted)
+            used = len(self.buffer)
+            for token in TOKEN.finditer(self.buffer, self.at):
+                if token[0] in (b"{", b"["):
+                    depth += 1
+                elif token[0] in (b"}", b"]"):
+                    depth -= 1
+                    if depth == 0:
+                        self.at = token.end()
+                        return
+                elif not token[1]:
+                    used = token.start()
+            if whole:
+                raise self.cut_short()
+            if used > self.at:
+                self.at, wanted = used, self.chunk_bytes
+            elif wanted >= LARGEST_BYTES:
+                raise self.too_large()
+            else:
+                wanted = min(wanted * 4, LARGEST_BYTES)
+
+    def too_large(self) -> SettingError:
+        """The next value does not end soon enough."""
+        return self.error(f"holds a single value of more than {LARGEST_BYTES >> 20} MiB")
 
 
 @contextmanager
@@ -301,7 +323,7 @@ def decode_parts(
     if not cuts and closed < 0:
         if source.ended:
             raise source.cut_short()
-        raise source.error(f"holds a single event of more than {LARGEST_BYTES >> 20} MiB")
+        raise source.too_large()
     for cut in cuts or [closed]:
         part = source.buffer[skip_filling(source.buffer, source.at) : cut]
         found = try_decode(part, decode)
