@@ -1,5 +1,6 @@
 """Arithmetic on stretches of time: sorted, disjoint (start, end) pairs in seconds."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 Interval = tuple[float, float]
@@ -49,6 +50,13 @@ def subtract(one: Sequence[Interval], two: Sequence[Interval]) -> list[Interval]
         if start < end:
             left.append((start, end))
     return left
+
+
+def clip(intervals: Sequence[Interval], start: float, end: float) -> list[Interval]:
+    """The parts of sorted, disjoint intervals that lie between two moments, found without a look at the others."""
+    first = max(0, bisect_right(intervals, (start, start)) - 1)
+    behind = bisect_left(intervals, (end, end), first)
+    return [(max(s, start), min(e, end)) for s, e in intervals[first:behind] if s < end and e > start]
 
 
 def length(intervals: Iterable[Interval]) -> float:

@@ -7,7 +7,7 @@ from statistics import median
 import msgspec
 
 from meshwright.account import MeasuredStep, StepAccount, Transfer
-from meshwright.account.intervals import Interval, intersect, length, subtract
+from meshwright.account.intervals import Interval, clip, intersect, length, subtract
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +41,7 @@ def book(timeline: Timeline, *, step: int, rank: int, host: str, useful_s: float
     overlapped: defaultdict[str, float] = defaultdict(float)
     for transfer, parts in zip(timeline.transfers, exposed, strict=True):
         seconds[f"comm_{transfer.purpose}"] += length(parts)
-        overlapped[transfer.purpose] += length(intersect(busy, [(transfer.start_s, transfer.end_s)]))
+        overlapped[transfer.purpose] += length(clip(busy, transfer.start_s, transfer.end_s))
         transfers.append(msgspec.structs.replace(transfer, exposed=tuple(parts)))
     compute = seconds.pop("compute", 0.0)
     known = sum(seconds.values()) + compute
@@ -71,12 +71,13 @@ def expose(idle: Sequence[Interval], transfers: Sequence[Transfer]) -> list[list
     What ends an idle stretch is the transfer that ends last within it, so that one has the first claim.
     """
     claims: list[list[Interval]] = [[] for _ in transfers]
-    left = list(idle)
+    claimed = float("inf")
     for i in sorted(range(len(transfers)), key=lambda i: transfers[i].end_s, reverse=True):
-        span = [(transfers[i].start_s, transfers[i].end_s)]
-        claims[i] = intersect(left, span)
-        if claims[i]:
-            left = subtract(left, span)
+        # All that have claimed ended later, so what they left over is what comes before the first of them.
+        start, end = transfers[i].start_s, min(transfers[i].end_s, claimed)
+        if start < end:
+            claims[i] = clip(idle, start, end)
+        claimed = min(claimed, start)
     return claims
 
 

@@ -1,32 +1,38 @@
-"""From a PyTorch profiler trace to a measured step."""
+"""From a profiler's trace, of any PyTorch program, to its steps' accounts.
+
+`read_trace(path)` reads the file, `measure_trace(trace)` gives each of its steps as one rank measured it.
+"""
 
 from collections.abc import Mapping
-from typing import Any
 
-import msgspec
+from meshwright.account import Purpose
+from meshwright.record.events import Step
+from meshwright.record.kineto.marks import COLLECT, PHASES, PREFIX, ROWS, STEP, message_label
+from meshwright.record.kineto.measure import measure_trace
+from meshwright.record.kineto.reading import read_trace
+from meshwright.record.kineto.trace import Trace
 
-from meshwright.account import MeasuredStep, Purpose
-from meshwright.record.kineto.cpu import cpu_timeline
-from meshwright.record.kineto.events import PHASES, PREFIX, ROWS, STEP, expert_rows, group_ranks, message_label
-from meshwright.record.kineto.gpu import gpu_timeline
-from meshwright.record.timeline import book
-
-__all__ = ["PHASES", "PREFIX", "ROWS", "STEP", "measure_step", "message_label"]
+__all__ = [
+    "COLLECT",
+    "PHASES",
+    "PREFIX",
+    "ROWS",
+    "STEP",
+    "Trace",
+    "measure_step",
+    "measure_trace",
+    "message_label",
+    "read_trace",
+]
 
 
 def measure_step(
-    trace: Mapping[str, Any], *, step: int, rank: int, host: str, purposes: Mapping[str, Purpose], useful_s: float
-) -> MeasuredStep:
-    """The last annotated step of a trace, as one rank saw it.
-
-    purposes: what each process group is for, by the description it was made with ("mesh_shard" -> shard); groups that
-        nobody named carry small syncs.
-    useful_s: the step's model FLOPs on this rank over the device's peak, seconds (0 where no peak is known).
-    Raises ValueError if the trace holds no annotated step.
-    """
-    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
-    groups = group_ranks(trace)
-    on_gpu = any(event.get("cat") == "kernel" for event in events)
-    timeline = gpu_timeline(events, groups, purposes) if on_gpu else cpu_timeline(events, groups, purposes)
-    measured = book(timeline, step=step, rank=rank, host=host, useful_s=useful_s)
-    return msgspec.structs.replace(measured, expert_rows=expert_rows(events))
+    trace: Trace, *, step: int, rank: int, host: str, purposes: Mapping[str, Purpose], useful_s: float
+) -> Step:
+    """The last step of a trace, whose number is `step`; the rest as in measure_trace. Raises ValueError for none."""
+    steps, notes = measure_trace(
+        trace, purposes=purposes, useful_s=useful_s, rank=rank, host=host, last=step, only_last=True
+    )
+    if not steps:
+        raise ValueError(notes[-1] if notes else "the trace holds no step")
+    return steps[-1]

@@ -5,13 +5,17 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from meshwright.account import Purpose, Transfer
-from meshwright.account.intervals import Interval, intersect, subtract, union
-from meshwright.record.kineto.events import STEP, MessageSpan, TraceEvent, message_spans, phase_of, phases, span, within
-from meshwright.record.timeline import Timeline, contention, numbered
+import msgspec
 
-ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-LAUNCH = ("cuda_runtime", "cuda_driver")
+from meshwright.account import Purpose, Transfer
+from meshwright.account.intervals import Interval, clip, intersect, subtract, union
+from meshwright.record.kineto.marks import MessageSpan, message_spans, span, within
+from meshwright.record.kineto.phases import Phases
+from meshwright.record.kineto.purposes import Sent, kind_of, purposes_of
+from meshwright.record.kineto.steps import HostStep, Slice
+from meshwright.record.kineto.trace import Event
+from meshwright.record.kineto.walk import Walk
+from meshwright.record.timeline import Timeline, contention, numbered
 
 # Phases whose kernels are not compute but have a bucket of their own.
 APART = ("optimizer", "recompute")
@@ -21,76 +25,167 @@ APART = ("optimizer", "recompute")
 # nine of ten of 87 kernels (torch 2.11, 2026-11-22).
 LAUNCH_LATENCY_S = 10e-6
 
+# Bytes of an element, by the names that NCCL's kernels have for types in a trace.
+ELEMENT_BYTES = {
+    **dict.fromkeys(("Byte", "Char", "Bool", "Float8_e4m3fn", "Float8_e5m2"), 1),
+    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
+    **dict.fromkeys(("Float", "Int"), 4),
+    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
+}
 
-def gpu_timeline(
-    events: Sequence[TraceEvent],
-    groups: Mapping[str, tuple[str, tuple[int, ...]]],
-    purposes: Mapping[str, Purpose],
-) -> Timeline:
-    """The last step of a GPU trace that holds at least two: the first one marks where the second begins."""
-    step, during = phases(events)
-    launched = {e["args"]["correlation"]: span(e) for e in events if e.get("cat") in LAUNCH and "args" in e}
-    device = sorted((e for e in events if e.get("cat") in ON_DEVICE), key=lambda e: e["ts"])
-    start, end = device_window(events, step, device, launched)
-    inside = [e for e in device if start < span(e)[1] and span(e)[0] < end]
-    kernels = [e for e in inside if not is_nccl(e)]
-    sent = [message for message in message_spans(events) if message.what != "take" or message.number < 0]
+Groups = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class DeviceStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step on the device: its begin and end, the events that run in it, and when each was launched, seconds."""
+
+    begin_s: float
+    end_s: float
+    inside: list[Event]
+    launches: Mapping[int, Event]
+
+    def launch(self, event: Event) -> Interval:
+        """When the host launched a device event; the event's own time where the trace does not say."""
+        return span(self.launches.get(event.args.correlation, event))
+
+
+def device_step(step: HostStep, device: Sequence[Event], launches: Mapping[int, Event]) -> DeviceStep | None:
+    """From the end of the last kernel launched before the step to the end of the last launched in it; from the host's
+    begin to the host's end where these are later. None where the step launched nothing.
+
+    device: all device events that run from the step's begin on the host until its last kernel ends, and more.
+    """
+    begin_s, end_s = step.begin_s, step.end_s
+    launched = False
+    for event in device:
+        at = launches.get(event.args.correlation, event).start_s
+        if at < step.begin_s:
+            begin_s = max(begin_s, event.end_s)
+        elif at <= step.end_s:
+            end_s = max(end_s, event.end_s)
+            launched = True
+    if not launched or end_s <= begin_s:
+        return None
+    inside = [event for event in device if begin_s < event.end_s and event.start_s < end_s]
+    return DeviceStep(begin_s=begin_s, end_s=end_s, inside=inside, launches=launches)
+
+
+class GpuStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step's timeline, and what its detail is made of. transfers and sent stand side by side."""
+
+    timeline: Timeline
+    kernels: list[Event]
+    sent: list[Sent]
+    late: list[Interval]
+    kinds: list[str]
+
+
+def gpu_step(
+    step: HostStep,
+    on_device: DeviceStep,
+    events: Slice,
+    walk: Walk,
+    phases: Phases,
+    groups: Groups,
+    named: Mapping[str, Purpose],
+) -> GpuStep:
+    """What ran, what moved and what the device waited for in one step."""
+    during = phases.during
+    kernels = [e for e in on_device.inside if not is_transfer(e)]
+    moved = [e for e in on_device.inside if is_transfer(e)]
+    sent = [sent_of(e, on_device, walk, groups) for e in moved]
+    messages = [m for m in message_spans(events.marks) if m.what != "take" or m.number < 0]
+    sent = [with_ends(one, messages) for one in sent]
     transfers = numbered(
-        [transfer_of(e, launch_of(e, launched)[0], groups, purposes, during, sent) for e in inside if is_nccl(e)]
+        [
+            Transfer(
+                purpose=purpose,
+                ranks=one.ends or one.ranks,
+                index=one.number or 0,
+                start_s=one.start_s,
+                end_s=one.end_s,
+            )
+            for one, purpose in zip(sent, purposes_of(sent, phases, walk, named), strict=True)
+        ]
     )
-    updating, again = (
-        union(span(e) for e in kernels if within(launch_of(e, launched)[0], during[phase])) for phase in APART
-    )
-    working = subtract(union(span(e) for e in kernels), union([*updating, *again]))
-    hosted = subtract(host_operators(events, step, during["optimizer"]), union(span(e) for e in inside))
+    kinds = [kind_at(on_device.launch(e)[0], during) for e in kernels]
+    busy = {
+        kind: union(span(e) for e, own in zip(kernels, kinds, strict=True) if own == kind)
+        for kind in (*APART, "compute")
+    }
+    taken = union([*busy["optimizer"], *busy["recompute"]])
+    running = union(span(e) for e in on_device.inside)
+    # Where the optimizer's states lie with the host, its cores are at work while the device is idle.
+    hosted = subtract(host_operators(step, events, during["optimizer"]), running)
     # Behind the last kernel nothing is launched any more in this step, and the host has not ended it yet.
-    last = max((span(e)[1] for e in inside), default=start)
-    late = union([*late_launches(start, kernels, launched), (last, end)])
+    last = max((e.end_s for e in on_device.inside), default=on_device.begin_s)
+    late = union([*late_launches(on_device, kernels), (last, on_device.end_s)])
     stalled = {name: intersect(late, during[name]) for name in ("input", "checkpoint")}
-    return Timeline(
-        start_s=start,
-        end_s=end,
-        busy={"optimizer": union([*updating, *hosted]), "recompute": again, "compute": working},
+    timeline = Timeline(
+        start_s=on_device.begin_s,
+        end_s=on_device.end_s,
+        busy={
+            "optimizer": union([*busy["optimizer"], *hosted]),
+            "recompute": busy["recompute"],
+            "compute": subtract(busy["compute"], taken),
+        },
         waits={**stalled, "host": late},
         transfers=transfers,
-        contention_s=slowed(kernels, transfers, during, launched),
+        contention_s=slowed(kernels, kinds, transfers),
+    )
+    return GpuStep(timeline=timeline, kernels=kernels, sent=sent, late=late, kinds=kinds)
+
+
+def is_transfer(event: Event) -> bool:
+    """Whether a device event is a collective's kernel, NCCL's or RCCL's."""
+    name = event.name.lower()
+    return "nccl" in name or "rccl" in name
+
+
+def kind_at(moment: float, during: Mapping[str, list[Interval]]) -> str:
+    """Which bucket a kernel belongs to that was launched at this moment."""
+    return next((phase for phase in APART if within(moment, during[phase])), "compute")
+
+
+def sent_of(event: Event, on_device: DeviceStep, walk: Walk, groups: Groups) -> Sent:
+    """A transfer's kernel, with what it or the operator that launched it says of its process group."""
+    args, launch_s = event.args, on_device.launch(event)[0]
+    if not args.group and not args.description:
+        at = bisect_right(walk.records, launch_s, key=lambda record: record.start_s) - 1
+        if at >= 0 and launch_s <= walk.records[at].end_s:
+            args = walk.records[at].args
+    description, ranks = groups.get(args.group, ("", ()))
+    size = ELEMENT_BYTES.get(args.dtype)
+    return Sent(
+        kind=kind_of(args.collective or event.name),
+        launch_s=launch_s,
+        start_s=event.start_s,
+        end_s=event.end_s,
+        group=args.group,
+        description=args.description or description,
+        ranks=args.ranks or ranks,
+        sent_bytes=float(args.elements * size) if size and args.elements >= 0 else None,
     )
 
 
-def is_nccl(event: TraceEvent) -> bool:
-    """Whether a device event is a collective's kernel."""
-    return "nccl" in str(event["name"]).lower()
+def with_ends(sent: Sent, messages: Sequence[MessageSpan]) -> Sent:
+    """A message between stages, with the ranks that its launch names."""
+    at = bisect_right(messages, sent.launch_s, key=lambda message: message.interval[0]) - 1
+    if at < 0 or sent.launch_s > messages[at].interval[1]:
+        return sent
+    message = messages[at]
+    return msgspec.structs.replace(sent, ends=(message.source, message.target), number=message.number)
 
 
-def launch_of(event: TraceEvent, launched: Mapping[int, Interval]) -> Interval:
-    """When the host launched a device event; the event's own time where the trace does not say."""
-    return launched.get(event.get("args", {}).get("correlation", -1), span(event))
-
-
-def device_window(
-    events: Sequence[TraceEvent], step: TraceEvent, device: Sequence[TraceEvent], launched: Mapping[int, Interval]
-) -> Interval:
-    """From the end of the last kernel launched before the step to the end of the last launched in it; from the host's
-    start to the host's end where these are later."""
-    opened, closed = span(step)
-    if sum(1 for e in events if e["name"] == STEP and e.get("cat") == "user_annotation") < 2:
-        raise ValueError("a GPU step is bounded by the step before it, and the trace holds only one")
-    before = [span(e)[1] for e in device if launch_of(e, launched)[0] < opened]
-    during = [span(e)[1] for e in device if opened <= launch_of(e, launched)[0] <= closed]
-    if not before or not during or max(during) <= max(before):
-        raise ValueError("the trace holds no kernels of the annotated step")
-    return max(*before, opened), max(*during, closed)
-
-
-def host_operators(events: Sequence[TraceEvent], step: TraceEvent, phases: Sequence[Interval]) -> list[Interval]:
+def host_operators(step: HostStep, events: Slice, phases: Sequence[Interval]) -> list[Interval]:
     """When the host's own cores were at work in the step's `phases`: operators that launch nothing, by themselves or
     inside, and are inside none that does."""
-    mine = [e for e in events if e.get("tid") == step["tid"] and within(span(e)[0], phases)]
-    launches = sorted(span(e)[0] for e in mine if e.get("cat") in LAUNCH)
+    launches = [call.start_s for call in events.calls if call.thread == step.thread]
     found: list[Interval] = []
-    free = 0.0
-    for start, end in sorted((span(e) for e in mine if e.get("cat") == "cpu_op"), key=lambda s: (s[0], -s[1])):
-        if start < free:
+    free = -float("inf")
+    for operator in events.operators.get(step.thread, ()):
+        start, end = span(operator)
+        if start < free or not within(start, phases):
             continue
         free = end
         if bisect_right(launches, end) == bisect_left(launches, start):
@@ -98,43 +193,18 @@ def host_operators(events: Sequence[TraceEvent], step: TraceEvent, phases: Seque
     return union(found)
 
 
-def transfer_of(
-    event: TraceEvent,
-    launch: float,
-    groups: Mapping[str, tuple[str, tuple[int, ...]]],
-    purposes: Mapping[str, Purpose],
-    during: Mapping[str, list[Interval]],
-    sent: Sequence[MessageSpan],
-) -> Transfer:
-    """A transfer's kernel, with the process group that the trace names, or between the ranks that its launch names.
-
-    Its phase may say what it is for, whatever else its group carries.
-    """
-    args = event.get("args", {})
-    description, ranks = groups.get(str(args.get("Process Group Name", "")), ("", ()))
-    described = str(args.get("Process Group Description", description))
-    start, end = span(event)
-    purpose = phase_of(launch, during) or purposes.get(described, "control")
-    position = bisect_right(sent, launch, key=lambda message: message.interval[0]) - 1
-    if position >= 0 and launch <= sent[position].interval[1]:
-        message = sent[position]
-        ends = (message.source, message.target)
-        return Transfer(purpose="pipeline", ranks=ends, index=message.number, start_s=start, end_s=end)
-    return Transfer(purpose=purpose, ranks=ranks, index=0, start_s=start, end_s=end)
-
-
-def late_launches(start: float, kernels: Sequence[TraceEvent], launched: Mapping[int, Interval]) -> list[Interval]:
+def late_launches(on_device: DeviceStep, kernels: Sequence[Event]) -> list[Interval]:
     """Device idle before a kernel that the host had not launched yet when the device ran out of work.
 
     The idle stretch counts up to the launch; from there to the kernel's start the device was told and waited for
     something else, except for the few microseconds that a launch takes to arrive, which belong to it.
     """
     late: list[Interval] = []
-    free = start
+    free = on_device.begin_s
     for event in kernels:
         begin, end = span(event)
         if begin > free:
-            launch = launch_of(event, launched)[1]
+            launch = on_device.launch(event)[1]
             if launch > free:
                 arrived = launch + LAUNCH_LATENCY_S
                 late.append((free, begin if begin <= arrived else launch))
@@ -142,20 +212,12 @@ def late_launches(start: float, kernels: Sequence[TraceEvent], launched: Mapping
     return union(late)
 
 
-def slowed(
-    kernels: Sequence[TraceEvent],
-    transfers: Sequence[Transfer],
-    during: Mapping[str, list[Interval]],
-    launched: Mapping[int, Interval],
-) -> float:
+def slowed(kernels: Sequence[Event], kinds: Sequence[str], transfers: Sequence[Transfer]) -> float:
     """Contention of compute kernels: those that ran beside a transfer against the same ones alone."""
     moving = union([(t.start_s, t.end_s) for t in transfers])
-    samples: dict[str, list[tuple[float, bool]]] = defaultdict(list)
-    for event in kernels:
-        if any(within(launch_of(event, launched)[0], during[phase]) for phase in APART):
-            continue
-        start, end = span(event)
-        args = event.get("args", {})
-        same = f"{event['name']} {args.get('grid')} {args.get('block')}"
-        samples[same].append((end - start, bool(intersect(moving, [(start, end)]))))
-    return contention(samples)
+    samples: dict[tuple[str, str], list[tuple[float, bool]]] = defaultdict(list)
+    for event, kind in zip(kernels, kinds, strict=True):
+        if kind == "compute":
+            start, end = span(event)
+            samples[event.name, event.args.launch_shape].append((end - start, bool(clip(moving, start, end))))
+    return contention({f"{name} {shape}": values for (name, shape), values in samples.items()})

@@ -1,0 +1,134 @@
+"""Why a device had nothing to do: what the host was at while it launched late."""
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from meshwright.account.intervals import Interval, clip, intersect, length, subtract, union
+from meshwright.record.detail import Gap, HostCause
+from meshwright.record.kineto.marks import COLLECT, PREFIX, PROFILER_STEP, span
+from meshwright.record.kineto.steps import Slice
+from meshwright.record.kineto.trace import Event
+from meshwright.record.kineto.walk import Walk
+
+# Calls in which the host waits until the device has done what it was given, CUDA's and HIP's.
+SYNCHRONIZING = (
+    *(f"{maker}{what}Synchronize" for maker in ("cuda", "hip") for what in ("Stream", "Device", "Event")),
+    *("cudaMemcpy", "hipMemcpy", "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+)
+# Python between two operators takes microseconds; what takes longer than this does something else than train.
+PAUSE_S = 1e-3
+# Of a step: enough to see a pattern.
+LISTED_GAPS = 10
+# A gap shorter than this is what every launch costs.
+SHORTEST_GAP_S = 20e-6
+NO_OPERATOR = "Python, in no operator"
+
+
+class HostWork(msgspec.Struct, frozen=True, kw_only=True):
+    """What the host did around a step, all threads together; intervals are sorted and disjoint.
+
+    waits: its calls that waited for the device, in order of their end. collecting: garbage. paused: long stretches of
+    Python in no operator, no call and no library's annotation.
+    """
+
+    waits: list[Interval]
+    collecting: list[Interval]
+    paused: list[Interval]
+
+
+def host_work(slices: Sequence[Slice], walks: Sequence[Walk], begin_s: float, end_s: float) -> HostWork:
+    """What the host did between two moments, of the slices of a trace that hold them."""
+    calls = [call for one in slices for call in one.calls]
+    marks = [mark for one in slices for mark in one.marks]
+    waits = sorted((span(c) for c in calls if c.name in SYNCHRONIZING), key=lambda s: s[1])
+    collecting = union(span(m) for m in marks if m.name == COLLECT)
+    # Libraries' annotations are work; around a loop's steps and phases anything may happen.
+    known = [span(m) for m in marks if not m.name.startswith((PREFIX, PROFILER_STEP))]
+    active = [interval for walk in walks for own in walk.active.values() for interval in own]
+    at_work = union([*active, *known, *(span(c) for c in calls), *collecting])
+    quiet = subtract([(begin_s, end_s)], at_work)
+    return HostWork(waits=waits, collecting=collecting, paused=[s for s in quiet if s[1] - s[0] > PAUSE_S])
+
+
+def host_causes(late: Sequence[Interval], work: HostWork) -> dict[HostCause, float]:
+    """Seconds of `late`, time in which the device was idle for want of a launch, by what the host was at.
+
+    A host that waited for the device for some time would have been so far ahead of it without the wait: what it
+    launched late afterwards is due to that wait, up to its length.
+    """
+    collecting = intersect(late, work.collecting)
+    paused = intersect(late, work.paused)
+    rest = subtract(late, union([*collecting, *paused]))
+    credit = behind = launching = 0.0
+    known = 0
+    for begin, end in rest:
+        while known < len(work.waits) and work.waits[known][0] < end:
+            wait = work.waits[known]
+            if rest and wait[1] >= rest[0][0]:
+                credit += wait[1] - wait[0]
+            known += 1
+        due = min(credit, end - begin)
+        credit -= due
+        behind += due
+        launching += end - begin - due
+    found: dict[HostCause, float] = {
+        "synchronize": behind,
+        "launch": launching,
+        "collect": length(collecting),
+        "python": length(paused),
+    }
+    return {cause: seconds for cause, seconds in found.items() if seconds > 0}
+
+
+def idle_gaps(
+    begin_s: float,
+    end_s: float,
+    busy: Sequence[Event],
+    waits: Mapping[str, Sequence[Interval]],
+    slices: Sequence[Slice],
+) -> tuple[Gap, ...]:
+    """The longest stretches in which no device event ran, longest first.
+
+    busy: the device's events, by begin. waits: the intervals of the account's waits, by bucket.
+    """
+    idle = subtract([(begin_s, end_s)], union(span(e) for e in busy))
+    longest = sorted((s for s in idle if s[1] - s[0] >= SHORTEST_GAP_S), key=lambda s: s[0] - s[1])[:LISTED_GAPS]
+    starts = [event.start_s for event in busy]
+    found: list[Gap] = []
+    for begin, end in longest:
+        shares = {name: length(clip(sorted(own), begin, end)) for name, own in waits.items()}
+        bucket = max(shares, key=lambda name: shares[name], default="other")
+        follows = bisect_left(starts, end)
+        found.append(
+            Gap(
+                start_s=begin - begin_s,
+                seconds=end - begin,
+                bucket=bucket if shares and shares[bucket] > 0 else "other",
+                doing=host_activity(begin, end, slices),
+                before=busy[follows].name if follows < len(busy) else "",
+            )
+        )
+    return tuple(found)
+
+
+def host_activity(begin: float, end: float, slices: Sequence[Slice]) -> str:
+    """What the host did for the most of a stretch: the innermost annotation, operator or call that holds most of it."""
+    seconds: dict[str, float] = defaultdict(float)
+    covered: list[Interval] = []
+    for one in slices:
+        for own in (one.calls, one.marks, *one.operators.values()):
+            first = bisect_right(own, begin, key=lambda e: e.start_s)
+            # What began before the stretch and lasts into it lies not far ahead.
+            for event in own[max(0, first - 200) : bisect_left(own, end, key=lambda e: e.start_s)]:
+                inside = min(end, event.end_s) - max(begin, event.start_s)
+                if inside > 0 and not event.name.startswith((PROFILER_STEP, f"{PREFIX}step")):
+                    seconds[event.name] += inside
+                    covered.append((max(begin, event.start_s), min(end, event.end_s)))
+    if not seconds or length(union(covered)) < (end - begin) / 2:
+        return NO_OPERATOR
+    # Of names that hold about as much the one that holds the least tells most: it is the inner one.
+    most = max(seconds.values())
+    return min((name for name in seconds if seconds[name] > 0.8 * most), key=lambda name: seconds[name])
