@@ -81,9 +81,9 @@ LooseEvent = msgspec.defstruct(
 )
 
 # Numbers that JSON does not have: bandwidths of copies that took no time (github.com/pytorch/kineto/issues/105).
-NO_NUMBER = re.compile(rb"([:,\[]\s*)[-+]?(?:nan|inf|infinity)(?=\s*[,\]}])", re.IGNORECASE)
+NO_NUMBER = re.compile(rb"([:,\[]\s*+)[-+]?(?:nan|NaN|inf|Infinity)(?=\s*[,\]}])")
 # Backslashes of paths on Windows, which are not escaped (github.com/pytorch/pytorch/issues/98432).
-BACKSLASH = re.compile(rb'(\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))|\\')
+BACKSLASH = re.compile(rb'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})?')
 # Line ends and the like in strings (github.com/pytorch/pytorch/issues/130622): between values a space does as well.
 CONTROL = bytes(32 if code < 32 else code for code in range(256))
 
@@ -119,7 +119,7 @@ def mend(text: bytes) -> bytes:
     """The text without what profilers write that is no JSON."""
     if not text.isascii():
         text = text.decode("utf-8", "replace").encode()
-    text = BACKSLASH.sub(lambda found: found[1] or rb"\\", text)
+    text = BACKSLASH.sub(lambda found: found[0] if found[1] else rb"\\", text)
     return NO_NUMBER.sub(rb"\1null", text.translate(CONTROL))
 
 
