@@ -1,12 +1,15 @@
 """A GPU's account from profiler traces made by hand, with every moment known. Times are milliseconds; no GPU needed."""
 
+import json
 import random
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from meshwright.account import MeasuredStep, StepAccount, split_waits
-from meshwright.record.kineto import PREFIX, STEP, measure_step, message_label
+from meshwright.record.kineto import PREFIX, STEP, measure_step, message_label, read_trace
 from meshwright.spec import Layout
 from meshwright.trace.recorder import group_purposes
 
@@ -63,14 +66,18 @@ class Trace:
             {"ph": "s", "cat": "ac2g", "name": "ac2g", "ts": 11e3},
         ]
         events = [*noise, *reversed(self.events)]
-        return measure_step(
-            {"traceEvents": events, "distributedInfo": {"pg_config": config}},
-            step=3,
-            rank=rank,
-            host="a",
-            purposes=group_purposes(layout or Layout(replica=2, shard=2)),
-            useful_s=useful * 1e-3,
+        return measured_of(
+            events, config, rank=rank, purposes=group_purposes(layout or Layout(replica=2, shard=2)), useful=useful
         )
+
+
+def measured_of(events: list[Any], config: list[Any], *, rank: int, purposes: Any, useful: float) -> MeasuredStep:
+    """The last step of a trace of these events."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        path.write_text(json.dumps({"traceEvents": events, "distributedInfo": {"pg_config": config}}))
+        trace = read_trace(path)
+    return measure_step(trace, step=3, rank=rank, host="a", purposes=purposes, useful_s=useful * 1e-3).measured
 
 
 def ms(account: StepAccount) -> dict[str, float]:
@@ -292,9 +299,9 @@ def test_memory_copies_are_work() -> None:
     ("lacks", "says"),
     [
         ("steps", "no annotated step"),
-        ("lead", "holds only one"),
-        ("kernels", "no kernels of the annotated step"),
-        ("time", "no kernels of the annotated step"),
+        ("lead", "holds one step alone"),
+        ("kernels", "no kernels of step 3"),
+        ("time", "no kernels of step 3"),
     ],
 )
 def test_a_trace_that_lacks_something_is_refused(lacks: str, says: str) -> None:

@@ -20,7 +20,8 @@ class Phases(msgspec.Struct, frozen=True, kw_only=True):
     """The phases of one step, each as sorted, disjoint intervals on the host.
 
     during: by phase; one that the program does not show is empty. told: the program annotates its passes itself.
-    sharding: inside of FSDP's own work; stacks: on a mixture's experts, which lie on other ranks than the rest. outside: surely not in a pass over the model.
+    sharding: inside of FSDP's own work; stacks: on a mixture's experts, which lie on other ranks than the rest.
+    outside: surely not in a pass over the model.
     """
 
     during: dict[str, list[Interval]]

@@ -113,7 +113,7 @@ def purposes_of(sent: Sequence[Sent], phases: Phases, walk: Walk, named: Mapping
 def told_purpose(one: Sent, phases: Phases, walk: Walk, named: Mapping[str, Purpose]) -> Purpose | None:
     """What a collective was for, by what launched it or by its group's name; None where neither tells."""
     at = one.launch_s
-    if one.number is not None:
+    if one.ends is not None:
         return "pipeline"
     if told := next((purpose for purpose in TELLING if within(at, phases.during[purpose])), None):
         return told

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import msgspec
 
@@ -92,7 +93,7 @@ def find_steps(trace: Trace, last: int | None) -> tuple[list[HostStep], list[str
         led = [False] + [True] * (len(bounds) - 1)
     else:
         updates = update_ends([m for m in marks if m.name.startswith(OPTIMIZER_STEP)], trace)
-        bounds = [(b.thread, a.end_s, b.end_s) for a, b in zip(updates, updates[1:], strict=False)]
+        bounds = [(b.thread, a.end_s, b.end_s) for a, b in pairwise(updates)]
         led = [True] * len(bounds)
         if bounds:
             notes.append(
