@@ -2,6 +2,7 @@
 
 from meshwright.trace.memory import MemoryProbe
 from meshwright.trace.recorder import Recorder
-from meshwright.trace.recording import Recording, record
+from meshwright.trace.recording import Recording
+from meshwright.trace.start import record
 
 __all__ = ["MemoryProbe", "Recorder", "Recording", "record"]

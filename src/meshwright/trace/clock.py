@@ -40,6 +40,8 @@ class Clock:
         """When a mark was, or None as long as the device has not come to it. Marks are asked for in their order."""
         if mark.event is None:
             return mark.host_s
+        if mark is self._last:
+            return self._last_s
         if not mark.event.query():
             return None
         if self._last is None or self._last.event is None:

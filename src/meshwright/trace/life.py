@@ -1,25 +1,14 @@
 """From the moments of one rank's training, told once the device has come to them, to the lines of its record."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
-
-import msgspec
+from typing import Literal, NamedTuple
 
 from meshwright.record import Span
 from meshwright.trace.clock import Mark
+from meshwright.trace.told import Told
 
 # Steps share a span until this many seconds have passed, so that a long run stays a short file.
 FLUSH_S = 10.0
-
-
-class Told(msgspec.Struct, kw_only=True):
-    """What the program says of a step; a loss that the device still computes stands in memory that it will be copied
-    to."""
-
-    loss: Any = None
-    gradient_norm: Any = None
-    learning_rate: float | None = None
-    tokens: int | None = None
 
 
 class Moment(NamedTuple):

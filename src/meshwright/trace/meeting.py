@@ -1,6 +1,7 @@
 """How the ranks of another program agree, without a collective of ours in it: through the store by which they met."""
 
 from datetime import timedelta
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.elastic.utils import get_env_variable_or_raise
@@ -30,7 +31,8 @@ class Meeting:
                 "record() after torch.distributed.init_process_group()",
             )
         if self.world_size > 1:
-            store = dist.distributed_c10d._get_default_store().clone()
+            # There since torch 2.6; its type stubs do not know it.
+            store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
             number = store.add(f"meshwright/calls/{self.rank}", 1)
             self._store = dist.PrefixStore(f"meshwright/{number}", store)
 

@@ -1,38 +1,34 @@
 """Recording any PyTorch training loop: three lines in the loop, a run folder that `meshwright explain` reads."""
 
 import atexit
-import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from meshwright.account import Purpose
-from meshwright.record import Ended, Fault, Memory, Metrics, RunFolder, start_attempt, write_program
+from meshwright.record import Ended, Fault, Memory, Metrics, RunFolder, write_program
 from meshwright.record.kineto import PREFIX
-from meshwright.spec import Precision, SettingError
+from meshwright.spec import SettingError
 from meshwright.trace.background import Background
 from meshwright.trace.clock import Clock
 from meshwright.trace.facts import device_of
 from meshwright.trace.flops import compile_seconds
 from meshwright.trace.held import Holdings
-from meshwright.trace.life import Life, Moment, Told
+from meshwright.trace.life import Life, Moment
 from meshwright.trace.meeting import Meeting
 from meshwright.trace.memory import peak_memory_bytes
-from meshwright.trace.options import Options, check_folder, check_options, models_of, optimizers_of
+from meshwright.trace.options import Options
 from meshwright.trace.profiling import Profiling
 from meshwright.trace.samples import Samples
 from meshwright.trace.sampling import Sampling, read_sample
+from meshwright.trace.told import Told, finite, scalar
 from meshwright.trace.work import Work
 
 B = TypeVar("B")
@@ -41,84 +37,13 @@ B = TypeVar("B")
 OUTSIDE = ("evaluation", "checkpoint")
 # For the last sample to be read, at the end.
 PATIENCE_S = 120.0
+# For the other ranks to tell what they counted; for that sample, where the program has not said that it ends.
+LAST_WORD_S = 5.0
 END = object()
 
 
-def record(
-    run: str | os.PathLike[str],
-    model: nn.Module | Sequence[nn.Module] | None = None,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    *,
-    name: str = "",
-    trainer: str = "a PyTorch loop",
-    flops_per_step: float | None = None,
-    tokens_per_step: int | None = None,
-    precision: Precision | None = None,
-    groups: Mapping[str, Purpose] | None = None,
-    budget: float | None = None,
-    every_steps: int | None = None,
-    keep_traces: bool = False,
-    first_step: int = 0,
-) -> "Recording":
-    """Begin to record this rank's training into the run folder `run`. Every rank calls it, after init_process_group.
-
-    model, optimizer: what is trained, and by what, for the memory account and the count of parameters.
-    name, trainer: in words, for people.
-    flops_per_step: model FLOPs of one step, all ranks together, forward and backward; None: counted in the second step,
-        but in a program that torch.compile has compiled, whose count would be wrong.
-    tokens_per_step: of all ranks. precision: of most matrix products; None: as counted.
-    groups: purposes of process groups by their descriptions ("replica", "tensor", ...), where you know better.
-    budget: the share of the time that sampled steps may cost (0.005). every_steps: a sample each so many steps instead;
-        0: none. keep_traces: keep the profiler's traces in the run folder.
-    first_step: the number of the first step, of a training that resumes.
-
-    Raises SettingError where an option or the folder cannot be used. After that nothing is ever raised into the
-    program: what recording fails at is a fault in the record.
-    """
-    began_s = process_start_s()
-    folder = RunFolder(Path(run))
-    options = check_options(folder, locals())
-    models, optimizers = models_of(model), optimizers_of(optimizer)
-    meeting = Meeting()
-    attempt = agree_on_attempt(folder, meeting)
-    return Recording(folder, attempt, options, meeting, models, optimizers, began_s=began_s)
-
-
-def agree_on_attempt(folder: RunFolder, meeting: Meeting) -> int:
-    """The number of the attempt, which rank 0 begins; where it cannot, all ranks say why."""
-    if meeting.rank != 0:
-        word = meeting.wait("attempt")
-        if word.isdecimal():
-            return int(word)
-        raise SettingError(*word.split("\n"))
-    try:
-        check_folder(folder)
-        attempt = start_attempt(folder, None)
-    except SettingError as error:
-        meeting.tell("attempt", f"{error.setting}\n{error.reason}\n{error.nearest}")
-        raise
-    except OSError as error:
-        refused = SettingError(f"run folder {folder.path}", f"cannot be made ({error.strerror})", "runs/mine")
-        meeting.tell("attempt", f"{refused.setting}\n{refused.reason}\n{refused.nearest}")
-        raise refused from None
-    meeting.tell("attempt", str(attempt))
-    return attempt
-
-
-def process_start_s() -> float:
-    """When this process was started, seconds since the epoch; now, where the system does not tell."""
-    now = time.time()
-    try:
-        # man proc_pid_stat: starttime is the 22nd field, counted in ticks from boot; the 2nd may hold blanks.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up_s = float(Path("/proc/uptime").read_text().split()[0])
-        return min(now, now - up_s + ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return now
-
-
 class Recording:
-    """One rank's record, as the training loop holds it. Made by record()."""
+    """One rank's record, as the training loop holds it. Made by record(), in start.py."""
 
     def __init__(
         self,
@@ -162,11 +87,15 @@ class Recording:
         # ended, well or not.
         self._state = "ready"
         self._closed = False
+        # For memory and FLOPs the second: by then all states are there, and what compiles has.
+        self._watched_step = options.first_step + 1
+        self._peak_bytes = peak_memory_bytes(device)
+        self._deaf = False
         # What the time before the first step is booked as; the state in which a span was entered.
         self._before = "startup"
         self._within = self._state
         self._open_files()
-        self._sampling.open()
+        self._try(self._sampling.open)
         self._ready = self._clock.mark()
         atexit.register(self._at_exit)
 
@@ -187,13 +116,14 @@ class Recording:
 
         A loop that is left by `break` has not ended the step that it is in.
         """
-        if isinstance(microbatches, bool) or microbatches < 1:
+        if type(microbatches) is not int or microbatches < 1:
             raise SettingError(f"microbatches={microbatches!r}", "must be a whole number, at least 1", "microbatches=1")
         return self._steps(loader, microbatches)
 
     def _steps(self, loader: Iterable[B], microbatches: int) -> Iterator[B]:
         held = 0
         batches = iter(loader)
+        ended = False
         self._try(self._begin)
         try:
             while True:
@@ -208,8 +138,9 @@ class Recording:
                     held = 0
             if held:
                 self.next_step()
+            ended = True
         finally:
-            self._try(self._leave)
+            self._try(lambda: self._leave(whole=ended))
 
     def next_step(
         self,
@@ -240,7 +171,10 @@ class Recording:
             told.learning_rate = told.learning_rate if learning_rate is None else float(learning_rate)
             told.tokens = told.tokens if tokens is None else int(tokens)
 
-        self._try(keep)
+        try:
+            keep()
+        except Exception as error:
+            self._fault(f"what step {self.number} said was not recorded: {type(error).__name__}: {error}")
 
     def span(self, name: str) -> AbstractContextManager[None]:
         """A stretch that belongs to no step: "evaluation" or "checkpoint". Within a step, that step goes on after it.
@@ -274,10 +208,13 @@ class Recording:
         self._try(self._leave)
         self._try(self._wind_up)
         self._state, self._closed = "over", True
-        self._background.settle(PATIENCE_S)
+        self._background.settle(PATIENCE_S if how else LAST_WORD_S)
         if how:
             self._write(Ended(step=self.number - 1, time_s=time.time(), how=how))
         self._background.close()
+        if how:
+            with suppress(Exception):
+                self._work.settle(LAST_WORD_S)
 
     def __enter__(self) -> "Recording":
         return self
@@ -309,7 +246,7 @@ class Recording:
             self._moments.append(Moment("begin", self._clock.mark(), self.number, self._before))
             self._before = ""
         if self._state == "in":
-            self._leave()
+            self._leave(whole=False)
         else:
             self._moments.append(Moment("leave", self._clock.mark(), self.number))
 
@@ -322,11 +259,14 @@ class Recording:
         self._ready = mark
         self._resolve()
 
-    def _leave(self) -> None:
+    def _leave(self, *, whole: bool = True) -> None:
+        """whole: the running step has not done anything yet."""
         if self._state != "in":
             return
         self._sampling.drop()
         self._unwatch()
+        if not whole and self.number == self._watched_step:
+            self._watched_step += 1
         self._moments.append(Moment("leave", self._clock.mark(), self.number))
         self._state = "out"
         self._resolve()
@@ -355,13 +295,13 @@ class Recording:
         self._resolve()
 
     def _watch(self) -> None:
-        """The second step is watched: by then all states are there, and what compiles has."""
-        if self.number == self._options.first_step + 1:
+        """One step is watched from its begin."""
+        if self.number == self._watched_step:
             self._holdings.open()
             self._work.open()
 
     def _watched(self) -> None:
-        if self.number == self._options.first_step + 1:
+        if self.number == self._watched_step:
             self._work.close()
             self._write(Memory(step=self.number, account=self._holdings.close()))
 
@@ -396,18 +336,24 @@ class Recording:
             step_s=step_s,
             tokens_per_s=tokens / step_s if tokens and step_s > 0 else None,
             mfu=self._work.utilisation(step_s),
-            memory_bytes=peak_memory_bytes(self._device),
+            memory_bytes=self._peak_bytes,
         )
         self._background.write(self.folder.metrics, line)
 
     def _listen(self) -> None:
         """In the background."""
+        self._peak_bytes = peak_memory_bytes(self._device)
+        if self._deaf:
+            return
         try:
             self._sampling.samples.listen(self.number)
             self._work.listen()
-        except Exception as error:
-            # The store is gone with rank 0, or the disk is full.
-            self._fault(f"what ranks tell each other was lost: {type(error).__name__}: {error}")
+        except OSError as error:
+            self._deaf = True
+            self._fault(f"program.json was not written: {error}")
+        except Exception:
+            # Rank 0 is gone, and the store with it: in good order at the end, or its own record tells of it.
+            self._deaf = True
 
     def _read_apart(self, profiling: Profiling, step: int) -> None:
         kept = self.folder.attempt(self.attempt) / "traces" / f"step-{step}" / f"rank-{self.rank}.json"
@@ -449,21 +395,3 @@ class Recording:
     def _at_exit(self) -> None:
         """The program ends without close(): all is written but that it ended well."""
         self._close("")
-
-
-def scalar(value: Tensor | float) -> Any:
-    """A number; of a tensor on a GPU, host memory into which it will have been copied when the device is there."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    own = value.detach()
-    own = own.to_local() if isinstance(own, DTensor) else own
-    if own.device.type == "cpu":
-        return float(own)
-    there = torch.empty((), dtype=own.dtype, pin_memory=True)
-    return there.copy_(own.reshape(()), non_blocking=True)
-
-
-def finite(value: Any) -> float | None:
-    """A number that JSON has a word for, or None."""
-    number = None if value is None else float(value)
-    return number if number is not None and math.isfinite(number) else None

@@ -34,7 +34,7 @@ class Samples:
         self._spent_s = 0.0
         # Samples decided so far, and what rank 0 has still to tell, or another to hear, of the last.
         self._number = 0
-        self._untold: int | None = None
+        self._untold: tuple[int, int] | None = None
         self._waiting = False
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self.next = first + FIRST_SAMPLE if every is None else self._regular(first + lead)
@@ -74,19 +74,18 @@ class Samples:
         wait_s = max(due_s - time.monotonic(), SHORTEST_S, NOTICE_S)
         usual_s = max(median(self._usual) if self._usual else 1.0, 1e-6)
         self.next = running + max(math.ceil(wait_s / usual_s), NOTICE_STEPS) + self._lead
-        self._untold = self.next
+        self._untold = self._number, self.next
 
     def listen(self, running: int) -> None:
         """In the background: tell the other ranks of the next sample, or hear of it."""
-        key = f"sample/{self._number}"
         untold, self._untold = self._untold, None
         if untold is not None:
-            self._meeting.tell(key, str(untold))
-        elif self._waiting and (word := self._meeting.told(key)) is not None:
-            self._waiting = False
+            self._meeting.tell(f"sample/{untold[0]}", str(untold[1]))
+        elif self._waiting and (word := self._meeting.told(f"sample/{self._number}")) is not None:
             step = int(word)
-            if step - self._lead > running + 1:
-                self.next = step
-            else:
+            self._waiting = step - self._lead <= running + 1
+            if self._waiting:
+                # Too late: the others take this one, and the one after it is waited for.
                 self._number += 1
-                self._waiting = True
+            else:
+                self.next = step

@@ -1,5 +1,6 @@
 """What the program computes in a step: its FLOPs, told by each rank, and what program.json says of it."""
 
+import time
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -86,21 +87,30 @@ class Work:
         self.useful_s = self._seconds(count.flops, count.precision)
         share = Share(count=count, parameters=self._parameter_count(), model=fingerprint(self._models))
         self._shares[self._meeting.rank] = share
-        if self._meeting.rank != 0:
-            self._meeting.tell(f"share/{self._meeting.rank}", msgspec.json.encode(share).decode())
 
     def listen(self) -> None:
-        """In the background, on rank 0: hear the others out, then write down what is known. Raises OSError."""
-        if self._meeting.rank != 0 or 0 not in self._shares or self._said:
+        """In the background: tell rank 0; there, hear the others out and write down what is known. Raises OSError."""
+        own = self._shares.get(self._meeting.rank)
+        if own is None or self._said:
             return
-        for rank in range(self._meeting.world_size):
-            if rank not in self._shares:
-                word = self._meeting.told(f"share/{rank}")
-                if word is None:
-                    return
-                self._shares[rank] = msgspec.json.decode(word, type=Share)
+        if self._meeting.rank != 0:
+            self._meeting.tell(f"share/{self._meeting.rank}", msgspec.json.encode(own).decode())
+        else:
+            for rank in range(self._meeting.world_size):
+                if rank not in self._shares:
+                    word = self._meeting.told(f"share/{rank}")
+                    if word is None:
+                        return
+                    self._shares[rank] = msgspec.json.decode(word, type=Share)
+            write_program(self._folder, self.program())
         self._said = True
-        write_program(self._folder, self.program())
+
+    def settle(self, patience_s: float) -> None:
+        """At the end: hear those that have counted but not told yet."""
+        deadline = time.monotonic() + patience_s
+        while self._meeting.rank == 0 and self._shares and not self._said and time.monotonic() < deadline:
+            self.listen()
+            time.sleep(0.05)
 
     def program(self) -> Program:
         """As far as it is known by now."""

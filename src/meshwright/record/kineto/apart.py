@@ -47,13 +47,14 @@ def read_apart(request: Request) -> Reply:
             timeout=TIMEOUT_S,
             check=False,
         )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Reply(failure=f"the process that reads traces did not finish: {type(error).__name__}: {error}")
+    try:
         return msgspec.json.decode(finished.stdout, type=Reply)
     except msgspec.DecodeError:
         lines = finished.stderr.decode(errors="replace").split("\n")
         said = next((line for line in reversed(lines) if line.strip()), "it said nothing")
         return Reply(failure=f"the process that reads traces ended with code {finished.returncode}: {said}")
-    except (OSError, subprocess.SubprocessError) as error:
-        return Reply(failure=f"the process that reads traces did not finish: {type(error).__name__}: {error}")
 
 
 def serve() -> None:
