@@ -1,27 +1,25 @@
 """What one rank writes down of its life: spans for the run account, profiled steps for the step account."""
 
-import json
-import socket
-import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from meshwright.account import MemoryAccount, Purpose
 from meshwright.parallel.mesh import SHARD_CONTEXT
-from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
-from meshwright.record.kineto import PREFIX, STEP, measure_step
+from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span
+from meshwright.record.kineto import PREFIX, STEP
 from meshwright.spec import AXES, Job, Layout, held_stages, rank_flops, stage_blocks
+from meshwright.trace.flops import compile_seconds
+from meshwright.trace.life import FLUSH_S
+from meshwright.trace.profiling import Profiling
+from meshwright.trace.sampling import read_sample
 
-# Steps share a span until this many seconds have passed, so that a long run stays a short file.
-FLUSH_S = 10.0
 # Steps left alone before the first is profiled: the first compiles and fills caches.
 WARM_STEPS = 3
 
@@ -34,7 +32,10 @@ class Recorder:
         self._job = job
         self._device = device
         self._writer = LineWriter(folder.events(attempt, self.rank))
-        self._profiler: profile | None = None
+        # A sampled step is read beside the training, and written down by the thread that waits for it.
+        self._lock = threading.Lock()
+        self._reading: list[threading.Thread] = []
+        self._profiler: Profiling | None = None
         # Where the stretch of steps since the last span began, and how many it holds so far.
         self._steps_since: float | None = None
         self._steps_count = 0
@@ -48,7 +49,11 @@ class Recorder:
         self._write("startup", began_s, time.time())
 
     def _write(self, name: str, start_s: float, end_s: float, *, step: int = 0, count: int = 1) -> None:
-        self._writer.append(Span(name=name, start_s=start_s, end_s=end_s, step=step, count=count))
+        self._append(Span(name=name, start_s=start_s, end_s=end_s, step=step, count=count))
+
+    def _append(self, line: msgspec.Struct) -> None:
+        with self._lock:
+            self._writer.append(line)
 
     @contextmanager
     def span(self, name: str, step: int = 0) -> Iterator[None]:
@@ -112,30 +117,27 @@ class Recorder:
 
     def _open(self) -> None:
         self._synchronize()
-        gpu = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
-        self._profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
-        self._profiler.start()
+        self._profiler = Profiling(self._device)
 
     def _close(self, step: int) -> None:
         profiler, self._profiler = self._profiler, None
         assert profiler is not None
         self._synchronize()
         profiler.stop()
-        try:
-            measured = measure_step(
-                chrome_trace(profiler),
-                step=step,
-                rank=self.rank,
-                host=socket.gethostname(),
-                purposes=group_purposes(self._job.layout),
-                useful_s=self.useful_s,
-            )
-        # A full disk, or a trace that a new profiler writes otherwise, must not end the training that it watches.
-        except (OSError, LookupError, ValueError) as error:
-            self.fault(step, f"step {step} was profiled but not measured: {type(error).__name__}: {error}")
-        else:
-            share = expert_share(self._job, self.rank, sum(measured.expert_rows))
-            self._writer.append(Step(measured=msgspec.structs.replace(measured, expert_share=share)))
+        thread = threading.Thread(target=self._read, args=(profiler, step), name="meshwright-reading", daemon=True)
+        self._reading = [other for other in self._reading if other.is_alive()] + [thread]
+        thread.start()
+
+    def _read(self, profiler: Profiling, step: int) -> None:
+        """In a thread of its own."""
+        purposes = group_purposes(self._job.layout)
+        found = read_sample(profiler, step, rank=self.rank, purposes=purposes, useful_s=self.useful_s, kept=None)
+        if isinstance(found, str):
+            self.fault(step, found)
+            return
+        share = expert_share(self._job, self.rank, sum(found.measured.expert_rows))
+        measured = msgspec.structs.replace(found.measured, expert_share=share)
+        self._append(msgspec.structs.replace(found, measured=measured))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -148,11 +150,11 @@ class Recorder:
 
     def memory(self, step: int, account: MemoryAccount) -> None:
         """Write down what memory held in `step`."""
-        self._writer.append(Memory(step=step, account=account))
+        self._append(Memory(step=step, account=account))
 
     def fault(self, step: int, what: str) -> None:
         """Write down that something went wrong."""
-        self._writer.append(Fault(step=step, time_s=time.time(), what=what))
+        self._append(Fault(step=step, time_s=time.time(), what=what))
 
     def close(self, how: str) -> None:
         """Write what is left and that this rank ended in good order."""
@@ -161,16 +163,10 @@ class Recorder:
             self._profiler = None
         self._synchronize()
         self._flush_steps()
-        self._writer.append(Ended(step=self._last_step, time_s=time.time(), how=how))
+        for thread in self._reading:
+            thread.join()
+        self._append(Ended(step=self._last_step, time_s=time.time(), how=how))
         self._writer.close()
-
-
-def chrome_trace(profiler: profile) -> dict[str, Any]:
-    """A stopped profiler's trace as Chrome's format has it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return json.loads(path.read_bytes())
 
 
 def group_purposes(layout: Layout) -> dict[str, Purpose]:
@@ -222,9 +218,3 @@ def expert_share(job: Job, rank: int, rows: int) -> float:
     mean_rows = passes * model.experts.per_token * layout.pipeline / layout.world_size
     others = useful_flops(job, rank) - mean_rows * row_flops
     return rows * row_flops / (others + rows * row_flops)
-
-
-def compile_seconds() -> float:
-    """Seconds that torch.compile has taken in this process so far."""
-    spent = torch._dynamo.utils.cumulative_time_spent_ns
-    return (spent.get("entire_frame_compile", 0.0) + spent.get("entire_backward_compile", 0.0)) * 1e-9

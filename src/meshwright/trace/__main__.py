@@ -1,0 +1,56 @@
+"""`python -m meshwright.trace --run runs/mine [-m module | script.py] arguments...`: record a program unchanged."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshwright.spec import SettingError
+from meshwright.trace.wrapper import run_program
+
+FLAGS = ("--keep-traces", "--help")
+
+
+class Program(click.Command):
+    """From the program's name on, nothing is an option of ours."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the mark that ends options before `-m` or the script."""
+        place = 0
+        while place < len(args) and args[place].startswith("-") and args[place] not in ("-m", "--"):
+            place += 1 if args[place] in FLAGS or "=" in args[place] else 2
+        return super().parse_args(ctx, [*args[:place], "--", *args[place:]])
+
+
+@click.command(cls=Program)
+@click.option("--run", required=True, type=click.Path(path_type=Path), help="Run folder to record into.")
+@click.option("--name", default="", help="The run's name (that of its folder).")
+@click.option("--flops-per-step", type=float, help="Model FLOPs of a step, all ranks together (counted).")
+@click.option("--tokens-per-step", type=int, help="Tokens of a step, all ranks together.")
+@click.option("--precision", help="Of most matrix products: bf16 or fp32 (as counted).")
+@click.option("--group", "groups", multiple=True, help="GROUP=PURPOSE: what a process group carries, such as tensor.")
+@click.option("--budget", type=float, help="Share of the time that sampled steps may cost (0.005).")
+@click.option("--every-steps", type=int, help="A sample each so many steps instead; 0: none.")
+@click.option("--keep-traces", is_flag=True, help="Keep the profiler's traces in the run folder.")
+@click.argument("program", nargs=-1, type=click.UNPROCESSED)
+def main(run: Path, groups: tuple[str, ...], program: tuple[str, ...], **options: Any) -> None:
+    """Run a PyTorch program unchanged and record it: [-m MODULE | SCRIPT] ARGUMENTS...
+
+    Steps end where its first optimizer has stepped.
+    """
+    named = {group.rpartition("=")[0]: group.rpartition("=")[2] for group in groups}
+    try:
+        run_program(run, {**options, "groups": named, "first_step": 0, "trainer": words(program)}, list(program))
+    except SettingError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def words(program: tuple[str, ...]) -> str:
+    """The program's name, for people."""
+    return " ".join(program[:2]).removeprefix("-m ") if program[:1] == ("-m",) else " ".join(program[:1])
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m meshwright.trace")

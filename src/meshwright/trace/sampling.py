@@ -1,0 +1,165 @@
+"""Profiling a step now and then: when, for how long, and what becomes of the trace."""
+
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch.profiler import record_function
+
+from meshwright.account import Purpose
+from meshwright.record import Step
+from meshwright.record.kineto import PREFIX, STEP
+from meshwright.record.kineto.apart import Request, read_apart
+from meshwright.trace.profiling import Profiling, Turns
+from meshwright.trace.samples import Samples
+
+
+class Sampling:
+    """One rank's sampled steps.
+
+    A GPU step begins where the device finished the one before, so that one is profiled too: `lead` steps ahead.
+    idle: whether the trace before has been read. read: takes over a stopped profiler and the number of its step, at
+    once. fault: takes a line about what went wrong.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        device: torch.device,
+        *,
+        lead: int,
+        idle: Callable[[], bool],
+        read: Callable[[Profiling, int], None],
+        fault: Callable[[str], None],
+    ) -> None:
+        self.samples = samples
+        self._lead = lead
+        self._device = device
+        self._idle = idle
+        self._read = read
+        self._fault = fault
+        self._turns = Turns(self.drop)
+        self._profiling: Profiling | None = None
+        self._step: record_function | None = None
+        self._cpu_s = 0.0
+        # The step that is measured, of those profiled.
+        self._last = -1
+        self._number = 0
+        self._told_busy = False
+
+    def open(self) -> None:
+        """Take turns with the program's own profiler from now on; use ours once, for that may take seconds."""
+        self._turns.open()
+        if self._device.type == "cuda" and self._turns.free:
+            profiling = self._turns.ours(lambda: Profiling(self._device))
+            torch.ones(1, device=self._device)
+            self._turns.ours(profiling.stop)
+
+    def close(self) -> None:
+        """No more samples."""
+        self.drop()
+        self._turns.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether the running step is profiled."""
+        return self._profiling is not None
+
+    def due(self, number: int) -> bool:
+        """Whether the steps pause before step `number`, for turn()."""
+        self._number = number
+        if self.running:
+            return number > self._last
+        opening = self.samples.next - self._lead
+        if opening < 0 or number < opening:
+            return False
+        if number == opening and self._turns.free and self._idle():
+            return True
+        if not self._turns.free and not self._told_busy:
+            self._told_busy = True
+            self._fault(f"step {self.samples.next} was to be profiled, but the program's own profiler was at work")
+        self.samples.spent(number, 0.0)
+        return False
+
+    def turn(self) -> bool:
+        """Open the profiler, or close it; whether it was closed."""
+        profiling = self._profiling
+        if profiling is None:
+            self._last, self.samples.next = self.samples.next, -1
+            self._profiling = self._turns.ours(lambda: Profiling(self._device))
+            return False
+        self._profiling = None
+        # Or the last step's kernels are not in the trace.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._turns.ours(profiling.stop)
+        self._read(profiling, self._last)
+        return True
+
+    def drop(self) -> None:
+        """End a sample that cannot be finished."""
+        profiling, self._profiling = self._profiling, None
+        if profiling is not None:
+            self._end_annotation()
+            self._turns.ours(profiling.stop)
+            self.samples.spent(self._number, 0.0)
+
+    def step_begins(self) -> None:
+        """Annotate the running step."""
+        if self.running:
+            self._cpu_s = time.thread_time()
+            self._step = record_function(STEP)
+            self._step.__enter__()
+
+    def step_ends(self) -> None:
+        """It ends. On a CPU the trace is told how long this thread was not put aside for others."""
+        if self.running and self._device.type != "cuda":
+            with record_function(f"{PREFIX}cpu {(time.thread_time() - self._cpu_s) * 1e6:.0f}"):
+                pass
+        self._end_annotation()
+
+    def _end_annotation(self) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            step.__exit__(None, None, None)
+
+    def ended(self, paused_s: float, steps_s: list[float]) -> float:
+        """A sample is over; how much of its steps' time was the profiler's."""
+        excess_s = self.samples.excess(steps_s)
+        self.samples.spent(self._number, paused_s + excess_s)
+        return excess_s
+
+
+def read_sample(
+    profiling: Profiling, step: int, *, rank: int, purposes: Mapping[str, Purpose], useful_s: float, kept: Path | None
+) -> Step | str:
+    """Export a stopped profiler's trace and have it read in a process apart; or, in one line, why that failed.
+
+    For any thread. kept: where the trace is left, if at all.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
+            path = Path(folder) / "trace.json"
+            profiling.export(path)
+            request = Request(
+                path=str(path),
+                step=step,
+                rank=rank,
+                host=socket.gethostname(),
+                purposes=dict(purposes),
+                useful_s=useful_s,
+            )
+            reply = read_apart(request)
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, kept)
+    # A full disk, or whatever a new profiler does otherwise, must not end what it watches.
+    except (OSError, RuntimeError) as error:
+        return f"step {step} was profiled but not measured: {type(error).__name__}: {error}"
+    if reply.step is None:
+        return f"step {step} was profiled but not measured: {reply.failure}"
+    return reply.step
