@@ -36,7 +36,9 @@ class Step:
         raw = path.read_bytes()
         events = json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)["traceEvents"]
         whole = [e for e in events if e.get("ph") == "X"]
-        self.host = [e for e in whole if e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation")]
+        self.host = [
+            e for e in whole if e.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation")
+        ]
         self.device = sorted(
             (e for e in whole if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")), key=lambda e: e["ts"]
         )

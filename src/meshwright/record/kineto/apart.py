@@ -67,12 +67,11 @@ def serve() -> None:
 def answer(request: Request) -> Reply:
     """Measure the step; whatever is wrong with the trace is told, not raised."""
     # Not at the top: what this file offers a trainer is not the reading itself, which takes longer to load.
-    from meshwright.record.kineto import measure_step
+    from meshwright.record.kineto import measure_step, read_trace
 
     try:
-        trace = msgspec.json.decode(Path(request.path).read_bytes())
-        measured = measure_step(
-            trace,
+        step = measure_step(
+            read_trace(Path(request.path)),
             step=request.step,
             rank=request.rank,
             host=request.host,
@@ -81,4 +80,4 @@ def answer(request: Request) -> Reply:
         )
     except (OSError, LookupError, ValueError, TypeError, RecursionError, MemoryError) as error:
         return Reply(failure=f"{type(error).__name__}: {error}")
-    return Reply(step=Step(measured=measured))
+    return Reply(step=step)
