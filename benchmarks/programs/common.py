@@ -51,6 +51,8 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=0, help="worker processes of the data loader")
     parser.add_argument("--profile", type=Path, help="folder for a torch.profiler trace a rank of the last 3 steps")
     parser.add_argument("--record", type=Path, help="run folder that Meshwright records into")
+    parser.add_argument("--every-steps", type=int, help="a recorded sample each so many steps")
+    parser.add_argument("--keep-traces", action="store_true", help="keep the traces of the recorded samples")
     parser.add_argument("--step-times", type=Path, help="file for the seconds of each step of rank 0, as JSON")
     causes = parser.add_argument_group("causes, added from outside the package")
     causes.add_argument("--delay-input", type=float, default=0, metavar="MS", help="the loader sleeps for each batch")

@@ -24,6 +24,10 @@ from meshwright.record.timeline import Timeline, book
 # How many steps the host may be ahead of the device, and slices that are kept for it.
 AHEAD = 3
 
+# The ranks of a host share a clock, whose seconds since the epoch leave a float too few places for a step's. So they
+# are counted from the last whole number of these, 12 days.
+CLOCK_S = float(2**20)
+
 NOT_FOUND = "The trace holds no step: neither annotations of steps nor operators."
 NO_KERNELS = "The trace holds no kernels of step {}."
 COMPILED = "Backward passes were compiled: what they compute again for activation checkpointing is part of compute."
@@ -71,7 +75,8 @@ def measure_trace(
             useful_s=useful_s,
         )
         detail = msgspec.structs.replace(detail, groups=group_transfers(reader.sent, measured))
-        steps.append(Step(measured=msgspec.structs.replace(measured, expert_rows=rows), detail=detail))
+        measured = msgspec.structs.replace(measured, expert_rows=rows)
+        steps.append(Step(measured=later(measured, trace.base_s % CLOCK_S), detail=detail))
     return steps, [*notes, *sorted(reader.notes)]
 
 
@@ -194,6 +199,21 @@ def process_detail(made: CpuStep, events: Slice, walk: Walk, phases: Phases) -> 
         launches=len(made.operators),
         kernel_s=sum(seconds) / len(seconds) if seconds else 0.0,
     )
+
+
+def later(measured: MeasuredStep, seconds: float) -> MeasuredStep:
+    """The same step, told by a clock that is ahead by so much."""
+    transfers = [
+        msgspec.structs.replace(
+            t,
+            start_s=t.start_s + seconds,
+            end_s=t.end_s + seconds,
+            exposed=tuple((begin + seconds, end + seconds) for begin, end in t.exposed),
+        )
+        for t in measured.transfers
+    ]
+    begin_s, end_s = measured.start_s + seconds, measured.end_s + seconds
+    return msgspec.structs.replace(measured, start_s=begin_s, end_s=end_s, transfers=tuple(transfers))
 
 
 def group_transfers(sent: Sequence[Sent], measured: MeasuredStep) -> tuple[GroupTransfers, ...]:
