@@ -36,6 +36,7 @@ def wing(contract: str) -> set[str]:
 
 TORCH_FREE_WING = wing("torch-free-wing")
 TORCH_WING = wing("torch-wing")
+JAX_ANNEX = wing("jax-annex")
 
 
 class Source:
@@ -83,7 +84,7 @@ def mentioned(tree: ast.AST) -> Iterator[tuple[ast.expr | ast.stmt, str]]:
 
 
 def test_every_module_has_its_place_in_one_part_of_the_house():
-    parts = [GROUND_FLOOR, TORCH_FREE_WING, TORCH_WING, COMMAND_LINE, FRONT_DOOR]
+    parts = [GROUND_FLOOR, TORCH_FREE_WING, TORCH_WING, JAX_ANNEX, COMMAND_LINE, FRONT_DOOR]
     for source in sources():
         homes = [part for part in parts if source.part in part]
         assert len(homes) == 1, f"{source.path}: add meshwright.{source.part} to one wing's contract in pyproject.toml"
@@ -96,15 +97,21 @@ def test_every_folder_is_a_package():
 
 
 def test_everything_outside_the_torch_wing_loads_without_torch():
-    modules = [source.module for source in sources() if source.part not in TORCH_WING]
-    script = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]: importlib.import_module(name)\n"
-        "print(*sorted({'torch', 'numpy', 'safetensors'} & set(sys.modules)))"
-    )
+    modules = [source.module for source in sources() if source.part not in TORCH_WING | JAX_ANNEX]
+    assert loaded_with(modules) & {"torch", "jax", "numpy", "safetensors"} == set()
+
+
+def test_what_records_jax_loads_without_torch():
+    modules = [source.module for source in sources() if source.part in JAX_ANNEX]
+    assert loaded_with(modules) & {"torch", "jax", "safetensors"} == {"jax"}
+
+
+def loaded_with(modules: list[str]) -> set[str]:
+    """What a fresh interpreter has loaded once it has imported these."""
+    script = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
     finished = subprocess.run([sys.executable, "-c", script, *modules], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == []
+    return set(finished.stdout.split())
 
 
 def test_models_know_nothing_of_ranks():

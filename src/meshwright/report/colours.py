@@ -23,6 +23,7 @@ COLOURS: dict[str, str] = {
     "input": "#b0703f",
     "host": "#d987b3",
     "checkpoint": "#9c5f8b",
+    "unseen": "#8d9a8f",
     "other": "#9aa0a6",
     "forward": "#4f9bd9",
     "backward": "#2a9d78",

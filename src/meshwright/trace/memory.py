@@ -1,10 +1,7 @@
 """What one rank's memory holds at a step's peak, measured."""
 
-import re
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from meshwright.parallel import PartOptimizer, Stages
 from meshwright.parallel.later import Product
 from meshwright.parallel.mesh import SHARDING_AXES
 from meshwright.parallel.part import local
+from meshwright.record.process import peak_resident_bytes, resident_bytes
 from meshwright.spec import Action, Moment, fullest_moments
 
 
@@ -163,27 +161,6 @@ def tensor_bytes(tensors: Any) -> float:
     """Bytes of this rank's part of some tensors."""
     parts = (local(tensor) for tensor in tensors)
     return float(sum(part.numel() * part.element_size() for part in parts))
-
-
-def resident_bytes() -> float:
-    """This process's resident set now, in bytes; its peak where the system does not say."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-        return float(pages) * resource.getpagesize()
-    except OSError:
-        return peak_resident_bytes()
-
-
-def peak_resident_bytes() -> float:
-    """The largest resident set of this process so far, in bytes."""
-    # Not getrusage where Linux says it better: that figure survives exec, so a child starts with its parent's peak.
-    try:
-        peak = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        peak = None
-    if peak:
-        return float(peak[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def peak_memory_bytes(device: torch.device) -> float:

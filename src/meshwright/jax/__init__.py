@@ -1,0 +1,9 @@
+"""Record a JAX training loop into a run folder that `meshwright explain` reads. Loads no torch.
+
+Beside `trace`, which does this for PyTorch, and not in it: that part's front loads torch, which a JAX program need not
+have.
+"""
+
+from meshwright.jax.recorder import Recorder, record
+
+__all__ = ["Recorder", "record"]
