@@ -121,7 +121,7 @@ def row(name: str, path: Path) -> str:
     tokens = job.data.global_batch * job.data.sequence / step_s / ranks
     flops = count_flops(job.model, job.data.sequence).training() * job.data.global_batch / step_s / ranks
     # Not the last line: the evaluation after the last step is outside the steps.
-    memory = metrics[-2].memory_bytes / 2**30
+    memory = (metrics[-2].memory_bytes or 0.0) / 2**30
     measured, predicted = explanation.step, explanation.prediction
     other = f"{measured.account.other / measured.wall_s:.1%}" if measured else "-"
     plan = f"{predicted.step_s / step_s - 1:+.0%}" if predicted else "-"

@@ -12,7 +12,7 @@ from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, intersect, length, subtract, union
 from meshwright.record.kineto.marks import cpu_seconds, message_spans, span, within
 from meshwright.record.kineto.phases import Phases
-from meshwright.record.kineto.purposes import TELLING, Sent, kind_of, purposes_of
+from meshwright.record.kineto.purposes import Sent, kind_of, purposes_of, told_by_phase
 from meshwright.record.kineto.steps import HostStep, Slice
 from meshwright.record.kineto.trace import Event
 from meshwright.record.kineto.walk import Walk
@@ -44,10 +44,9 @@ def cpu_step(
     inside = [e for e in events.operators.get(step.thread, ()) if e.start_s <= end]
     works = [e for own in (events.marks, *events.operators.values()) for e in own if e.name.startswith("gloo:")]
     sent, held = collectives(inside, [e for e in works if e.name not in MESSAGES], phases, walk)
+    purposes: list[Purpose] = purposes_of(sent, phases, walk, named)
     if phases.told:
         purposes = [purpose_at(one, phases, walk) for one in sent]
-    else:
-        purposes = purposes_of(sent, phases, walk, named)
     transfers = [*shared(sent, purposes, phases, groups, named), *messages(events)]
     # Attention's transfers, and those of gradients beside a backward pass, run beside operators that are no wrapping
     # around a wait.
@@ -167,7 +166,7 @@ def purpose_at(one: Sent, phases: Phases, walk: Walk) -> Purpose:
     inside of FSDP's hooks too, and those of the loss.
     """
     at, during = one.launch_s, phases.during
-    if told := next((purpose for purpose in TELLING if within(at, during[purpose])), None):
+    if told := told_by_phase(at, phases):
         return told
     if within(at, walk.functional):
         return "tensor"

@@ -50,6 +50,8 @@ WORDS: tuple[tuple[frozenset[str], Purpose], ...] = (
     (frozenset({"cp", "context", "sp", "sequence", "ulysses", "ring"}), "context"),
     (frozenset({"tp", "etp", "tensor", "mp"}), "tensor"),
 )
+# What ranks that differ in data alone move.
+BY_KIND: dict[str, Purpose] = {"all_reduce": "replica", "all_gather": "shard", "reduce_scatter": "shard"}
 # Of Megatron: what holds for all ranks of a replica together.
 ACROSS = re.compile(r"^(tensor_and_data|model_parallel|tensor_model_and)", re.IGNORECASE)
 
@@ -87,9 +89,7 @@ def described(description: str, kind: str) -> Purpose | None:
     words = set(re.split(r"[^a-z0-9]+", description.lower()))
     for known, purpose in WORDS:
         if words & known:
-            if known is DATA:
-                return {"all_reduce": "replica", "all_gather": "shard", "reduce_scatter": "shard"}.get(kind, "control")
-            return purpose
+            return BY_KIND.get(kind, "control") if known is DATA else purpose
     return None
 
 
@@ -104,10 +104,7 @@ def purposes_of(sent: Sequence[Sent], phases: Phases, walk: Walk, named: Mapping
     for one, purpose in zip(sent, known, strict=True):
         if purpose is None:
             kinds[one.group].add((one.kind, pass_of(one, phases)))
-    return [
-        carried(one, kinds[one.group], phases) if purpose is None else purpose
-        for one, purpose in zip(sent, known, strict=True)
-    ]
+    return [purpose or carried(one, kinds[one.group], phases) for one, purpose in zip(sent, known, strict=True)]
 
 
 def told_purpose(one: Sent, phases: Phases, walk: Walk, named: Mapping[str, Purpose]) -> Purpose | None:
@@ -115,7 +112,7 @@ def told_purpose(one: Sent, phases: Phases, walk: Walk, named: Mapping[str, Purp
     at = one.launch_s
     if one.ends is not None:
         return "pipeline"
-    if told := next((purpose for purpose in TELLING if within(at, phases.during[purpose])), None):
+    if told := told_by_phase(at, phases):
         return told
     if told := named.get(one.description) or named.get(one.group):
         return told
@@ -130,6 +127,11 @@ def told_purpose(one: Sent, phases: Phases, walk: Walk, named: Mapping[str, Purp
     if is_small(one, phases):
         return "control"
     return word or ("tensor" if functional else None)
+
+
+def told_by_phase(moment: float, phases: Phases) -> Purpose | None:
+    """What a collective launched at this moment is for whatever else its group carries, if its phase says so."""
+    return next((purpose for purpose in TELLING if within(moment, phases.during[purpose])), None)
 
 
 def is_small(one: Sent, phases: Phases) -> bool:
