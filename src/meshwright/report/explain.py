@@ -41,6 +41,7 @@ WAITS = {
     "input": True,
     "host": True,
     "checkpoint": False,
+    "unseen": False,
     "other": True,
 }
 
