@@ -1,6 +1,7 @@
 """Predicted against measured: explaining is subtraction. Loads no torch."""
 
 from meshwright.explain.explanation import (
+    Advice,
     Explanation,
     Finding,
     MeasuredSteps,
@@ -11,6 +12,7 @@ from meshwright.explain.explanation import (
 from meshwright.explain.run import explain_run
 
 __all__ = [
+    "Advice",
     "Explanation",
     "Finding",
     "MeasuredSteps",

@@ -21,6 +21,12 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us" if size >= 5e-7 else "0 s"
 
 
+def of_step(seconds: float, total: float) -> str:
+    """ "0.123 s of each step (12%)"."""
+    share = seconds / total if total > 0 else 0.0
+    return f"{seconds_text(seconds)} of each step ({share:.0%})"
+
+
 def bytes_text(size: float) -> str:
     """Bytes in the decimal unit that reads best, as datasheets count them."""
     for least, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
