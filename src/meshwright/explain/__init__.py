@@ -9,6 +9,7 @@ from meshwright.explain.explanation import (
     RankFault,
     RunLife,
 )
+from meshwright.explain.paths import explain_paths
 from meshwright.explain.run import explain_run
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "MemoryComparison",
     "RankFault",
     "RunLife",
+    "explain_paths",
     "explain_run",
 ]

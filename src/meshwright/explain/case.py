@@ -11,7 +11,7 @@ from meshwright.explain.details import mean_detail
 from meshwright.explain.explanation import Advice
 from meshwright.explain.lateness import Losses, Seconds, losses_of
 from meshwright.explain.steps import RankStep
-from meshwright.explain.words import of_step, ranks_text, seconds_text
+from meshwright.explain.words import kernel_text, of_step, ranks_text, seconds_text
 from meshwright.record import Gap, StepDetail
 from meshwright.spec import Device, Job
 
@@ -119,11 +119,9 @@ def compared(lost: Seconds) -> str:
 def idle_words(gaps: Sequence[Gap], buckets: Sequence[Literal["host", "input", "checkpoint", "other"]]) -> str:
     """The longest idle stretches of some buckets, and what the host did in them."""
     longest = [gap for gap in gaps if gap.bucket in buckets][:NAMED_GAPS]
-    words = [f"{seconds_text(gap.seconds)} in {gap.doing or 'no operator'}{before(gap)}" for gap in longest]
+    words = [
+        f"{seconds_text(gap.seconds)} in {kernel_text(gap.doing) or 'no operator'}"
+        + (f" before {kernel_text(gap.before)}" if gap.before else "")
+        for gap in longest
+    ]
     return f"idle longest: {', '.join(words)}" if words else ""
-
-
-def before(gap: Gap) -> str:
-    """The kernel that ended an idle stretch, its template's arguments left out."""
-    name = gap.before.removeprefix("void ").partition("<")[0].partition("(")[0]
-    return f" before {name}" if name else ""
