@@ -59,7 +59,8 @@ def told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     [
         (["trian", "job.toml"], "Did you mean 'train'"),
         (["plan", "--modle", "llama3-8b"], "Did you mean '--model'"),
-        (["explain"], "Missing argument 'RUN'"),
+        (["explain"], "Missing argument 'RUN|TRACE...'"),
+        (["explain", "runs/x", "--gpu", "h100"], "--flops-per-step is lacking"),
         (["plan", "--sequence", "long"], "'long' is not a valid integer"),
         (["sample", "run", "--temperature", "-1"], "--temperature -1.0: must be 0, or lie between 1e-6 and 1e6; "),
         (["sample", "run", "--temperature", "nan"], "--temperature nan: must be 0, or lie between 1e-6 and 1e6; "),

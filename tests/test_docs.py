@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from jobs import cpu_cluster, tiny_job
+from pages import anchors
 from ranks import run_ranks
 from torch.distributed.fsdp import FSDPModule
 
@@ -354,12 +355,6 @@ def test_errors_that_a_page_shows_are_real(page: Path) -> None:
         with pytest.raises(SettingError) as refused:
             read_job(ROOT / "examples" / "first-run.toml", [given], local=cpu_cluster)
         assert str(refused.value) == line
-
-
-def anchors(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
 
 
 @each_page

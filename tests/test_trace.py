@@ -158,8 +158,9 @@ def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
     assert slow.straggler < BOUND_S and other.input < BOUND_S
     # Waiting is no transfer.
     assert sum(seconds for name, seconds in other.rows() if name.startswith("comm.")) < DELAY_S
-    said = [finding.what for finding in explain_run(run).findings]
-    assert f"Rank {SLOW} is slower than its peers at equal work; they wait for it." in said
+    (advice,) = [advice for advice in explain_run(run).advice if advice.cause == "straggler"]
+    assert f"Rank {SLOW} is slower than its peers at equal work" in advice.what
+    assert advice.gain_s == about(DELAY_S)
 
 
 def test_every_peer_waits_and_blames_the_one_rank(tmp_path: Path) -> None:

@@ -49,12 +49,18 @@ def train(job: "Job") -> Path:
     return folder.path
 
 
-def explain(run: str | Path) -> "Explanation":
-    """Where a run's seconds went, predicted against measured. Raises SettingError where `run` is no run folder."""
-    from meshwright.explain import explain_run
-    from meshwright.record import open_run
+def explain(
+    run: "str | Path | Sequence[str | Path]", *, flops_per_step: float | None = None, gpu: str | None = None
+) -> "Explanation":
+    """Where the seconds of a run went, predicted against measured; or of traces: files, or a folder of them.
 
-    return explain_run(open_run(Path(run)))
+    flops_per_step, gpu: of traces, a rank's model FLOPs and its GPU in the hardware table ("h100"), both or neither.
+    Raises SettingError where `run` is neither.
+    """
+    from meshwright.explain import explain_paths
+
+    paths = [run] if isinstance(run, str | Path) else run
+    return explain_paths([Path(path) for path in paths], flops_per_step=flops_per_step, gpu=gpu)
 
 
 VERBS: dict[str, Callable[..., Any]] = {"plan": plan, "train": train, "explain": explain}

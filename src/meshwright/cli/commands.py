@@ -101,28 +101,42 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
 
 
 @cli.command()
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, metavar="RUN|TRACE...", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the explanation as JSON.")
-def explain(run: Path, as_json: bool) -> None:
-    """Predicted against measured: where a RUN's seconds went. Writes RUN/report.html."""
-    from meshwright.explain import explain_run
-    from meshwright.record import open_run
+@click.option("--report", type=click.Path(path_type=Path), help="The page to write.  [default: RUN/report.html]")
+@click.option("--flops-per-step", type=float, help="Of traces: model FLOPs of a rank's step; with --gpu.")
+@click.option("--gpu", help="Of traces: h100, whose dense bf16 peak says what is useful; with --flops-per-step.")
+def explain(
+    paths: tuple[Path, ...], as_json: bool, report: Path | None, flops_per_step: float | None, gpu: str | None
+) -> None:
+    """Where a RUN's seconds went and what to change, and what was predicted; or the same of TRACEs, one a rank.
+
+    A trace is what PyTorch's or JAX's profiler writes: .json or .json.gz, or a folder of them.
+    """
+    from meshwright.explain import explain_paths
+    from meshwright.record import RunFolder
     from meshwright.report.explain import explain_json, explain_text
 
-    folder = open_run(run)
-    explanation = explain_run(folder)
+    explanation = explain_paths(paths, flops_per_step=flops_per_step, gpu=gpu)
     if as_json:
         click.echo(explain_json(explanation))
+    else:
+        explain_text(explanation, console())
+        if report is None and not explanation.traces:
+            report = RunFolder(paths[0]).report
+    if report is None:
+        if not as_json:
+            click.echo("report: none; --report FILE writes one")
         return
     from meshwright.report.html import write_report
 
-    explain_text(explanation, console())
     try:
-        write_report(explanation, folder.report)
+        write_report(explanation, report)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
-        raise SettingError(str(folder.report), reason, "meshwright explain --json, which writes no file") from None
-    click.echo(f"report: {folder.report}")
+        raise SettingError(str(report), reason, "meshwright explain --json, which writes no file") from None
+    if not as_json:
+        click.echo(f"report: {report}")
 
 
 @cli.command()

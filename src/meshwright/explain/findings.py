@@ -2,90 +2,37 @@
 
 from meshwright.account import MEANINGS, MemoryAccount, StepAccount
 from meshwright.explain.explanation import Finding, MeasuredSteps, MemoryComparison
-from meshwright.explain.words import bytes_text, ranks_text, seconds_text
+from meshwright.explain.words import bytes_text, of_step, seconds_text
 from meshwright.record import Metrics, Prediction
 
 # A cause smaller than this share of the step is not worth a sentence.
 WORTH_SAYING = 0.05
-# A wait of this share of the step is what the run is bound by.
-BOUND = 0.2
 # A prediction further off than this, in a bucket worth saying something about, is called wrong.
 PREDICTION_OFF = 0.25
 # A prediction further off than this many times what was measured is compared with the step.
 MOST_TIMES = 10
-# Where the second rank is waited for this much of what the first is, naming only the first would accuse it wrongly.
-IN_TURN = 0.6
-# Buckets that the plan sets to zero on purpose: time in them has a finding of its own, not a wrong prediction.
-NOT_PREDICTED = ("straggler", "other")
+# Buckets that the plan sets to zero on purpose: time in them is no wrong prediction.
+NOT_PREDICTED = ("straggler", "unseen", "other")
 
 
-def find_in_step(step: MeasuredSteps, prediction: Prediction | None, *, cpu: bool) -> list[Finding]:
+def find_in_step(step: MeasuredSteps, prediction: Prediction | None) -> list[Finding]:
     """Findings from the measured step, the largest loss first."""
-    findings = [largest_loss(step.account), straggling_rank(step), waiting_on_input(step.account)]
-    findings.append(waiting_on_host(step.account, cpu=cpu))
-    if prediction is not None:
-        findings += wrong_predictions(prediction.step, step.account)
-    return [finding for finding in findings if finding is not None]
+    found = largest_loss(step.account)
+    wrong = wrong_predictions(prediction.step, step.account) if prediction is not None else []
+    return [found, *wrong] if found is not None else wrong
 
 
 def largest_loss(account: StepAccount) -> Finding | None:
     """The bucket that costs most, apart from useful work."""
     known = account.useful > 0
     # Without a datasheet peak nothing divides compute into useful and the rest; naming it a loss would be wrong.
-    not_losses = ("useful",) if known else ("useful", "inefficiency")
+    not_losses = ("useful", "unseen") if known else ("useful", "unseen", "inefficiency")
     losses = [(name, seconds) for name, seconds in account.rows() if name not in not_losses]
     name, seconds = max(losses, key=lambda row: row[1])
     if seconds <= 0:
         return None
     start = "The most time that is not useful work" if known else "Beside compute, the most time"
     return Finding(what=f"{start} goes to {name} ({MEANINGS[name]}).", evidence=of_step(seconds, account.total()))
-
-
-def straggling_rank(step: MeasuredSteps) -> Finding | None:
-    """The rank that others waited for, if it cost one of them more than WORTH_SAYING of the step.
-
-    Where only all waits together cost as much, it is no single rank's doing.
-    """
-    total = step.account.total()
-    culprits = sorted(step.waited_for(), key=step.longest_wait_for, reverse=True)
-    waits = [step.longest_wait_for(rank) for rank in culprits]
-    least = WORTH_SAYING * total
-    if not waits or total <= 0 or max(waits[0], step.account.straggler) <= least:
-        return None
-    worst = culprits[0]
-    late = [rank for rank, wait in zip(culprits, waits, strict=True) if wait > IN_TURN * waits[0]]
-    if len(late) > 1 or waits[0] <= least:
-        among = f"waits of similar length for {ranks_text(sorted(late))}" if len(late) > 1 else f"most for rank {worst}"
-        return Finding(
-            what="Ranks are late in turn, and the others wait: no single rank is at fault.",
-            evidence=f"{of_step(step.account.straggler, total)} on average; {among}",
-        )
-    others = [rank for rank, waited in step.blame.items() if waited.get(worst, 0.0) > 0]
-    return Finding(
-        what=f"Rank {worst} is slower than its peers at equal work; they wait for it.",
-        evidence=f"{of_step(waits[0], total)} on the rank that waits longest; it holds up {ranks_text(others)}, "
-        f"{seconds_text(step.waited_for()[worst])} of device time per step in all",
-    )
-
-
-def waiting_on_input(account: StepAccount) -> Finding | None:
-    """Whether the next batch comes too late."""
-    return waiting_on("input", account, "devices wait for the next batch")
-
-
-def waiting_on_host(account: StepAccount, *, cpu: bool) -> Finding | None:
-    """Whether work is launched too late; on a CPU, where the process is the device, whether Python takes its time."""
-    why = "Python runs outside operators, and nothing computes" if cpu else "devices idle until late work is launched"
-    return waiting_on("host", account, why)
-
-
-def waiting_on(bucket: str, account: StepAccount, why: str) -> Finding | None:
-    """A bucket worth saying something about, called the run's bound where it is large."""
-    share = account.share(bucket)
-    if share <= WORTH_SAYING:
-        return None
-    what = f"The run is {bucket}-bound: {why}." if share > BOUND else f"The {bucket} bucket costs time: {why}."
-    return Finding(what=what, evidence=of_step(share * account.total(), account.total()))
 
 
 def wrong_predictions(predicted: StepAccount, measured: StepAccount) -> list[Finding]:
@@ -140,8 +87,3 @@ def find_in_losses(metrics: tuple[Metrics, ...]) -> list[Finding]:
             evidence=f"{len(broken)} of {len(metrics)} steps",
         )
     ]
-
-
-def of_step(seconds: float, total: float) -> str:
-    """ "0.123 s of each step (12%)"."""
-    return f"{seconds_text(seconds)} of each step ({seconds / total:.0%})"

@@ -108,6 +108,27 @@ def account_pipeline(resolved: Sequence[ResolvedStep], job: Job) -> list[Resolve
     return found
 
 
+def account_unknown_pipeline(resolved: Sequence[ResolvedStep]) -> list[ResolvedStep]:
+    """One step of all ranks of a pipeline whose schedule nobody recorded, so that it cannot be replayed.
+
+    What the busiest rank was busier than another explains so much of the other's waiting: `imbalance`, whether its
+    stage is larger or it is slower. The rest is `bubble`. Nobody is blamed.
+    """
+    busy = {one.rank: busy_seconds(one.account) for one in resolved}
+    found: list[ResolvedStep] = []
+    for one in resolved:
+        waited = sum(one.waited.get(purpose, 0.0) for purpose in WAITS_IN_TURN)
+        imbalance = min(waited, max(busy.values()) - busy[one.rank])
+        account = msgspec.structs.replace(
+            one.account,
+            straggler=one.account.straggler - waited,
+            imbalance=one.account.imbalance + imbalance,
+            bubble=one.account.bubble + waited - imbalance,
+        )
+        found.append(msgspec.structs.replace(one, account=account))
+    return found
+
+
 def busy_seconds(account: StepAccount) -> float:
     """What a rank's passes take: the transfers that they wait for included, and work that it launches or reads late."""
     moved = (account.comm_shard, account.comm_tensor, account.comm_context, account.comm_expert)

@@ -3,10 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 from meshwright.account import MemoryAccount
+from meshwright.explain.advice import give_advice
+from meshwright.explain.case import Case, build_case, has_details
 from meshwright.explain.explanation import Explanation, MeasuredSteps, MemoryComparison, RankFault, RunLife
 from meshwright.explain.findings import find_in_losses, find_in_memory, find_in_step
 from meshwright.explain.life import mean_mfu, run_account, yield_of
-from meshwright.explain.steps import measure_steps, poor_account, slowed_by_profiling, unprofiled_step_s
+from meshwright.explain.program import notes_on_program, program_device, program_mfu, program_of, program_world
+from meshwright.explain.steps import (
+    RankStep,
+    poor_account,
+    resolve_steps,
+    slowed_by_profiling,
+    summarise,
+    unprofiled_step_s,
+)
 from meshwright.explain.words import ranks_text
 from meshwright.record import (
     Ended,
@@ -14,6 +24,7 @@ from meshwright.record import (
     Fault,
     Memory,
     Prediction,
+    Program,
     RunFolder,
     Step,
     read_events,
@@ -30,30 +41,37 @@ LEAST_STEPS = 4
 def explain_run(folder: RunFolder) -> Explanation:
     """Everything the folder tells about its run, which may still be going on or may have lost files."""
     notes: list[str] = []
-    job = job_of(folder, notes)
+    program = program_of(folder, notes)
+    job = job_of(folder, notes) if folder.job.is_file() else None
     numbers = folder.attempt_numbers()
     attempts = [read_events(folder, number) for number in numbers]
     newest = numbers[-1] if numbers else None
     events = attempts[-1] if attempts else {}
-    prediction = read_prediction(folder, newest) if newest is not None else None
+    prediction = read_prediction(folder, newest) if newest is not None and program is None else None
     metrics, evaluations = read_metrics(folder)
-    world_size = world_size_of(job, prediction, events)
+    world_size = world_size_of(job, program, prediction, events)
     missing = tuple(rank for rank in range(world_size) if rank not in events)
 
-    step = measure_steps(events, job)
+    steps = resolve_steps(events, job)
+    step = summarise([one.resolved for ranks in steps for one in ranks]) if steps else None
     memory = compare_memory(events, prediction)
-    mfu = mean_mfu(metrics)
-    account = run_account(attempts, step.account if step is not None else None, mfu)
     step_s = unprofiled_step_s(metrics, profiled_steps(events), newest)
-    steps = sum(line.attempt == newest for line in metrics)
-    notes += notes_on(events, missing, prediction, step, newest, unprofiled(steps, job))
+    mfu = mean_mfu(metrics) or program_mfu(program, step_s)
+    account = run_account(attempts, step.account if step is not None else None, mfu)
+    own = [line for line in metrics if line.attempt == newest]
+    why = unprofiled(len(own), job) if program is None else "record(every_steps=N) profiles one in N steps"
+    notes += notes_on(events, missing, prediction, step, newest, why, planned=folder.job.is_file())
+    if program is not None and newest is not None:
+        notes += notes_on_program(program, step)
     if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
         notes.append(slowed)
-    cpu = job is not None and job.cluster.device.kind == "cpu"
-    findings = find_in_losses(tuple(metrics)) + (find_in_step(step, prediction, cpu=cpu) if step is not None else [])
+    case = case_of(steps, job, program, memory) if steps else None
+    # A loss that another program did not tell its recorder looks the same as one that is not finite.
+    findings = find_in_losses(tuple(metrics)) if program is None else []
+    findings += find_in_step(step, prediction) if step is not None else []
     return Explanation(
         path=str(folder.path),
-        name=job.run.name if job is not None else folder.path.name,
+        name=job.run.name if job is not None else program.name if program is not None else folder.path.name,
         job=job,
         job_toml=text_of(folder),
         attempts=len(numbers),
@@ -73,6 +91,22 @@ def explain_run(folder: RunFolder) -> Explanation:
         faults=faults_of(numbers, attempts),
         findings=tuple(findings + find_in_memory(memory)),
         notes=tuple(notes),
+        program=program,
+        detail=case.detail if case is not None and has_details(steps) else None,
+        advice=give_advice(case) if case is not None else (),
+    )
+
+
+def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | None, memory: MemoryComparison) -> Case:
+    """The profiled steps with what is known of their device, for advice."""
+    kind = job.cluster.device.kind if job is not None else program.kind if program is not None else ""
+    return build_case(
+        steps,
+        kind=kind,
+        device=job.cluster.device if job is not None else program_device(program),
+        precision=job.layout.precision if job is not None else program.precision if program is not None else None,
+        memory=memory.measured,
+        job=job,
     )
 
 
@@ -98,13 +132,15 @@ def text_of(folder: RunFolder) -> str:
         return ""
 
 
-def world_size_of(job: Job | None, prediction: Prediction | None, events: Mapping[int, Sequence[Event]]) -> int:
+def world_size_of(
+    job: Job | None, program: Program | None, prediction: Prediction | None, events: Mapping[int, Sequence[Event]]
+) -> int:
     """Ranks of the newest attempt; its plan knows best, since a restart may have changed the layout."""
     if prediction is not None:
         return prediction.layout.world_size
     if job is not None:
         return job.layout.world_size
-    return max(events, default=-1) + 1
+    return program_world(program, events) if program is not None else max(events, default=-1) + 1
 
 
 def profiled_steps(events: Mapping[int, Sequence[Event]]) -> set[int]:
@@ -173,14 +209,19 @@ def notes_on(
     step: MeasuredSteps | None,
     attempt: int | None,
     unprofiled: str,
+    *,
+    planned: bool = True,
 ) -> list[str]:
-    """What could not be measured or compared, and why. unprofiled: why that may be, where no step was profiled."""
+    """What could not be measured or compared, and why.
+
+    unprofiled: why that may be, where no step was profiled; planned: whether the run should have a plan.
+    """
     notes: list[str] = []
     if attempt is None:
         return ["No attempt has started yet, so there is nothing to explain."]
     if missing:
         notes.append(f"No events from {ranks_text(missing)}: not in the accounts, and waits for them show as transfer.")
-    if prediction is None:
+    if prediction is None and planned:
         notes.append("plan.json is missing or cannot be read, so nothing is compared with a prediction.")
     if step is None:
         some = profiled_steps(events)

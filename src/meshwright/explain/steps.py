@@ -3,41 +3,63 @@
 from collections.abc import Collection, Mapping, Sequence
 from statistics import median
 
+import msgspec
+
 from meshwright.account import CLOSING_TOLERANCE, MeasuredStep, ResolvedStep, mean, split_waits
 from meshwright.explain.explanation import MeasuredSteps
-from meshwright.explain.pipeline import WAITS_IN_TURN, account_pipeline
+from meshwright.explain.pipeline import WAITS_IN_TURN, account_pipeline, account_unknown_pipeline
 from meshwright.explain.words import seconds_text
-from meshwright.record import Event, Metrics, Step
+from meshwright.record import Event, Metrics, Step, StepDetail
 from meshwright.spec import Job
 
 # Profiled and other steps whose times differ by less than this share count as the same.
 ALIKE = 0.1
 
 
+class RankStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A profiled step of one rank: its account with waits told from transfers, and what its trace tells beyond."""
+
+    resolved: ResolvedStep
+    detail: StepDetail | None = None
+
+
 def measure_steps(events: Mapping[int, Sequence[Event]], job: Job | None = None) -> MeasuredSteps | None:
-    """The profiled steps that every rank with any profiled step has; None where there is none.
+    """The account of the steps that `resolve_steps` finds; None where there is none."""
+    steps = resolve_steps(events, job)
+    return summarise([one.resolved for ranks in steps for one in ranks]) if steps else None
+
+
+def resolve_steps(events: Mapping[int, Sequence[Event]], job: Job | None = None) -> list[list[RankStep]]:
+    """The profiled steps that every rank with any profiled step has, ranks in order.
 
     job: whose steps they are, where it is known; a pipeline's waits mean something else than others.
 
     A step that some rank has not written yet cannot be split into transfer and waiting, so it is left out.
     """
-    by_step: dict[int, dict[int, MeasuredStep]] = {}
+    by_step: dict[int, dict[int, Step]] = {}
     for rank, lines in events.items():
         for line in lines:
             if isinstance(line, Step):
-                by_step.setdefault(line.measured.step, {})[rank] = line.measured
+                by_step.setdefault(line.measured.step, {})[rank] = line
     seen = {rank for ranks in by_step.values() for rank in ranks}
-    whole = {step: ranks for step, ranks in by_step.items() if ranks.keys() == seen}
-    if not whole:
-        return None
-    resolved: list[ResolvedStep] = []
-    for step in sorted(whole):
-        ranks = [whole[step][rank] for rank in sorted(seen)]
-        if job is not None and job.layout.pipeline > 1:
-            resolved += account_pipeline(split_waits(ranks, WAITS_IN_TURN), job)
-        else:
-            resolved += split_waits(ranks)
-    return summarise(resolved)
+    found: list[list[RankStep]] = []
+    for _, ranks in sorted(by_step.items()):
+        if ranks.keys() == seen:
+            lines = [ranks[rank] for rank in sorted(seen)]
+            resolved = resolve_waits([line.measured for line in lines], job)
+            found.append(
+                [RankStep(resolved=one, detail=line.detail) for one, line in zip(resolved, lines, strict=True)]
+            )
+    return found
+
+
+def resolve_waits(ranks: Sequence[MeasuredStep], job: Job | None) -> list[ResolvedStep]:
+    """One step, its waits divided by what is known of why ranks wait."""
+    if job is not None and job.layout.pipeline > 1:
+        return account_pipeline(split_waits(ranks, WAITS_IN_TURN), job)
+    if job is None and any(transfer.purpose == "pipeline" for one in ranks for transfer in one.transfers):
+        return account_unknown_pipeline(split_waits(ranks, WAITS_IN_TURN))
+    return split_waits(ranks)
 
 
 def summarise(resolved: Sequence[ResolvedStep]) -> MeasuredSteps:

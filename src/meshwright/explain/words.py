@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
+# Characters of a kernel's name that a table shows.
+NAME_LENGTH = 44
 # How many ranks or steps a sentence names before it counts the rest.
 NAMED = 8
 
@@ -19,6 +21,12 @@ def seconds_text(seconds: float) -> str:
         if size >= least:
             return f"{seconds * factor:,.{decimals}f} {unit}"
     return f"{seconds * 1e6:.0f} us" if size >= 5e-7 else "0 s"
+
+
+def of_step(seconds: float, total: float) -> str:
+    """ "0.123 s of each step (12%)"."""
+    share = seconds / total if total > 0 else 0.0
+    return f"{seconds_text(seconds)} of each step ({share:.0%})"
 
 
 def bytes_text(size: float) -> str:
@@ -53,6 +61,17 @@ def listed(things: Iterable[object]) -> str:
     return ", ".join(str(thing) for thing in things)
 
 
+def kernel_text(name: str) -> str:
+    """A kernel's name without return type, template and arguments, cut where it is long."""
+    bare = name.removeprefix("void ").partition("(")[0].partition("<")[0] or name
+    return bare if len(bare) <= NAME_LENGTH else f"{bare[: NAME_LENGTH - 3]}..."
+
+
 def plain(text: str) -> str:
     """One line of text from elsewhere without characters that steer a terminal or turn the reading direction."""
     return "".join(c if c.isprintable() else " " for c in text)
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 step", "3 steps"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

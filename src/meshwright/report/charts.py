@@ -7,7 +7,7 @@ from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
 from meshwright.record import Metrics
 from meshwright.report.colours import COLOURS
-from meshwright.report.words import Row, Unit, bigram_entropy, run_rows, step_rows
+from meshwright.report.words import Row, Unit, bigram_entropy, known_losses, run_rows, step_rows
 
 Figure = dict[str, Any]
 
@@ -24,7 +24,7 @@ AXES_HEIGHT = 68
 
 def loss_figure(explanation: Explanation) -> Figure | None:
     """Training and held-out loss over steps."""
-    points = thinned(explanation.metrics)
+    points = thinned(known_losses(explanation))
     held_out = [(line.step, line.held_out_loss) for line in explanation.evaluations]
     if not points and not held_out:
         return None

@@ -8,7 +8,8 @@ import msgspec
 
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import steps_text
+from meshwright.explain.words import plain, steps_text
+from meshwright.report.details import Grid, advice_text, grids
 from meshwright.report.text import labelled, show
 from meshwright.report.words import (
     Row,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Ranks listed before the table would fill the screen.
 LISTED_RANKS = 8
+# Lines of the tables that a person looks up, and does not read through.
+LISTED_ROWS = 6
 # Ranks whose buckets differ by less than this share of the step are the same for a reader.
 ALIKE = 0.02
 # Buckets besides work and transfers that have a column for each rank: always, or where some rank has any of it.
@@ -55,15 +58,17 @@ def explain_text(explanation: Explanation, console: "Console") -> None:
     """Print what the run was, what it learned, its accounts and what stands out."""
     head = [
         ("Run", f"{explanation.name} · {run_line(explanation)}"),
-        ("Learned", learned_line(explanation)),
+        *([("Learned", learned_line(explanation))] if not explanation.traces else []),
         ("Speed", speed_line(explanation)),
     ]
+    advice = [("Advice", advice_text(one)) for one in explanation.advice]
     faults = [(f"attempt {f.attempt}, rank {f.rank}, step {f.step}", f.what) for f in explanation.faults]
-    tail = [("Yield", yield_line(explanation))]
+    tail = [("Yield", yield_line(explanation))] if not explanation.traces else []
     tail += [("Fault", f"{where}: {what}") for where, what in faults]
     tail += [("Finding", f"{finding.what} {finding.evidence}.") for finding in explanation.findings]
     tail += [("Note", note) for note in explanation.notes]
-    show([labelled(head), *tables(explanation), labelled(tail)], console)
+    parts = [labelled(lines) for lines in (head, advice) if lines]
+    show([*parts, *tables(explanation), *([labelled(tail)] if tail else [])], console)
 
 
 def tables(explanation: Explanation) -> list["Table"]:
@@ -77,6 +82,7 @@ def tables(explanation: Explanation) -> list["Table"]:
         add_overlapped(found[-1], explanation, unit)
     if step is not None and ranks_differ(step):
         found.append(rank_table(step))
+    found += [grid_table(grid) for grid in grids(explanation, LISTED_ROWS)]
     rows = memory_rows(memory.predicted, memory.measured)
     if rows:
         unit = memory_unit(max(total(rows, "predicted"), total(rows, "measured")))
@@ -85,6 +91,17 @@ def tables(explanation: Explanation) -> list["Table"]:
     if explanation.life.account.total() > 0:
         found.append(run_table(explanation))
     return found
+
+
+def grid_table(grid: Grid) -> "Table":
+    """A table of what a step tells beyond its account."""
+    from rich.text import Text
+
+    table = new_table(grid.title, grid.words, grid.numbers)
+    for row in grid.rows:
+        # Names come from the program: never markup.
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    return table
 
 
 def step_title(step: MeasuredSteps | None) -> str:

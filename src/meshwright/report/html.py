@@ -6,8 +6,10 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
+import msgspec
+
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import bytes_text, plain, ranks_text, seconds_text, steps_text
+from meshwright.explain.words import bytes_text, ranks_text, seconds_text, steps_text
 from meshwright.record import replace_text
 from meshwright.report.charts import (
     Figure,
@@ -17,13 +19,16 @@ from meshwright.report.charts import (
     rank_figure,
     run_figure,
 )
-from meshwright.report.colours import COLOURS
+from meshwright.report.details import grids
+from meshwright.report.parts import chart, grid_section, numbers, section, table, text, word
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
     Row,
     Unit,
     bigram_entropy,
     count_text,
+    device_memory,
+    known_losses,
     loss_text,
     memory_line,
     memory_rows,
@@ -32,6 +37,7 @@ from meshwright.report.words import (
     run_rows,
     step_rows,
     time_unit,
+    tokens_per_step,
     total,
     typical_mfu,
     yield_line,
@@ -42,6 +48,8 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 # A blame row below this share of the step is noise.
 WORTH_A_ROW = 0.001
 BLAMED_RANKS = 8
+# Lines of the tables of kernels, groups and gaps.
+LISTED_ROWS = 10
 
 
 def write_report(explanation: Explanation, path: Path) -> None:
@@ -84,31 +92,30 @@ def asset(name: str) -> str:
     return files("meshwright.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def text(words: object) -> str:
-    """Text from anywhere, safe inside a tag and inside an attribute."""
-    return escape(plain(str(words)), quote=True)
-
-
 def sections(explanation: Explanation, figures: dict[str, Figure]) -> Iterable[str]:
     """The page from top to bottom; a section with nothing to say is left out, or says why."""
     yield f'<h1>{text(explanation.name)}</h1>\n<p class="soft">{text(run_line(explanation))}</p>'
     yield tiles(explanation)
+    yield advice_section(explanation)
     yield found(explanation)
-    yield loss_section(explanation, figures)
+    if not explanation.traces:
+        yield loss_section(explanation, figures)
     yield step_section(explanation, figures)
     yield pipeline_section(explanation, figures)
     if explanation.step is not None and len(explanation.step.ranks) > 1:
         yield rank_section(explanation.step, figures)
-    yield memory_section(explanation, figures)
-    yield run_section(explanation, figures)
-    yield f"<section><details><summary>The job</summary><pre>{escape(explanation.job_toml)}</pre></details></section>"
+    yield from (grid_section(grid) for grid in grids(explanation, LISTED_ROWS))
+    if not explanation.traces:
+        yield memory_section(explanation, figures)
+        yield run_section(explanation, figures)
+    yield source_section(explanation)
     made = "explained by Meshwright; this page needs no network"
     yield f'<footer class="soft">{text(explanation.path)} · {made}</footer>'
 
 
 def tiles(explanation: Explanation) -> str:
     """The headline numbers."""
-    metrics, evaluations = explanation.metrics, explanation.evaluations
+    evaluations = explanation.evaluations
     cells: list[tuple[str, str, str]] = []
     if evaluations:
         first, last = loss_text(evaluations[0].held_out_loss), loss_text(evaluations[-1].held_out_loss)
@@ -116,17 +123,18 @@ def tiles(explanation: Explanation) -> str:
         beside = f"{first} before" if len(evaluations) > 1 else "nats per token"
         beside += f"; bigram entropy {loss_text(entropy)}" if entropy is not None else ""
         cells.append(("Held-out loss", last, beside))
-    if metrics:
-        cells.append(("Training loss", loss_text(metrics[-1].loss), f"{loss_text(metrics[0].loss)} at first"))
+    if losses := known_losses(explanation):
+        cells.append(("Training loss", loss_text(losses[-1].loss), f"{loss_text(losses[0].loss)} at first"))
     if explanation.step_s is not None:
         guess = explanation.prediction
         beside = f"{seconds_text(guess.step_s)} predicted" if guess is not None else "median, not profiled"
         cells.append(("Step time", seconds_text(explanation.step_s), beside))
-        if explanation.job is not None:
-            tokens = explanation.job.data.global_batch * explanation.job.data.sequence
+        if tokens := tokens_per_step(explanation):
             mfu = typical_mfu(explanation)
             beside = f"MFU {mfu:.1%}" if mfu is not None else "no peak known for MFU"
             cells.append(("Tokens per second", count_text(tokens / explanation.step_s), beside))
+    if explanation.step_s is None and explanation.step is not None:
+        cells.append(("Step time", seconds_text(explanation.step.wall_s), "while profiled"))
     memory = explanation.memory
     if memory.measured is not None:
         beside = f"{bytes_text(memory.predicted.total())} predicted" if memory.predicted is not None else "fullest rank"
@@ -161,11 +169,33 @@ def found(explanation: Explanation) -> str:
     return section("What stands out", "", f"<ul>{lines}</ul>")
 
 
+def advice_section(explanation: Explanation) -> str:
+    """What to change, what would gain most first; left out where there is nothing to advise on."""
+    lines = "".join(
+        f'<li class="advice"><span class="cause">{text(one.cause)}</span>{text(one.what)}'
+        f'<span class="soft">{text(one.evidence)}. See docs/{text(one.where)}</span></li>'
+        for one in explanation.advice
+    )
+    under = "Gains are what a step would be shorter by at most; they need not add up."
+    return section("What to change", under, f"<ul>{lines}</ul>") if lines else ""
+
+
+def source_section(explanation: Explanation) -> str:
+    """The job, or what another trainer's run says of itself, word for word."""
+    if explanation.program is None:
+        title, source = "The job", explanation.job_toml
+    else:
+        title = "The program"
+        source = msgspec.json.format(msgspec.json.encode(explanation.program), indent=2).decode()
+    return f"<section><details><summary>{title}</summary><pre>{escape(source)}</pre></details></section>"
+
+
 def loss_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
     """Did it learn?"""
     figure = loss_figure(explanation)
     if figure is None:
-        return section("Loss", "No step has been recorded yet.")
+        nothing = "No loss was recorded." if explanation.metrics else "No step has been recorded yet."
+        return section("Loss", nothing)
     figures["loss"] = figure
     return section(
         "Loss", "Training loss of each step, and held-out loss on documents never trained on.", chart("loss")
@@ -253,8 +283,8 @@ def memory_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
     unit = memory_unit(max(total(rows, "predicted"), total(rows, "measured")))
     figures["memory"] = comparison_figure(rows, unit, "peak memory of the fullest rank")
     under = memory_line(explanation)
-    if explanation.job is not None:
-        under += f"; a device has {bytes_text(explanation.job.cluster.device.memory_bytes)}"
+    if whole := device_memory(explanation):
+        under += f"; a device has {bytes_text(whole)}"
     return section("Memory", f"{under}.", chart("memory") + comparison_table("part", rows, unit, []))
 
 
@@ -301,30 +331,3 @@ def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequenc
             + f'<td class="n share">{share}</td><td class="n">{gap}</td></tr>'
         )
     return table(lines[0], lines[1:])
-
-
-def table(head: str, lines: Sequence[str]) -> str:
-    """A table that scrolls by itself where the screen is narrow."""
-    return f'<div class="scroll"><table>{head}{"".join(lines)}</table></div>'
-
-
-def word(name: str) -> str:
-    """A cell with a word of the account, and its colour where it has one."""
-    swatch = f'<span class="swatch" style="background:{COLOURS[name]}"></span>' if name in COLOURS else ""
-    return f'<td class="word">{swatch}{text(name.replace("_", " "))}</td>'
-
-
-def numbers(values: Sequence[float | None]) -> str:
-    """Cells of numbers, a dash where there is none."""
-    return "".join(f'<td class="n">{"-" if value is None else f"{value:,.1f}"}</td>' for value in values)
-
-
-def section(title: str, under: str, inner: str = "") -> str:
-    """A card of the page."""
-    line = f'<p class="soft">{text(under)}</p>' if under else ""
-    return f"<section><h2>{text(title)}</h2>{line}{inner}</section>"
-
-
-def chart(name: str) -> str:
-    """Where a figure is drawn."""
-    return f'<div class="chart" id="{name}"></div>'

@@ -8,7 +8,9 @@ import msgspec
 
 from meshwright.account import MEANINGS, Account, MemoryAccount, RunAccount, StepAccount
 from meshwright.explain import Explanation
+from meshwright.explain.program import program_mfu
 from meshwright.explain.words import bytes_text, plain, seconds_text
+from meshwright.record import Metrics
 from meshwright.spec import count_parameters
 
 MEMORY_MEANINGS = {
@@ -108,12 +110,16 @@ def run_rows(account: RunAccount) -> list[tuple[str, str, float]]:
 def run_line(explanation: Explanation) -> str:
     """What the run was: layout, cluster, model, how it ended."""
     parts: list[str] = []
-    prediction, job = explanation.prediction, explanation.job
+    prediction, job, program = explanation.prediction, explanation.job, explanation.program
     layout = prediction.layout if prediction is not None else (job.layout if job is not None else None)
     if layout is not None:
         parts.append(layout.label())
     if job is not None:
         parts += [plain(job.cluster.label()), f"{count_text(count_parameters(job.model))} parameters"]
+    if program is not None:
+        parts.append(plain(f"{program.trainer} on {explanation.world_size} x {program.device}"))
+    if program is not None and program.parameters:
+        parts.append(f"{count_text(program.parameters)} parameters")
     parts.append(explanation.ending)
     if explanation.attempts > 1:
         parts.append(f"attempt {explanation.attempt} of {explanation.attempts}, counted from 0")
@@ -122,14 +128,16 @@ def run_line(explanation: Explanation) -> str:
 
 def learned_line(explanation: Explanation) -> str:
     """Loss first to last and held-out before to after."""
-    metrics = explanation.metrics
-    if not metrics:
+    metrics = known_losses(explanation)
+    if not explanation.metrics:
         return "no training step recorded yet"
-    job, steps = explanation.job, metrics[-1].step + 1
+    job, steps = explanation.job, explanation.metrics[-1].step + 1
     of = f" of {job.run.steps}" if job is not None and steps != job.run.steps else ""
-    line = f"loss {loss_text(metrics[0].loss)} -> {loss_text(metrics[-1].loss)} nats in {steps}{of} steps"
-    if job is not None:
-        line += f", {count_text(steps * job.data.global_batch * job.data.sequence)} tokens"
+    line = f"{steps}{of} steps"
+    if metrics:
+        line = f"loss {loss_text(metrics[0].loss)} -> {loss_text(metrics[-1].loss)} nats in {line}"
+    if tokens := tokens_per_step(explanation):
+        line += f", {count_text(steps * tokens)} tokens"
     held_out = explanation.evaluations
     if len(held_out) == 1:
         line += f"; held-out {loss_text(held_out[0].held_out_loss)}"
@@ -137,6 +145,26 @@ def learned_line(explanation: Explanation) -> str:
         line += f"; held-out {loss_text(held_out[0].held_out_loss)} -> {loss_text(held_out[-1].held_out_loss)}"
     entropy = bigram_entropy(explanation)
     return line if entropy is None else f"{line} (bigram entropy {loss_text(entropy)})"
+
+
+def known_losses(explanation: Explanation) -> Sequence[Metrics]:
+    """The lines whose loss is told; a job of ours tells it of every step, and "not finite" is an answer."""
+    told = explanation.metrics
+    return told if explanation.program is None else [line for line in told if line.loss is not None]
+
+
+def tokens_per_step(explanation: Explanation) -> int | None:
+    """Of all ranks; None where nobody told."""
+    if explanation.job is not None:
+        return explanation.job.data.global_batch * explanation.job.data.sequence
+    return explanation.program.tokens_per_step if explanation.program is not None else None
+
+
+def device_memory(explanation: Explanation) -> float | None:
+    """Bytes that a device has; None where nobody told."""
+    if explanation.job is not None:
+        return explanation.job.cluster.device.memory_bytes
+    return explanation.program.memory_bytes if explanation.program is not None else None
 
 
 def bigram_entropy(explanation: Explanation) -> float | None:
@@ -154,9 +182,8 @@ def speed_line(explanation: Explanation) -> str:
         parts.append(f"{seconds_text(prediction.step_s)} predicted")
     if explanation.step is not None:
         parts.append(f"{seconds_text(explanation.step.wall_s)} while profiled")
-    if explanation.step_s and explanation.job is not None:
-        data = explanation.job.data
-        parts.append(f"{count_text(data.global_batch * data.sequence / explanation.step_s)} tokens/s")
+    if explanation.step_s and (tokens := tokens_per_step(explanation)):
+        parts.append(f"{count_text(tokens / explanation.step_s)} tokens/s")
     mfu = typical_mfu(explanation)
     if mfu is not None:
         parts.append(f"MFU {mfu:.1%}")
@@ -166,7 +193,7 @@ def speed_line(explanation: Explanation) -> str:
 def typical_mfu(explanation: Explanation) -> float | None:
     """The median step's model FLOPs utilisation, where a peak is known."""
     known = [line.mfu for line in explanation.metrics if line.mfu is not None]
-    return median(known) if known else None
+    return median(known) if known else program_mfu(explanation.program, explanation.step_s)
 
 
 def yield_line(explanation: Explanation) -> str:

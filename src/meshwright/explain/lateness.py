@@ -1,0 +1,124 @@
+"""What made each rank lose time in a step, itself and by waiting: every second is charged once, where it arose."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from meshwright.account.waits import TICK_S
+from meshwright.explain.steps import RankStep
+
+# By rank.
+Seconds = dict[int, float]
+
+# A rank that is late by one of these is no slow rank: the cause is named, and its cure is another one.
+NAMED = ("input", "checkpoint", "synchronize", "collect", "memory")
+# Time lost on the host beside them. On one rank alone it makes that rank a slow one.
+ON_HOST = ("launch", "python", "host")
+# All that a rank may merely take longer for than its peers.
+SLOWER = ("compute", "recompute", "optimizer", *ON_HOST, "transfers", "other")
+FAULTS = (*NAMED, *ON_HOST, "other", "straggler")
+
+# The allocator at the driver's door: the step waits until the device's memory is given or taken back.
+ALLOCATION = re.compile(r"\b(cuda|hip)(Malloc|Free)(Async)?\b")
+
+
+class Losses(msgspec.Struct, frozen=True, kw_only=True):
+    """One step. own[cause][rank]: seconds that the rank itself lost. waited[cause][rank]: seconds that it waited for
+    ranks which that cause made late. longer[rank][part]: why a slow rank is slow; what no part explains is in "".
+    kept: seconds of each rank's step but for its waits, and for what a peer was given more to do.
+    """
+
+    own: dict[str, Seconds]
+    waited: dict[str, Seconds]
+    longer: dict[int, dict[str, float]]
+    kept: Seconds
+
+    def gain(self, cause: str) -> float:
+        """Seconds that the step would be shorter without a cause, at most: were no other in its way."""
+        return self.gain_of(self.own[cause], self.waited.get(cause, {}), fault=True)
+
+    def gain_of(self, own: Mapping[int, float], waited: Mapping[int, float], *, fault: bool) -> float:
+        """The same of any seconds of each rank; fault: they are among the causes.
+
+        A rank that would be done before others even with its loss gains nothing: the step is as long as its slowest
+        rank. What it waited for others' losses is gained with them.
+        """
+        rest = {
+            rank: seconds - sum(self.own[name].get(rank, 0.0) for name in FAULTS) - (0.0 if fault else own[rank])
+            for rank, seconds in self.kept.items()
+        }
+        most = max(rest.values())
+        return max(max(0.0, own.get(rank, 0.0) - (most - rest[rank])) + waited.get(rank, 0.0) for rank in rest)
+
+
+def losses_of(ranks: Sequence[RankStep]) -> Losses:
+    """Charge one step's waits to what made the ranks late that were waited for.
+
+    A rank is late by what it lost more of than the rank that waited longest for it: first by the named causes; what
+    they leave makes it a slow rank.
+    """
+    parts = {one.resolved.rank: parts_of(one) for one in ranks}
+    own = {cause: {rank: parts[rank].get(cause, 0.0) for rank in parts} for cause in FAULTS}
+    waited: dict[str, Seconds] = {}
+    longer: dict[int, dict[str, float]] = {}
+    for culprit in parts:
+        waits = {one.resolved.rank: one.resolved.blame.get(culprit, 0.0) for one in ranks}
+        longest = max(waits, key=lambda rank: waits[rank])
+        if waits[longest] <= TICK_S:
+            continue
+        more = {part: max(0.0, parts[culprit][part] - parts[longest][part]) for part in parts[culprit]}
+        late = {cause: more[cause] for cause in NAMED if more[cause] > TICK_S}
+        late["straggler"] = max(0.0, waits[longest] - sum(late.values()))
+        whole = sum(late.values())
+        for rank, wait in waits.items():
+            for cause, seconds in late.items():
+                charged = waited.setdefault(cause, {})
+                charged[rank] = charged.get(rank, 0.0) + wait * seconds / whole
+        longer[culprit] = why_slower({part: more[part] for part in SLOWER}, late["straggler"])
+        own["straggler"][culprit] = late["straggler"]
+        for part in (*ON_HOST, "other"):
+            # Already charged to the rank as a slow one.
+            own[part][culprit] -= longer[culprit].get(part, 0.0)
+    accounts = {one.resolved.rank: one.resolved.account for one in ranks}
+    kept = {one.resolved.rank: one.resolved.wall_s for one in ranks}
+    for rank, account in accounts.items():
+        kept[rank] -= account.straggler + account.imbalance
+    return Losses(own=own, waited=waited, longer=longer, kept=kept)
+
+
+def why_slower(more: Mapping[str, float], late_s: float) -> dict[str, float]:
+    """A slow rank's lateness over the parts of its step that took longer than elsewhere, in proportion."""
+    total = sum(more.values())
+    explained = min(late_s, total)
+    found = {part: seconds * explained / total for part, seconds in more.items() if seconds > TICK_S and explained > 0}
+    return {**found, "": late_s - explained}
+
+
+def parts_of(one: RankStep) -> dict[str, float]:
+    """A rank's step by what it did and lost, waits left out; what the host did where the record says it."""
+    account = one.resolved.account
+    host: dict[str, float] = {**one.detail.host} if one.detail is not None else {}
+    told = sum(host.values())
+    gaps = one.detail.gaps if one.detail is not None else ()
+    allocating = sum(gap.seconds for gap in gaps if gap.bucket == "host" and ALLOCATION.search(gap.doing))
+    memory = 0.0
+    for cause in ("launch", "synchronize", "python"):
+        taken = min(host.get(cause, 0.0), allocating - memory)
+        host[cause] = host.get(cause, 0.0) - taken
+        memory += taken
+    return {
+        "input": account.input,
+        "checkpoint": account.checkpoint,
+        "synchronize": host["synchronize"],
+        "collect": host.get("collect", 0.0),
+        "memory": memory,
+        "launch": host["launch"],
+        "python": host["python"],
+        "host": max(0.0, account.host - told),
+        "compute": account.compute,
+        "recompute": account.recompute,
+        "optimizer": account.optimizer,
+        "transfers": sum(seconds for name, seconds in account.rows() if name.startswith("comm.")),
+        "other": account.other,
+    }
