@@ -104,7 +104,10 @@ def purposes_of(sent: Sequence[Sent], phases: Phases, walk: Walk, named: Mapping
     for one, purpose in zip(sent, known, strict=True):
         if purpose is None:
             kinds[one.group].add((one.kind, pass_of(one, phases)))
-    return [purpose or carried(one, kinds[one.group], phases) for one, purpose in zip(sent, known, strict=True)]
+    found: list[Purpose] = []
+    for one, purpose in zip(sent, known, strict=True):
+        found.append(carried(one, kinds[one.group], phases) if purpose is None else purpose)
+    return found
 
 
 def told_purpose(one: Sent, phases: Phases, walk: Walk, named: Mapping[str, Purpose]) -> Purpose | None:
