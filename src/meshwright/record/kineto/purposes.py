@@ -98,7 +98,7 @@ def purposes_of(sent: Sequence[Sent], phases: Phases, walk: Walk, named: Mapping
 
     named: purposes of process groups that somebody knows, by description or by name.
     """
-    known = [told_purpose(one, phases, walk, named) for one in sent]
+    known: list[Purpose | None] = [told_purpose(one, phases, walk, named) for one in sent]
     # What is left over goes by what its group carries in this step besides.
     kinds: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for one, purpose in zip(sent, known, strict=True):
