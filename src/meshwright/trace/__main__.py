@@ -1,4 +1,4 @@
-"""`python -m meshwright.trace --run runs/mine [-m module | script.py] arguments...`: record a program unchanged."""
+"""`python -m meshwright.trace --record runs/mine [-m module | script.py] arguments...`: record a program unchanged."""
 
 import sys
 from pathlib import Path
@@ -24,7 +24,8 @@ class Program(click.Command):
 
 
 @click.command(cls=Program)
-@click.option("--run", required=True, type=click.Path(path_type=Path), help="Run folder to record into.")
+# Not --run, which torchrun would take for the beginning of an option of its own.
+@click.option("--record", "run", required=True, type=click.Path(path_type=Path), help="Run folder to record into.")
 @click.option("--name", default="", help="The run's name (that of its folder).")
 @click.option("--flops-per-step", type=float, help="Model FLOPs of a step, all ranks together (counted).")
 @click.option("--tokens-per-step", type=int, help="Tokens of a step, all ranks together.")

@@ -40,17 +40,16 @@ class Background:
         """Append a line, soon."""
         self._lines.append((path, line))
 
-    def do(self, job: Callable[[], None]) -> None:
+    def do(self, name: str, job: Callable[[], None]) -> None:
         """Do something that takes long, in a thread of its own."""
         self._jobs = [thread for thread in self._jobs if thread.is_alive()]
-        thread = threading.Thread(target=job, name="meshwright-reading", daemon=True)
+        thread = threading.Thread(target=job, name=name, daemon=True)
         self._jobs.append(thread)
         thread.start()
 
-    @property
-    def busy(self) -> bool:
+    def busy(self, name: str) -> bool:
         """Whether such a job is not done yet."""
-        return any(thread.is_alive() for thread in self._jobs)
+        return any(thread.name == name and thread.is_alive() for thread in self._jobs)
 
     def settle(self, patience_s: float) -> None:
         """Wait until the jobs are done, or this long."""
@@ -78,4 +77,5 @@ class Background:
         while not self._over.wait(TICK_S):
             self._listen()
             self._flush()
+        self._listen()
         self._flush()

@@ -25,9 +25,10 @@ class Profiling:
     of them: 1.8 s instead of 75 ms, torch 2.13).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-        self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
+    def __init__(self, device: torch.device, *, shapes: bool = False) -> None:
+        """shapes: tell those of operators' inputs, and nothing of the device."""
+        gpu = [ProfilerActivity.CUDA] if device.type == "cuda" and not shapes else []
+        self._profile = profile(activities=[ProfilerActivity.CPU, *gpu], record_shapes=shapes)
         self._collect = GarbageMarks()
         self._profile.start()
         self._collect.open()

@@ -15,7 +15,7 @@ from meshwright.parallel.mesh import SHARD_CONTEXT
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span
 from meshwright.record.kineto import PREFIX, STEP
 from meshwright.spec import AXES, Job, Layout, held_stages, rank_flops, stage_blocks
-from meshwright.trace.flops import compile_seconds
+from meshwright.trace.compiled import compile_seconds
 from meshwright.trace.life import FLUSH_S
 from meshwright.trace.profiling import Profiling
 from meshwright.trace.sampling import read_sample

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +18,9 @@ from meshwright.record import Ended, Fault, Memory, Metrics, RunFolder, write_pr
 from meshwright.record.kineto import PREFIX
 from meshwright.spec import SettingError
 from meshwright.trace.background import Background
-from meshwright.trace.clock import Clock
+from meshwright.trace.clock import Clock, Mark
+from meshwright.trace.compiled import compile_seconds
 from meshwright.trace.facts import device_of
-from meshwright.trace.flops import compile_seconds
 from meshwright.trace.held import Holdings
 from meshwright.trace.life import Life, Moment
 from meshwright.trace.meeting import Meeting
@@ -27,7 +28,7 @@ from meshwright.trace.memory import peak_memory_bytes
 from meshwright.trace.options import Options
 from meshwright.trace.profiling import Profiling
 from meshwright.trace.samples import Samples
-from meshwright.trace.sampling import Sampling, read_sample
+from meshwright.trace.sampling import Sampling, read_count, read_sample
 from meshwright.trace.told import Told, finite, scalar
 from meshwright.trace.work import Work
 
@@ -74,7 +75,9 @@ class Recording:
             Samples(meeting, first=options.first_step, every=every, budget=budget, lead=lead),
             device,
             lead=lead,
-            idle=lambda: not self._background.busy,
+            counted=options.first_step + 1,
+            countable=self._work.countable,
+            idle=lambda: not self._background.busy("sample"),
             read=self._read_apart,
             fault=self._fault,
         )
@@ -87,10 +90,12 @@ class Recording:
         # ended, well or not.
         self._state = "ready"
         self._closed = False
-        # For memory and FLOPs the second: by then all states are there, and what compiles has.
+        # For memory the second, as for FLOPs: by then all states are there, and what compiles has.
         self._watched_step = options.first_step + 1
         self._peak_bytes = peak_memory_bytes(device)
         self._deaf = False
+        self._counted = threading.Event()
+        self._counted.set()
         # What the time before the first step is booked as; the state in which a span was entered.
         self._before = "startup"
         self._within = self._state
@@ -235,9 +240,9 @@ class Recording:
         elif self._state != "out":
             return
         self._state = "in"
-        self._moments.append(Moment("begin", self._clock.mark(), self.number, self._before if first else name))
-        self._watch()
-        self._sampling.step_begins()
+        mark = self._clock.mark()
+        self._moments.append(Moment("begin", mark, self.number, self._before if first else name))
+        self._begin_step(mark)
 
     def _leave_for_span(self) -> None:
         self._within = self._state
@@ -264,7 +269,7 @@ class Recording:
         if self._state != "in":
             return
         self._sampling.drop()
-        self._unwatch()
+        self._holdings.drop()
         if not whole and self.number == self._watched_step:
             self._watched_step += 1
         self._moments.append(Moment("leave", self._clock.mark(), self.number))
@@ -286,28 +291,26 @@ class Recording:
         self._moments.append(Moment("step", mark, self.number, "", profiled, max(0.0, compiled_s), told))
         self._watched()
         self.number += 1
-        if self._sampling.due(self.number):
-            self._moments.append(Moment("leave", mark, self.number))
-            closed = self._sampling.turn()
-            self._moments.append(Moment("begin", self._clock.mark(), self.number, "measurement", closed))
-        self._watch()
-        self._sampling.step_begins()
+        self._begin_step(mark)
         self._resolve()
 
-    def _watch(self) -> None:
-        """One step is watched from its begin."""
+    def _begin_step(self, mark: Mark) -> None:
+        """At a mark that has been noted."""
+        # One profiler may be stopped and the next one started between two steps.
+        while self._sampling.due(self.number):
+            self._moments.append(Moment("leave", mark, self.number))
+            closed = self._sampling.turn()
+            mark = self._clock.mark()
+            self._moments.append(Moment("begin", mark, self.number, "measurement", closed))
+            if not closed:
+                break
         if self.number == self._watched_step:
             self._holdings.open()
-            self._work.open()
+        self._sampling.step_begins()
 
     def _watched(self) -> None:
         if self.number == self._watched_step:
-            self._work.close()
             self._write(Memory(step=self.number, account=self._holdings.close()))
-
-    def _unwatch(self) -> None:
-        self._holdings.drop()
-        self._work.drop()
 
     def _resolve(self) -> None:
         while self._moments and (at_s := self._clock.resolve(self._moments[0].mark)) is not None:
@@ -315,7 +318,7 @@ class Recording:
 
     def _wind_up(self) -> None:
         self._sampling.close()
-        self._unwatch()
+        self._holdings.drop()
         self._clock.settle()
         self._resolve()
 
@@ -355,10 +358,18 @@ class Recording:
             # Rank 0 is gone, and the store with it: in good order at the end, or its own record tells of it.
             self._deaf = True
 
-    def _read_apart(self, profiling: Profiling, step: int) -> None:
+    def _read_apart(self, profiling: Profiling, step: int, counting: bool) -> None:
         kept = self.folder.attempt(self.attempt) / "traces" / f"step-{step}" / f"rank-{self.rank}.json"
 
+        def count() -> None:
+            try:
+                self._work.take(read_count(profiling))
+            finally:
+                self._counted.set()
+
         def read() -> None:
+            # What is useful of the step depends on it.
+            self._counted.wait(PATIENCE_S)
             found = read_sample(
                 profiling,
                 step,
@@ -369,7 +380,9 @@ class Recording:
             )
             self._fault(found) if isinstance(found, str) else self._write(found)
 
-        self._background.do(read)
+        if counting:
+            self._counted.clear()
+        self._background.do("count" if counting else "sample", count if counting else read)
 
     def _write(self, line: Any) -> None:
         self._background.write(self._events, line)
@@ -386,7 +399,7 @@ class Recording:
         except Exception as error:
             self._state = "over"
             self._fault(f"recording stopped: {type(error).__name__}: {error}")
-            for part in (self._sampling.close, self._unwatch):
+            for part in (self._sampling.close, self._holdings.drop):
                 try:
                     part()
                 except Exception as another:

@@ -58,6 +58,10 @@ class Samples:
         """What steps took beyond others, seconds; 0 where no others are known."""
         return max(0.0, sum(steps_s) - len(steps_s) * median(self._usual)) if self._usual else 0.0
 
+    def charge(self, seconds: float) -> None:
+        """Something else than a sample has cost so much."""
+        self._spent_s += seconds
+
     def spent(self, running: int, seconds: float) -> None:
         """A sample is over, at this cost, or was left out at none; `running`: the step that runs now."""
         self._spent_s += seconds

@@ -4,7 +4,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,17 +15,19 @@ from torch.profiler import record_function
 from meshwright.account import Purpose
 from meshwright.record import Step
 from meshwright.record.kineto import PREFIX, STEP
-from meshwright.record.kineto.apart import Request, read_apart
+from meshwright.record.kineto.apart import CountFlops, ReadStep, Reply, read_apart
+from meshwright.record.kineto.flops import Count
 from meshwright.trace.profiling import Profiling, Turns
 from meshwright.trace.samples import Samples
 
 
 class Sampling:
-    """One rank's sampled steps.
+    """One rank's profiled steps: one by whose operators' shapes FLOPs are counted, and those that are sampled.
 
     A GPU step begins where the device finished the one before, so that one is profiled too: `lead` steps ahead.
-    idle: whether the trace before has been read. read: takes over a stopped profiler and the number of its step, at
-    once. fault: takes a line about what went wrong.
+    counted: the first step that may be counted. countable: whether the program's steps can be. idle: whether the sample
+    before has been read. read: takes over a stopped profiler, the number of its step and whether that is the counted
+    one, at once. fault: takes a line about what went wrong.
     """
 
     def __init__(
@@ -32,13 +36,16 @@ class Sampling:
         device: torch.device,
         *,
         lead: int,
+        counted: int,
+        countable: Callable[[], bool],
         idle: Callable[[], bool],
-        read: Callable[[Profiling, int], None],
+        read: Callable[[Profiling, int, bool], None],
         fault: Callable[[str], None],
     ) -> None:
         self.samples = samples
         self._lead = lead
         self._device = device
+        self._countable = countable
         self._idle = idle
         self._read = read
         self._fault = fault
@@ -49,6 +56,11 @@ class Sampling:
         # The step that is measured, of those profiled.
         self._last = -1
         self._number = 0
+        # Whether it is the one that is counted; from which step on one is to be, -1 once it was.
+        self._counting = False
+        self._counted = counted
+        # Of the profilers that were stopped, whose steps the device may still be at: whether they counted.
+        self._stopped: deque[bool] = deque()
         self._told_busy = False
 
     def open(self) -> None:
@@ -74,6 +86,11 @@ class Sampling:
         self._number = number
         if self.running:
             return number > self._last
+        if 0 <= self._counted <= number and self._turns.free:
+            self._counting = self._countable()
+            if self._counting:
+                return True
+            self._counted = -1
         opening = self.samples.next - self._lead
         if opening < 0 or number < opening:
             return False
@@ -89,23 +106,34 @@ class Sampling:
         """Open the profiler, or close it; whether it was closed."""
         profiling = self._profiling
         if profiling is None:
-            self._last, self.samples.next = self.samples.next, -1
-            self._profiling = self._turns.ours(lambda: Profiling(self._device))
+            if self._counting:
+                self._last = self._number
+            else:
+                self._last, self.samples.next = self.samples.next, -1
+            self._profiling = self._turns.ours(lambda: Profiling(self._device, shapes=self._counting))
             return False
         self._profiling = None
         # Or the last step's kernels are not in the trace.
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and not self._counting:
             torch.cuda.synchronize(self._device)
         self._turns.ours(profiling.stop)
-        self._read(profiling, self._last)
+        counting, self._counting = self._counting, False
+        if counting:
+            self._counted = -1
+        self._stopped.append(counting)
+        self._read(profiling, self._last, counting)
         return True
 
     def drop(self) -> None:
-        """End a sample that cannot be finished."""
+        """End a profiled step that cannot be finished."""
         profiling, self._profiling = self._profiling, None
-        if profiling is not None:
-            self._end_annotation()
-            self._turns.ours(profiling.stop)
+        if profiling is None:
+            return
+        self._end_annotation()
+        self._turns.ours(profiling.stop)
+        if self._counting:
+            self._counting, self._counted = False, self._number + 1
+        else:
             self.samples.spent(self._number, 0.0)
 
     def step_begins(self) -> None:
@@ -128,10 +156,35 @@ class Sampling:
             step.__exit__(None, None, None)
 
     def ended(self, paused_s: float, steps_s: list[float]) -> float:
-        """A sample is over; how much of its steps' time was the profiler's."""
+        """A profiler's steps are over on the device; how much of their time was the profiler's."""
+        if self._stopped.popleft():
+            self.samples.charge(paused_s)
+            return 0.0
         excess_s = self.samples.excess(steps_s)
         self.samples.spent(self._number, paused_s + excess_s)
         return excess_s
+
+
+@contextmanager
+def exported(profiling: Profiling, kept: Path | None = None) -> Iterator[str]:
+    """The path of a stopped profiler's trace, until it is left at `kept`, or deleted; raises OSError, RuntimeError."""
+    with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
+        path = Path(folder) / "trace.json"
+        profiling.export(path)
+        yield str(path)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, kept)
+
+
+def read_count(profiling: Profiling) -> Count:
+    """Have the step's FLOPs counted in a process apart; where that fails the count says why. For any thread."""
+    try:
+        with exported(profiling) as path:
+            reply = read_apart(CountFlops(path=path))
+    except (OSError, RuntimeError) as error:
+        reply = Reply(failure=f"{type(error).__name__}: {error}")
+    return reply.count or Count(flops=None, source=f"not counted: {reply.failure}")
 
 
 def read_sample(
@@ -142,11 +195,9 @@ def read_sample(
     For any thread. kept: where the trace is left, if at all.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="meshwright-") as folder:
-            path = Path(folder) / "trace.json"
-            profiling.export(path)
-            request = Request(
-                path=str(path),
+        with exported(profiling, kept) as path:
+            request = ReadStep(
+                path=path,
                 step=step,
                 rank=rank,
                 host=socket.gethostname(),
@@ -154,9 +205,6 @@ def read_sample(
                 useful_s=useful_s,
             )
             reply = read_apart(request)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(path, kept)
     # A full disk, or whatever a new profiler does otherwise, must not end what it watches.
     except (OSError, RuntimeError) as error:
         return f"step {step} was profiled but not measured: {type(error).__name__}: {error}"

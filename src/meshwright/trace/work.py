@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.record import Program, RunFolder, write_program
+from meshwright.record.kineto.flops import Count
+from meshwright.trace.compiled import compiled
 from meshwright.trace.facts import (
     PRECISIONS,
     device_memory_bytes,
@@ -17,15 +19,13 @@ from meshwright.trace.facts import (
     parameter_count,
     peak_flops_per_s,
 )
-from meshwright.trace.flops import Count, FlopCount, compiled
 from meshwright.trace.meeting import Meeting
 from meshwright.trace.options import Options
 
 COMPILED = (
-    "not counted: torch.compile has compiled parts of the program, which would run uncompiled while they are counted; "
+    "not counted: torch.compile has compiled parts of the program, which do not tell what they run; "
     "give flops_per_step and precision"
 )
-CUT_SHORT = "not counted: the step that was to be counted did not end where it should"
 
 
 class Share(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +49,9 @@ class Work:
         parameters: Sequence[Tensor],
     ) -> None:
         self._folder, self._options, self._meeting, self._device = folder, options, meeting, device
-        self._models, self._parameters = models, parameters
-        self._mode: FlopCount | None = None
+        # Asked now, not beside the steps, in which FSDP puts other parameters in their place.
+        self._parameters = count_parameters(models, parameters, meeting.world_size)
+        self._model = fingerprint(models)
         self._shares: dict[int, Share] = {}
         self._said = False
         # Of this rank: seconds that its model FLOPs take at the device's peak; 0 where either is not known.
@@ -59,25 +60,14 @@ class Work:
         self._mean_useful_s = 0.0
         self._versions = library_versions()
 
-    def open(self) -> None:
-        """A step begins that is to be counted."""
-        if not compiled():
-            self._mode = FlopCount()
-            self._mode.__enter__()
+    def countable(self) -> bool:
+        """Whether a step can be counted; if not, all is known by now."""
+        if compiled():
+            self.take(Count(flops=None, source=COMPILED))
+        return not compiled()
 
-    def drop(self) -> bool:
-        """Stop counting; whether that was possible."""
-        mode, self._mode = self._mode, None
-        return mode is None or mode.close()
-
-    def close(self) -> None:
-        """It ends."""
-        mode = self._mode
-        closed = self.drop()
-        if mode is None or compiled():
-            count = Count(flops=None, source=COMPILED)
-        else:
-            count = mode.count() if closed else Count(flops=None, source=CUT_SHORT)
+    def take(self, count: Count) -> None:
+        """What a step of this rank has. In any thread."""
         given = self._options.flops_per_step
         if given is not None:
             count = msgspec.structs.replace(count, flops=given / self._meeting.world_size, source="given")
@@ -85,8 +75,7 @@ class Work:
             dtype = next(dtype for dtype, word in PRECISIONS.items() if word == self._options.precision)
             count = msgspec.structs.replace(count, precision=dtype)
         self.useful_s = self._seconds(count.flops, count.precision)
-        share = Share(count=count, parameters=self._parameter_count(), model=fingerprint(self._models))
-        self._shares[self._meeting.rank] = share
+        self._shares[self._meeting.rank] = Share(count=count, parameters=self._parameters, model=self._model)
 
     def listen(self) -> None:
         """In the background: tell rank 0; there, hear the others out and write down what is known. Raises OSError."""
@@ -146,18 +135,20 @@ class Work:
         peak = peak_flops_per_s(self._device, dtype)
         return flops / peak if flops and peak else 0.0
 
-    def _parameter_count(self) -> int | None:
-        # Optimizers alone do not tell a pipeline's stages from copies of one model.
-        if not self._models and self._meeting.world_size > 1:
-            return None
-        parameters = [p for model in self._models for p in model.parameters()] or self._parameters
-        return parameter_count(self._models, list({id(p): p for p in parameters}.values()))
-
     def _all_parameters(self) -> int | None:
         """Of the whole model: ranks that hold the same count once, and a pipeline's stages add up."""
         parts = {share.model: share.parameters for share in self._shares.values()}
         known = [count for count in parts.values() if count is not None]
         return sum(known) if known and len(known) == len(parts) else None
+
+
+def count_parameters(models: Sequence[nn.Module], parameters: Sequence[Tensor], world_size: int) -> int | None:
+    """Of the models, or where none is known, of those that optimizers move; None where that tells not enough."""
+    # Optimizers alone do not tell a pipeline's stages from copies of one model.
+    if not models and world_size > 1:
+        return None
+    found = [p for model in models for p in model.parameters()] or parameters
+    return parameter_count(models, list({id(p): p for p in found}.values()))
 
 
 def fingerprint(models: Sequence[nn.Module]) -> str:

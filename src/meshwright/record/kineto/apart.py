@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
 from meshwright.account import Purpose
 from meshwright.record.events import Step
+from meshwright.record.kineto.flops import Count, count_flops
 
 # Reading must not take a core from the training beside it.
 NICENESS = 19
@@ -17,7 +19,7 @@ TIMEOUT_S = 600
 START = "import sys; sys.path.append({root!r}); from meshwright.record.kineto.apart import serve; serve()"
 
 
-class Request(msgspec.Struct, frozen=True, kw_only=True):
+class ReadStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Read the trace at `path`, whose last step is `step`; see measure_step for the rest."""
 
     path: str
@@ -28,10 +30,20 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     useful_s: float
 
 
+class CountFlops(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Count the FLOPs in the trace at `path`, of one step, with shapes."""
+
+    path: str
+
+
+Request = ReadStep | CountFlops
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
-    """The step, or in one line why there is none."""
+    """What was asked for, or in one line why there is none."""
 
     step: Step | None = None
+    count: Count | None = None
     failure: str = ""
 
 
@@ -60,16 +72,18 @@ def read_apart(request: Request) -> Reply:
 def serve() -> None:
     """The child: answer one request."""
     os.nice(NICENESS)
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=Request)
+    request: Request = msgspec.json.decode(sys.stdin.buffer.read(), type=cast(type[Request], Request))
     sys.stdout.buffer.write(msgspec.json.encode(answer(request)))
 
 
 def answer(request: Request) -> Reply:
-    """Measure the step; whatever is wrong with the trace is told, not raised."""
+    """Read the trace; whatever is wrong with the trace is told, not raised."""
     # Not at the top: what this file offers a trainer is not the reading itself, which takes longer to load.
     from meshwright.record.kineto import measure_step, read_trace
 
     try:
+        if isinstance(request, CountFlops):
+            return Reply(count=count_flops(Path(request.path)))
         step = measure_step(
             read_trace(Path(request.path)),
             step=request.step,
