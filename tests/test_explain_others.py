@@ -63,6 +63,20 @@ def test_its_page_has_the_program_and_what_its_steps_tell(tmp_path: Path) -> Non
     assert "vectorized_elementwise_kernel" in page and "CUDAFunctor" not in page
 
 
+def test_names_from_a_program_neither_steer_a_terminal_nor_open_a_tag(tmp_path: Path) -> None:
+    hostile = "[bold]<script>alert(1)\x1b[31m\u202e"
+    found = explain_run(a_program_run(tmp_path / "run", program=msgspec.structs.replace(PROGRAM, trainer=hostile)))
+    assert found.detail is not None
+    gap = msgspec.structs.replace(found.detail.gaps[0], bucket=hostile, seconds=0.1, doing=hostile, before=hostile)
+    advice = (msgspec.structs.replace(found.advice[0], cause=hostile, what=hostile, evidence=hostile),)
+    found = msgspec.structs.replace(
+        found, advice=advice, detail=msgspec.structs.replace(found.detail, gaps=(gap,), groups=())
+    )
+    text, page = printed(found), report_html(found)
+    assert "\x1b" not in text and "\u202e" not in text and "[bold]" in text
+    assert "alert(1)" in page and "<script>alert(1)" not in page
+
+
 def test_a_loss_that_nobody_told_is_not_called_broken(tmp_path: Path) -> None:
     found = explain_run(a_program_run(tmp_path / "run", losses=()))
     assert not any("finite" in finding.what for finding in found.findings)
