@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 # Characters of a kernel's name that a table shows.
-NAME_LENGTH = 44
+NAME_LENGTH = 36
 # How many ranks or steps a sentence names before it counts the rest.
 NAMED = 8
 
