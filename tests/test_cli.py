@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import MESHWRIGHT, TIMEOUT_S, environment, run, write_job
+from programs import kineto_trace
 from synthetic import a_run
 
 from meshwright import cli
@@ -195,6 +196,33 @@ def test_explain_reads_runs_that_other_programs_wrote(told, tmp_path: Path) -> N
     assert json.loads(told("explain", folder.path, "--json").out)["name"] == "run"
     near = told("explain", tmp_path / "runs" / "two")
     assert near.code == 2 and str(folder.path) in near.err
+
+
+def test_explain_reads_traces(told, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"rank-{rank}.json").write_text(json.dumps(kineto_trace(rank)))
+    one, two = tmp_path / "rank-0.json", tmp_path / "rank-1.json"
+    done = told("explain", one, two)
+    assert done.code == 0, done.err
+    assert "1 step of 2 traces" in done.out and done.out.endswith("report: none; --report FILE writes one\n")
+    folder = json.loads(told("explain", tmp_path, "--json").out)
+    assert folder["traces"] == [str(one), str(two)] and folder["world_size"] == 2
+    assert folder["step"]["account"]["useful"] == 0
+    # A tenth of what an H100 does in 10 ms at its dense peak for bf16.
+    options = ("--flops-per-step", 989.4e12 * 1e-3, "--gpu", "h100", "--report", tmp_path / "page.html")
+    known = told("explain", tmp_path, "--json", *options)
+    assert json.loads(known.out)["step"]["account"]["useful"] == pytest.approx(1e-3)
+    assert "<h1>" in (tmp_path / "page.html").read_text()
+    twice = told("explain", one, one)
+    assert twice.code == 2 and "is of rank 0, as" in twice.err
+    mixed = told("explain", one, a_run(tmp_path / "run").path)
+    assert mixed.code == 2 and "is a run, which is explained alone" in mixed.err
+
+
+def test_a_report_goes_where_it_is_told(told, tmp_path: Path) -> None:
+    folder = a_run(tmp_path / "one")
+    assert told("explain", folder.path, "--report", tmp_path / "page.html").out.endswith("page.html\n")
+    assert (tmp_path / "page.html").is_file() and not folder.report.exists()
 
 
 def test_a_report_that_cannot_be_written(told, tmp_path: Path) -> None:

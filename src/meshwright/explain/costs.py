@@ -46,9 +46,10 @@ def exposed(purpose: Purpose, case: Case) -> Advice:
         + (f", {bytes_text(group.sent_bytes)} sent by each" if group.sent_bytes is not None else "")
         for group in groups
     ]
+    beside = f"{seconds_text(hidden)} more ran under compute" if hidden > 0 else ""
     what = f"Transfers of {purpose} stand alone, with nothing running beside them: {EXPOSED[purpose]}."
     gain = case.gain_of(lambda one: seconds(one.resolved.account))
-    return advise(case, f"exposed {purpose}", gain, what, *carried, f"{seconds_text(hidden)} more ran under compute")
+    return advise(case, f"exposed {purpose}", gain, what, *carried, beside)
 
 
 def uneven(case: Case) -> Advice:

@@ -22,7 +22,10 @@ def mean_detail(details: Sequence[StepDetail]) -> StepDetail | None:
             host[cause] = host.get(cause, 0.0) + seconds / steps
     kernels = gathered([group for detail in details for group in detail.kernels], lambda group: group.purpose)
     groups = gathered([group for detail in details for group in detail.groups], lambda g: (g.group, g.purpose))
-    gaps = sorted((gap for detail in details for gap in detail.gaps), key=lambda gap: -gap.seconds)
+    longest = sorted((gap for detail in details for gap in detail.gaps), key=lambda gap: -gap.seconds)
+    # One cause makes the same gap in every step and on every rank: the longest of these stands for all.
+    gaps = list({(gap.bucket, gap.doing, gap.before): gap for gap in reversed(longest)}.values())
+    gaps.sort(key=lambda gap: -gap.seconds)
     launches = sum(detail.launches for detail in details)
     # A step of more kernels says more of the mean one.
     kernel_s = sum(detail.kernel_s * detail.launches for detail in details) / launches if launches else 0.0

@@ -92,8 +92,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     attempt: the newest, which `prediction`, `step`, `memory` and `ending` describe. ranks: those that wrote events in
     it. difference: predicted minus measured, bucket by bucket. step_s: the median of the steps that were not profiled.
     program: in place of a job, where another trainer recorded the run. detail: mean over profiled steps and ranks; its
-    gaps are the longest of all. advice: what would gain most first. traces: the files it was read from, by rank, where
-    it is no run.
+    gaps are the longest of all, of those alike the longest. advice: what would gain most first. traces: the files it
+    was read from, by rank, where it is no run.
     """
 
     path: str

@@ -36,7 +36,12 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
 
     def gain(self, cause: str) -> float:
         """Seconds that the step would be shorter without a cause, at most: were no other in its way."""
-        return self.gain_of(self.own[cause], self.waited.get(cause, {}), fault=True)
+        own, waited = self.own[cause], self.waited.get(cause, {})
+        if cause == "straggler":
+            # Ranks that are late in turn are so by chance: without it all would go at their mean pace, not at that of
+            # each moment's fastest. What a rank waited, and what it was late by itself, are two views of that.
+            return max(self.gain_of(own, {}, fault=True), *waited.values(), 0.0)
+        return self.gain_of(own, waited, fault=True)
 
     def gain_of(self, own: Mapping[int, float], waited: Mapping[int, float], *, fault: bool) -> float:
         """The same of any seconds of each rank; fault: they are among the causes.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 # Characters of a kernel's name that a table shows.
-NAME_LENGTH = 44
+NAME_LENGTH = 36
 # How many ranks or steps a sentence names before it counts the rest.
 NAMED = 8
 
@@ -63,7 +63,11 @@ def listed(things: Iterable[object]) -> str:
 
 def kernel_text(name: str) -> str:
     """A kernel's name without return type, template and arguments, cut where it is long."""
-    bare = name.removeprefix("void ").partition("(")[0].partition("<")[0] or name
+    bare = name.removeprefix("void ").replace("(anonymous namespace)::", "").removeprefix("at::native::")
+    # CUTLASS wraps all its kernels in one, and says in the template's argument which it is.
+    whole, _, argument = bare.partition("<")
+    bare = argument.partition(">")[0] if whole.startswith("cutlass::") else whole
+    bare = bare.partition("(")[0] or name
     return bare if len(bare) <= NAME_LENGTH else f"{bare[: NAME_LENGTH - 3]}..."
 
 

@@ -94,7 +94,7 @@ def gap_grid(detail: StepDetail, unit: Unit, most: int, least: float) -> Grid:
     kept = [gap for gap in detail.gaps if gap.seconds > least][:most]
     return Grid(
         "Longest idle gaps",
-        "Of all ranks and steps.",
+        "Of all ranks and steps, each kind of gap once.",
         ("bucket", "the host was in", "until"),
         (f"from, {unit.name}", f"idle, {unit.name}"),
         tuple(

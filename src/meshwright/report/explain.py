@@ -8,7 +8,7 @@ import msgspec
 
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import plain, steps_text
+from meshwright.explain.words import counted, plain, steps_text
 from meshwright.report.details import Grid, advice_text, grids
 from meshwright.report.text import labelled, show
 from meshwright.report.words import (
@@ -78,8 +78,7 @@ def tables(explanation: Explanation) -> list["Table"]:
     rows = step_rows(prediction.step if prediction is not None else None, step.account if step is not None else None)
     if rows:
         unit = time_unit(max(total(rows, "predicted"), total(rows, "measured")))
-        found.append(comparison(step_title(step), "bucket", rows, unit))
-        add_overlapped(found[-1], explanation, unit)
+        found.append(comparison(step_title(step), "bucket", rows, unit, overlapped_rows(explanation)))
     if step is not None and ranks_differ(step):
         found.append(rank_table(step))
     found += [grid_table(grid) for grid in grids(explanation, LISTED_ROWS)]
@@ -108,35 +107,48 @@ def step_title(step: MeasuredSteps | None) -> str:
     """What the step table's numbers are means of."""
     if step is None:
         return "Where a step's time goes (predicted; nothing measured)"
-    return f"Where a step's time went (mean of {len(step.ranks)} ranks, {steps_text(step.steps)})"
+    return f"Where a step's time went (mean of {counted(len(step.ranks), 'rank')}, {steps_text(step.steps)})"
 
 
-def comparison(title: str, kind: str, rows: Sequence[Row], unit: Unit) -> "Table":
-    """Predicted against measured, with share and difference, and a line of totals."""
-    table = new_table(f"{title}, {unit.name}", [kind, "meaning"], ["predicted", "measured", "share", "difference"])
+def comparison(title: str, kind: str, rows: Sequence[Row], unit: Unit, beside: Sequence[Row] = ()) -> "Table":
+    """Predicted against measured, with share and difference, a line of totals, and below it what is not added.
+
+    Where nothing was predicted, there is nothing to compare with.
+    """
+    planned = any(row.predicted is not None for row in rows)
+    heads = ["predicted", "measured", "share", "difference"] if planned else ["measured", "share"]
+    table = new_table(f"{title}, {unit.name}", [kind, "meaning"], heads)
     whole = total(rows, "measured")
+
+    def add(row: Row, share: str, style: str = "") -> None:
+        cells = [number(row.measured, unit), share]
+        if planned:
+            cells = [number(row.predicted, unit), *cells, gap(row, unit)]
+        table.add_row(row.name, row.meaning, *cells, style=style)
+
     for row in rows:
-        share = f"{row.measured / whole:.1%}" if row.measured is not None and whole > 0 else "-"
-        cells = (number(row.predicted, unit), number(row.measured, unit), share, gap(row, unit))
-        table.add_row(row.name, row.meaning, *cells)
+        add(row, f"{row.measured / whole:.1%}" if row.measured is not None and whole > 0 else "-")
     predicted = total(rows, "predicted") if rows[0].predicted is not None else None
     measured = whole if rows[0].measured is not None else None
-    ends = Row("total", "", predicted, measured)
-    share = "100%" if measured else "-"
-    cells = (number(predicted, unit), number(measured, unit), share, gap(ends, unit))
-    table.add_row("total", "all of the above", *cells, style="bold")
+    add(Row("total", "all of the above", predicted, measured), "100%" if measured else "-", "bold")
+    for row in beside:
+        add(row, "")
     return table
 
 
-def add_overlapped(table: "Table", explanation: Explanation, unit: Unit) -> None:
+def overlapped_rows(explanation: Explanation) -> list[Row]:
     """Transfer hidden under compute, below the total: beside the account, never in it."""
     predicted = explanation.prediction.overlapped if explanation.prediction is not None else {}
     measured = explanation.step.overlapped if explanation.step is not None else {}
-    for name in sorted(predicted.keys() | measured.keys()):
-        guess = predicted.get(name, 0.0) if explanation.prediction is not None else None
-        seconds = measured.get(name, 0.0) if explanation.step is not None else None
-        row = Row(f"({name})", "hidden under compute, not in the total", guess, seconds)
-        table.add_row(row.name, row.meaning, number(guess, unit), number(seconds, unit), "", gap(row, unit))
+    return [
+        Row(
+            f"({name})",
+            "hidden under compute, not in the total",
+            predicted.get(name, 0.0) if explanation.prediction is not None else None,
+            measured.get(name, 0.0) if explanation.step is not None else None,
+        )
+        for name in sorted(predicted.keys() | measured.keys())
+    ]
 
 
 def rank_table(step: MeasuredSteps) -> "Table":

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import bytes_text, ranks_text, seconds_text, steps_text
+from meshwright.explain.words import bytes_text, counted, ranks_text, seconds_text, steps_text
 from meshwright.record import replace_text
 from meshwright.report.charts import (
     Figure,
@@ -212,10 +212,12 @@ def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
     unit = time_unit(max(total(rows, "predicted"), total(rows, "measured")))
     figures["step"] = comparison_figure(rows, unit, "time of a step")
     under = (
-        f"Mean of {len(step.ranks)} ranks over {steps_text(step.steps)}; the difference is predicted minus measured."
+        f"Mean of {counted(len(step.ranks), 'rank')} over {steps_text(step.steps)}."
         if step is not None
         else "Predicted; not measured."
     )
+    if explanation.difference is not None:
+        under += " The difference is predicted minus measured."
     beside = overlapped_rows(explanation)
     return section(title, under, chart("step") + comparison_table("bucket", rows, unit, beside))
 
@@ -309,10 +311,12 @@ def run_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
 
 
 def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequence[Row]) -> str:
-    """The chart's numbers; the swatches are its legend."""
+    """The chart's numbers; the swatches are its legend. Where nothing was predicted, only what was measured."""
     whole = total(rows, "measured")
-    head = f'<th class="n">predicted, {unit.name}</th><th class="n">measured</th><th class="n share">share</th>'
-    head += '<th class="n">difference</th>'
+    planned = any(row.predicted is not None for row in rows)
+    names = (f"predicted, {unit.name}", "measured") if planned else (f"measured, {unit.name}",)
+    head = "".join(f'<th class="n">{name}</th>' for name in names) + '<th class="n share">share</th>'
+    head += '<th class="n">difference</th>' if planned else ""
     lines = [f'<tr><th>{kind}</th><th class="meaning">meaning</th>{head}</tr>']
     ends = Row(
         "total",
@@ -325,9 +329,11 @@ def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequenc
         share = f"{(row.measured or 0.0) / whole:.1%}" if known else ""
         both = row.predicted is not None and row.measured is not None
         gap = f"{((row.predicted or 0.0) - (row.measured or 0.0)) / unit.size:+,.1f}" if both else "-"
+        sides = (row.predicted, row.measured) if planned else (row.measured,)
         lines.append(
             f'<tr class="{kind_of_row}">{word(row.name)}<td class="meaning">{text(row.meaning)}</td>'
-            + numbers([None if v is None else v / unit.size for v in (row.predicted, row.measured)])
-            + f'<td class="n share">{share}</td><td class="n">{gap}</td></tr>'
+            + numbers([None if v is None else v / unit.size for v in sides])
+            + f'<td class="n share">{share}</td>'
+            + (f'<td class="n">{gap}</td></tr>' if planned else "</tr>")
         )
     return table(lines[0], lines[1:])
