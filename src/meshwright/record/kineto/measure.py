@@ -27,7 +27,7 @@ AHEAD = 3
 NOT_FOUND = "The trace holds no step: neither annotations of steps nor operators."
 NO_KERNELS = "The trace holds no kernels of step {}."
 COMPILED = "Backward passes were compiled: what they compute again for activation checkpointing is part of compute."
-TWICE = "Gradients are recorded throughout the backward pass, so that recompute is part of compute."
+TWICE = "Gradients of gradients are taken: what a backward pass computes again beside them is part of compute."
 NO_LEAD = "The trace holds one step alone, so that what the device still had to do before it counts as its own."
 
 
