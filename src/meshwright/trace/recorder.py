@@ -1,11 +1,13 @@
 """What one rank writes down of its life: spans for the run account, profiled steps for the step account."""
 
+import json
 import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -15,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from meshwright.account import MemoryAccount, Purpose
 from meshwright.parallel.mesh import SHARD_CONTEXT
 from meshwright.record import Ended, Fault, LineWriter, Memory, RunFolder, Span, Step
-from meshwright.record.kineto import PREFIX, STEP, Trace, measure_step, read_trace
-from meshwright.spec import AXES, Job, Layout, SettingError, held_stages, rank_flops, stage_blocks
+from meshwright.record.kineto import PREFIX, STEP, measure_step
+from meshwright.spec import AXES, Job, Layout, held_stages, rank_flops, stage_blocks
 
 # Steps share a span until this many seconds have passed, so that a long run stays a short file.
 FLUSH_S = 10.0
@@ -120,8 +122,8 @@ class Recorder:
         self._synchronize()
         profiler.stop()
         try:
-            told = measure_step(
-                kineto_trace(profiler),
+            measured = measure_step(
+                chrome_trace(profiler),
                 step=step,
                 rank=self.rank,
                 host=socket.gethostname(),
@@ -129,12 +131,11 @@ class Recorder:
                 useful_s=self.useful_s,
             )
         # A full disk, or a trace that a new profiler writes otherwise, must not end the training that it watches.
-        except (OSError, LookupError, ValueError, SettingError) as error:
+        except (OSError, LookupError, ValueError) as error:
             self.fault(step, f"step {step} was profiled but not measured: {type(error).__name__}: {error}")
         else:
-            share = expert_share(self._job, self.rank, sum(told.measured.expert_rows))
-            measured = msgspec.structs.replace(told.measured, expert_share=share)
-            self._writer.append(Step(measured=measured, detail=told.detail))
+            share = expert_share(self._job, self.rank, sum(measured.expert_rows))
+            self._writer.append(Step(measured=msgspec.structs.replace(measured, expert_share=share)))
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -164,12 +165,12 @@ class Recorder:
         self._writer.close()
 
 
-def kineto_trace(profiler: profile) -> Trace:
-    """A stopped profiler's trace, read from the file that it writes."""
+def chrome_trace(profiler: profile) -> dict[str, Any]:
+    """A stopped profiler's trace as Chrome's format has it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        return read_trace(path)
+        return json.loads(path.read_bytes())
 
 
 def group_purposes(layout: Layout) -> dict[str, Purpose]:
