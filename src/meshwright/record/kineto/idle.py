@@ -30,7 +30,7 @@ NO_OPERATOR = "Python, in no operator"
 class HostWork(msgspec.Struct, frozen=True, kw_only=True):
     """What the host did around a step, all threads together; intervals are sorted and disjoint.
 
-    waits: its calls that waited for the device, in order of their end. collecting: garbage. paused: long stretches of
+    waits: its calls that waited for the device, in order of their end, and the last of the step before. collecting: garbage. paused: long stretches of
     Python in no operator, no call and no library's annotation.
     """
 
@@ -43,7 +43,10 @@ def host_work(slices: Sequence[Slice], walks: Sequence[Walk], begin_s: float, en
     """What the host did between two moments, of the slices of a trace that hold them."""
     calls = [call for one in slices for call in one.calls]
     marks = [mark for one in slices for mark in one.marks]
-    waits = sorted((span(c) for c in calls if c.name in SYNCHRONIZING), key=lambda s: s[1])
+    *earlier, own = [[span(c) for c in one.calls if c.name in SYNCHRONIZING] for one in slices]
+    # Of the step before only the last: what the others cost was lost there.
+    last = max((s for waits in earlier for s in waits), key=lambda s: s[1], default=None)
+    waits = sorted([*own, *([last] if last else [])], key=lambda s: s[1])
     collecting = union(span(m) for m in marks if m.name == COLLECT)
     # Libraries' annotations are work; around a loop's steps and phases anything may happen.
     known = [span(m) for m in marks if not m.name.startswith((PREFIX, PROFILER_STEP))]
@@ -66,9 +69,7 @@ def host_causes(late: Sequence[Interval], work: HostWork) -> dict[HostCause, flo
     known = 0
     for begin, end in rest:
         while known < len(work.waits) and work.waits[known][0] < end:
-            wait = work.waits[known]
-            if rest and wait[1] >= rest[0][0]:
-                credit += wait[1] - wait[0]
+            credit += work.waits[known][1] - work.waits[known][0]
             known += 1
         due = min(credit, end - begin)
         credit -= due

@@ -21,8 +21,8 @@ from meshwright.record.kineto.trace import Event, Trace
 from meshwright.record.kineto.walk import Walk
 from meshwright.record.timeline import Timeline, book
 
-# How many steps the host may be ahead of the device, and slices that are kept for it.
-AHEAD = 3
+# Slices that are kept: a step's, the one before, and one that is made.
+KEPT = 3
 
 NOT_FOUND = "The trace holds no step: neither annotations of steps nor operators."
 NO_KERNELS = "The trace holds no kernels of step {}."
@@ -82,7 +82,7 @@ class Reader:
         self.trace, self.steps, self.named = trace, steps, named
         self.notes: set[str] = set()
         self.sent: list[Sent] = []
-        self._slices: deque[tuple[int, Slice, Walk]] = deque(maxlen=AHEAD)
+        self._slices: deque[tuple[int, Slice, Walk]] = deque(maxlen=KEPT)
 
     def slice(self, at: int) -> tuple[Slice, Walk]:
         """The events that begin in a step, and the walk over its operators."""
@@ -123,7 +123,7 @@ class Reader:
 
     def reach(self, at: int, step: HostStep, launches: Mapping[int, Event]) -> DeviceStep | None:
         """The step on the device, looked for as far as the host was ahead of it."""
-        ahead = AHEAD
+        ahead = 1
         while True:
             device = self.device(at, ahead)
             found = device_step(step, device, launches)
