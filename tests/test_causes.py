@@ -52,7 +52,7 @@ class Foreign(Trace):
 def causes(step: Step) -> dict[str, float]:
     """The host bucket's, milliseconds; they add up to it."""
     assert step.detail is not None
-    host = {cause: seconds for cause, seconds in step.detail.host.items()}
+    host = step.detail.host
     assert sum(host.values()) == pytest.approx(step.measured.account.host, abs=1e-9)
     return {cause: round(seconds * 1e3, 6) for cause, seconds in host.items()}
 

@@ -63,7 +63,8 @@ def host_causes(late: Sequence[Interval], work: HostWork) -> dict[HostCause, flo
     launched late afterwards is due to that wait, up to its length.
     """
     collecting = intersect(late, work.collecting)
-    paused = intersect(late, work.paused)
+    # A launch still travels when Python has gone on already.
+    paused = [s for s in intersect(late, work.paused) if s[1] - s[0] > SHORTEST_GAP_S]
     rest = subtract(late, union([*collecting, *paused]))
     credit = behind = launching = 0.0
     known = 0
