@@ -103,6 +103,10 @@ def test_python_that_does_something_else(tmp_path: Path) -> None:
     assert step.detail is not None
     (gap,) = step.detail.gaps
     assert gap.bucket == "host" and "Python" in gap.doing and gap.before == "two"
+    # Inside of an annotation it would be that.
+    trace.annotate("evaluate", 14, 19)
+    renamed = trace.step(tmp_path)
+    assert renamed.detail is not None and renamed.detail.gaps[0].doing == "evaluate"
     assert gap.seconds == pytest.approx(6.205e-3) and gap.start_s == pytest.approx(1e-3)
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from meshwright.account.intervals import Interval, clip, intersect, length, subtract, union
 from meshwright.record.detail import Gap, HostCause
+from meshwright.record.kineto.kernels import own_seconds
 from meshwright.record.kineto.marks import COLLECT, PREFIX, PROFILER_STEP, span
 from meshwright.record.kineto.steps import Slice
 from meshwright.record.kineto.trace import Event
@@ -117,20 +118,23 @@ def idle_gaps(
 
 
 def host_activity(begin: float, end: float, slices: Sequence[Slice]) -> str:
-    """What the host did for the most of a stretch: the innermost annotation, operator or call that holds most of it."""
-    seconds: dict[str, float] = defaultdict(float)
-    covered: list[Interval] = []
+    """What the host was at for the longest part of a stretch: the innermost annotation, operator or call, moment by
+    moment, or Python where it was in none."""
+    inside: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for one in slices:
         for own in (one.calls, one.marks, *one.operators.values()):
             first = bisect_right(own, begin, key=lambda e: e.start_s)
             # What began before the stretch and lasts into it lies not far ahead.
             for event in own[max(0, first - 200) : bisect_left(own, end, key=lambda e: e.start_s)]:
-                inside = min(end, event.end_s) - max(begin, event.start_s)
-                if inside > 0 and not event.name.startswith((PROFILER_STEP, f"{PREFIX}step")):
-                    seconds[event.name] += inside
-                    covered.append((max(begin, event.start_s), min(end, event.end_s)))
-    if not seconds or length(union(covered)) < (end - begin) / 2:
-        return NO_OPERATOR
-    # Of names that hold about as much the one that holds the least tells most: it is the inner one.
-    most = max(seconds.values())
-    return min((name for name in seconds if seconds[name] > 0.8 * most), key=lambda name: seconds[name])
+                start, until = max(begin, event.start_s), min(end, event.end_s)
+                if start < until and not event.name.startswith((PROFILER_STEP, f"{PREFIX}step")):
+                    inside[event.thread].append((start, -until, event.name))
+    seconds: dict[str, float] = defaultdict(float)
+    for own in inside.values():
+        own.sort()
+        taken = own_seconds([(start, -until) for start, until, _ in own])
+        for (_, _, name), alone in zip(own, taken, strict=True):
+            seconds[name] += alone
+    covered = union((start, -until) for own in inside.values() for start, until, _ in own)
+    seconds[NO_OPERATOR] += end - begin - length(covered)
+    return max(seconds, key=lambda name: seconds[name])

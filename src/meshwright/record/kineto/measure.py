@@ -166,7 +166,7 @@ def device_detail(made: GpuStep, on_device: DeviceStep, slices: Sequence[Slice],
     late = subtract(subtract(waits["host"], sorted(busy)), stalled)
     return StepDetail(
         kernels=kernels,
-        gaps=idle_gaps(begin_s, end_s, on_device.inside, waits, slices),
+        gaps=idle_gaps(begin_s, end_s, on_device.inside, {**waits, "host": late}, slices),
         host=host_causes(late, host_work(slices, walks, min(begin_s, slices[-1].begin_s), end_s)),
         launches=len(made.kernels),
         kernel_s=sum(computing) / len(computing) if computing else 0.0,
@@ -189,7 +189,7 @@ def process_detail(made: CpuStep, events: Slice, walk: Walk, phases: Phases) -> 
     busy = [e for e in made.operators if e.start_s < timeline.end_s]
     return StepDetail(
         kernels=kernels,
-        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, timeline.waits, [events]),
+        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, {**timeline.waits, "host": late}, [events]),
         host=host_causes(late, msgspec.structs.replace(work, waits=[])),
         launches=len(made.operators),
         kernel_s=sum(seconds) / len(seconds) if seconds else 0.0,
