@@ -31,8 +31,8 @@ NO_OPERATOR = "Python, in no operator"
 class HostWork(msgspec.Struct, frozen=True, kw_only=True):
     """What the host did around a step, all threads together; intervals are sorted and disjoint.
 
-    waits: its calls that waited for the device, in order of their end, and the last of the step before. collecting: garbage. paused: long stretches of
-    Python in no operator, no call and no library's annotation.
+    waits: its calls that waited for the device, in order of their end, and the last of the step before. collecting:
+    garbage. paused: long stretches of Python in no operator, no call and no library's annotation.
     """
 
     waits: list[Interval]
@@ -46,8 +46,8 @@ def host_work(slices: Sequence[Slice], walks: Sequence[Walk], begin_s: float, en
     marks = [mark for one in slices for mark in one.marks]
     *earlier, own = [[span(c) for c in one.calls if c.name in SYNCHRONIZING] for one in slices]
     # Of the step before only the last: what the others cost was lost there.
-    last = max((s for waits in earlier for s in waits), key=lambda s: s[1], default=None)
-    waits = sorted([*own, *([last] if last else [])], key=lambda s: s[1])
+    last = sorted((s for waits in earlier for s in waits), key=lambda s: s[1])[-1:]
+    waits = sorted([*last, *own], key=lambda s: s[1])
     collecting = union(span(m) for m in marks if m.name == COLLECT)
     # Libraries' annotations are work; around a loop's steps and phases anything may happen.
     known = [span(m) for m in marks if not m.name.startswith((PREFIX, PROFILER_STEP))]
