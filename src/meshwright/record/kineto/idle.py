@@ -8,6 +8,7 @@ import msgspec
 
 from meshwright.account.intervals import Interval, clip, intersect, length, subtract, union
 from meshwright.record.detail import Gap, HostCause
+from meshwright.record.kineto.kernels import own_seconds
 from meshwright.record.kineto.marks import COLLECT, PREFIX, PROFILER_STEP, span
 from meshwright.record.kineto.steps import Slice
 from meshwright.record.kineto.trace import Event
@@ -30,8 +31,8 @@ NO_OPERATOR = "Python, in no operator"
 class HostWork(msgspec.Struct, frozen=True, kw_only=True):
     """What the host did around a step, all threads together; intervals are sorted and disjoint.
 
-    waits: its calls that waited for the device, in order of their end. collecting: garbage. paused: long stretches of
-    Python in no operator, no call and no library's annotation.
+    waits: its calls that waited for the device, in order of their end, and the last of the step before. collecting:
+    garbage. paused: long stretches of Python in no operator, no call and no library's annotation.
     """
 
     waits: list[Interval]
@@ -43,7 +44,10 @@ def host_work(slices: Sequence[Slice], walks: Sequence[Walk], begin_s: float, en
     """What the host did between two moments, of the slices of a trace that hold them."""
     calls = [call for one in slices for call in one.calls]
     marks = [mark for one in slices for mark in one.marks]
-    waits = sorted((span(c) for c in calls if c.name in SYNCHRONIZING), key=lambda s: s[1])
+    *earlier, own = [[span(c) for c in one.calls if c.name in SYNCHRONIZING] for one in slices]
+    # Of the step before only the last: what the others cost was lost there.
+    last = sorted((s for waits in earlier for s in waits), key=lambda s: s[1])[-1:]
+    waits = sorted([*last, *own], key=lambda s: s[1])
     collecting = union(span(m) for m in marks if m.name == COLLECT)
     # Libraries' annotations are work; around a loop's steps and phases anything may happen.
     known = [span(m) for m in marks if not m.name.startswith((PREFIX, PROFILER_STEP))]
@@ -60,15 +64,14 @@ def host_causes(late: Sequence[Interval], work: HostWork) -> dict[HostCause, flo
     launched late afterwards is due to that wait, up to its length.
     """
     collecting = intersect(late, work.collecting)
-    paused = intersect(late, work.paused)
+    # A launch still travels when Python has gone on already.
+    paused = [s for s in intersect(late, work.paused) if s[1] - s[0] > SHORTEST_GAP_S]
     rest = subtract(late, union([*collecting, *paused]))
     credit = behind = launching = 0.0
     known = 0
     for begin, end in rest:
         while known < len(work.waits) and work.waits[known][0] < end:
-            wait = work.waits[known]
-            if rest and wait[1] >= rest[0][0]:
-                credit += wait[1] - wait[0]
+            credit += work.waits[known][1] - work.waits[known][0]
             known += 1
         due = min(credit, end - begin)
         credit -= due
@@ -115,20 +118,23 @@ def idle_gaps(
 
 
 def host_activity(begin: float, end: float, slices: Sequence[Slice]) -> str:
-    """What the host did for the most of a stretch: the innermost annotation, operator or call that holds most of it."""
-    seconds: dict[str, float] = defaultdict(float)
-    covered: list[Interval] = []
+    """What the host was at for the longest part of a stretch: the innermost annotation, operator or call, moment by
+    moment, or Python where it was in none."""
+    inside: dict[str, list[tuple[float, float, str]]] = defaultdict(list)
     for one in slices:
         for own in (one.calls, one.marks, *one.operators.values()):
             first = bisect_right(own, begin, key=lambda e: e.start_s)
             # What began before the stretch and lasts into it lies not far ahead.
             for event in own[max(0, first - 200) : bisect_left(own, end, key=lambda e: e.start_s)]:
-                inside = min(end, event.end_s) - max(begin, event.start_s)
-                if inside > 0 and not event.name.startswith((PROFILER_STEP, f"{PREFIX}step")):
-                    seconds[event.name] += inside
-                    covered.append((max(begin, event.start_s), min(end, event.end_s)))
-    if not seconds or length(union(covered)) < (end - begin) / 2:
-        return NO_OPERATOR
-    # Of names that hold about as much the one that holds the least tells most: it is the inner one.
-    most = max(seconds.values())
-    return min((name for name in seconds if seconds[name] > 0.8 * most), key=lambda name: seconds[name])
+                start, until = max(begin, event.start_s), min(end, event.end_s)
+                if start < until and not event.name.startswith((PROFILER_STEP, f"{PREFIX}step")):
+                    inside[event.thread].append((start, -until, event.name))
+    seconds: dict[str, float] = defaultdict(float)
+    for own in inside.values():
+        own.sort()
+        taken = own_seconds([(start, -until) for start, until, _ in own])
+        for (_, _, name), alone in zip(own, taken, strict=True):
+            seconds[name] += alone
+    covered = union((start, -until) for own in inside.values() for start, until, _ in own)
+    seconds[NO_OPERATOR] += end - begin - length(covered)
+    return max(seconds, key=lambda name: seconds[name])

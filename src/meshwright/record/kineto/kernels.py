@@ -17,6 +17,8 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
             "matrix products",
             r"gemm|nvjet|cutlass|cijk_|wgmma|matmul|_mm_|triton_tem|splitk|cublas|aten::(add|b|baddb)?mm\b|aten::linear",
         ),
+        # Compiled ones bear the names of all that was fused into them.
+        ("normalisation and element-wise", r"^triton_(?!.*(nll_loss|softmax|cross_entropy|embedding))"),
         ("copies", r"memcpy|memset|catarray|copy_|split_with_sizes|aten::cat|chunk_cat|fillfunctor|aten::_to_copy"),
         ("loss and embedding", r"cross_entropy|nll_loss|softmax|embedding|indexing|gather"),
         ("normalisation and element-wise", r"elementwise|norm|reduce|triton_|silu|gelu|mul|add|rope|rotary|aten::"),

@@ -21,8 +21,8 @@ from meshwright.record.kineto.trace import Event, Trace
 from meshwright.record.kineto.walk import Walk
 from meshwright.record.timeline import Timeline, book
 
-# How many steps the host may be ahead of the device, and slices that are kept for it.
-AHEAD = 3
+# Slices that are kept: a step's, the one before, and one that is made.
+KEPT = 3
 
 # The ranks of a host share a clock, whose seconds since the epoch leave a float too few places for a step's. So they
 # are counted from the last whole number of these, 12 days.
@@ -31,7 +31,7 @@ CLOCK_S = float(2**20)
 NOT_FOUND = "The trace holds no step: neither annotations of steps nor operators."
 NO_KERNELS = "The trace holds no kernels of step {}."
 COMPILED = "Backward passes were compiled: what they compute again for activation checkpointing is part of compute."
-TWICE = "Gradients are recorded throughout the backward pass, so that recompute is part of compute."
+TWICE = "Gradients of gradients are taken: what a backward pass computes again beside them is part of compute."
 NO_LEAD = "The trace holds one step alone, so that what the device still had to do before it counts as its own."
 
 
@@ -87,7 +87,7 @@ class Reader:
         self.trace, self.steps, self.named = trace, steps, named
         self.notes: set[str] = set()
         self.sent: list[Sent] = []
-        self._slices: deque[tuple[int, Slice, Walk]] = deque(maxlen=AHEAD)
+        self._slices: deque[tuple[int, Slice, Walk]] = deque(maxlen=KEPT)
 
     def slice(self, at: int) -> tuple[Slice, Walk]:
         """The events that begin in a step, and the walk over its operators."""
@@ -128,7 +128,7 @@ class Reader:
 
     def reach(self, at: int, step: HostStep, launches: Mapping[int, Event]) -> DeviceStep | None:
         """The step on the device, looked for as far as the host was ahead of it."""
-        ahead = AHEAD
+        ahead = 1
         while True:
             device = self.device(at, ahead)
             found = device_step(step, device, launches)
@@ -171,7 +171,7 @@ def device_detail(made: GpuStep, on_device: DeviceStep, slices: Sequence[Slice],
     late = subtract(subtract(waits["host"], sorted(busy)), stalled)
     return StepDetail(
         kernels=kernels,
-        gaps=idle_gaps(begin_s, end_s, on_device.inside, waits, slices),
+        gaps=idle_gaps(begin_s, end_s, on_device.inside, {**waits, "host": late}, slices),
         host=host_causes(late, host_work(slices, walks, min(begin_s, slices[-1].begin_s), end_s)),
         launches=len(made.kernels),
         kernel_s=sum(computing) / len(computing) if computing else 0.0,
@@ -194,7 +194,7 @@ def process_detail(made: CpuStep, events: Slice, walk: Walk, phases: Phases) -> 
     busy = [e for e in made.operators if e.start_s < timeline.end_s]
     return StepDetail(
         kernels=kernels,
-        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, timeline.waits, [events]),
+        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, {**timeline.waits, "host": late}, [events]),
         host=host_causes(late, msgspec.structs.replace(work, waits=[])),
         launches=len(made.operators),
         kernel_s=sum(seconds) / len(seconds) if seconds else 0.0,

@@ -6,6 +6,8 @@ from meshwright.account.intervals import Interval, union
 from meshwright.record.kineto.marks import REDUCER
 from meshwright.record.kineto.trace import Event
 
+ENDLESS = float("inf")
+
 # Autograd's bracket around a node of the backward pass, and the node that keeps a parameter's gradient.
 NODE = "autograd::engine::evaluate_function: "
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -27,27 +29,32 @@ NO_WORK = frozenset(
 )
 # What the walk looks for, by how an operator's name begins.
 WANTED = (NODE, FUNCTIONAL, RECORD, REDUCER)
-# Above this share of the nodes that run operators, those that record gradients mean something else than recompute.
-COMMON_SHARE = 0.5
 
 
 class Node:
-    """A node of the backward pass that the walk is inside of, and the runs of operators in it that record gradients."""
+    """A node of the backward pass that the walk is inside of, and the operators in it that record gradients.
 
-    __slots__ = ("again", "begin_s", "end_s", "name", "ran", "worked")
+    plain: others are directly in it too, or a backward pass of its own.
+    """
+
+    __slots__ = ("again", "begin_s", "end_s", "name", "plain", "worked")
 
     def __init__(self, event: Event) -> None:
         self.begin_s, self.end_s = event.start_s, event.end_s
         self.name = event.name.removeprefix(NODE)
-        self.ran = False
-        self.worked = False
-        self.again: list[Interval] = []
+        self.plain = self.worked = False
+        self.again: list[list[float]] = []
+        self.paused()
+
+    def paused(self) -> None:
+        """What comes next is another run."""
+        self.again.append([ENDLESS, -ENDLESS])
 
     def run_again(self, operator: Event) -> None:
         """An operator that records gradients, directly in this node: one run with those before it."""
         self.worked = self.worked or operator.name not in NO_WORK
-        begin = self.again.pop()[0] if self.again else operator.start_s
-        self.again.append((begin, max(operator.end_s, begin)))
+        run = self.again[-1]
+        run[0], run[1] = min(run[0], operator.start_s), max(run[1], operator.end_s)
 
 
 class Walk:
@@ -73,13 +80,12 @@ class Walk:
         self._accumulating: list[Interval] = []
         self._functional: list[Interval] = []
         self._again: list[Interval] = []
-        self._nodes = self._nodes_again = 0
+        self.twice = False
         for thread, own in operators.items():
             self._walk(thread, own)
         self.names.pop(-1, None)
-        self.twice = self._nodes_again > COMMON_SHARE * self._nodes and self._nodes_again > 1
         self.backward = union(self._backward)
-        self.recompute = [] if self.twice else union(self._again)
+        self.recompute = union(self._again)
         self.accumulating = union(self._accumulating)
         self.functional = union(self._functional)
         self.reducing = union(self._reducing)
@@ -88,7 +94,7 @@ class Walk:
         """Operators of one thread, in order of begin, the outer of two first."""
         active: list[Interval] = []
         stack: list[Node] = []
-        free = covered = -float("inf")
+        free = covered = -ENDLESS
         names, kinds = self.names, self._kinds
         for operator in operators:
             start, name, args = operator.start_s, operator.name, operator.args
@@ -105,19 +111,21 @@ class Walk:
                 self.autograd.add(thread)
                 if stack:
                     # A backward pass inside of a node: what the node ran again ends here.
-                    self._pause(stack[-1])
+                    stack[-1].plain = True
+                    stack[-1].paused()
                 else:
                     self._backward.append((start, operator.end_s))
                 stack.append(Node(operator))
-                covered = -float("inf")
+                covered = -ENDLESS
                 continue
             if stack:
                 node = stack[-1]
-                if name != node.name:
-                    node.ran = True
-                    if args.sequence >= 0 and start >= covered:
+                if name != node.name and start >= covered:
+                    if args.sequence >= 0:
                         covered = operator.end_s
                         node.run_again(operator)
+                    else:
+                        node.plain = True
             if kind == FUNCTIONAL:
                 self._functional.append((start, operator.end_s))
             elif kind == RECORD:
@@ -128,15 +136,12 @@ class Walk:
             self._close(node)
         self.active[thread] = active
 
-    def _pause(self, node: Node) -> None:
-        if node.worked:
-            self._again += node.again
-            self._nodes_again += 1
-        node.again, node.worked = [], False
-
     def _close(self, node: Node) -> None:
-        self._pause(node)
-        self._nodes += node.ran
         self.compiled = self.compiled or node.name == COMPILED_BACKWARD
         if node.name == ACCUMULATE:
             self._accumulating.append((node.begin_s, node.end_s))
+        if node.worked and node.plain:
+            self._again += [(begin, end) for begin, end in node.again if begin < end]
+        elif node.worked:
+            # Where nothing is computed without gradients, they are what is differentiated again.
+            self.twice = True
