@@ -6,10 +6,9 @@ from pathlib import Path
 import msgspec
 
 from meshwright.record import Step
-from meshwright.record.kineto import Trace, measure_trace, read_trace
-from meshwright.record.kineto.steps import DEVICE, ENDLESS
-from meshwright.spec import SettingError
+from meshwright.record.kineto import measure_trace, read_trace
 
+# Whose profiler writes what the reader calls "kineto" and "xla".
 PRODUCERS = {"kineto": "PyTorch profiler", "xla": "JAX profiler"}
 
 
@@ -36,21 +35,16 @@ Reader = Callable[[Path, float], RankTrace]
 def read_rank(path: Path, useful_s: float) -> RankTrace:
     """One file's steps. Raises SettingError where it is no trace that can be read."""
     trace = read_trace(path)
-    if trace.producer == "xla":
-        raise SettingError(str(path), "is of JAX's profiler, which is not read yet", "a trace of torch.profiler")
-    steps, notes = measure_trace(trace, useful_s=useful_s, rank=trace.rank)
+    steps, notes = measure_trace(trace, useful_s=useful_s)
+    # One step tells: all of a large trace's kernels at once would fill the memory.
+    on_gpu = any(trace.within(one.measured.start_s, one.measured.end_s, ("kernel",)) for one in steps[:1])
     return RankTrace(
         path=path,
         rank=trace.rank,
         world_size=trace.world_size,
         device=trace.device,
-        kind=kind_of(trace),
-        producer=PRODUCERS.get(trace.producer, "a profiler"),
+        kind="xla" if trace.producer == "xla" else "cuda" if on_gpu else "cpu",
+        producer=PRODUCERS.get(trace.producer, "profiler traces"),
         steps=tuple(steps),
         notes=(*trace.notes, *notes),
     )
-
-
-def kind_of(trace: Trace) -> str:
-    """What the program ran on."""
-    return "cuda" if trace.within(-ENDLESS, ENDLESS, DEVICE) else "cpu"
