@@ -21,8 +21,12 @@ BACKWARD = "autograd::engine::evaluate_function"
 TYPES = {"float": "float32", "double": "float64", "c10::Half": "float16", "c10::BFloat16": "bfloat16"}
 # Words in the name of an operator that multiplies matrices: one that has no formula, and holds none that has, makes the
 # count incomplete.
-MULTIPLIES = {"mm", "bmm", "addmm", "baddbmm", "matmul", "gemm", "linear", "einsum", "attn", "attention", "sdpa"}
-MULTIPLIES |= {"convolution", "conv1d", "conv2d", "conv3d"}
+MULTIPLIES = frozenset(
+    {
+        *("mm", "bmm", "addmm", "baddbmm", "matmul", "gemm", "linear", "einsum", "attn", "attention", "sdpa"),
+        *("convolution", "conv1d", "conv2d", "conv3d"),
+    }
+)
 WORDS = re.compile(r"[A-Z]?[a-z]+\d*[a-z]*|[A-Z]+|\d+")
 # Of these one without a product in it has multiplied by a vector.
 HARMLESS = ("aten::linear", "aten::matmul", "aten::einsum")
@@ -48,9 +52,9 @@ class Count(msgspec.Struct, frozen=True, kw_only=True):
 class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     """Of an operator's event, with record_shapes."""
 
-    dims: list[Any] = msgspec.field(name="Input Dims", default_factory=list)
-    types: list[Any] = msgspec.field(name="Input type", default_factory=list)
-    concrete: list[Any] = msgspec.field(name="Concrete Inputs", default_factory=list)
+    dims: list[Any] = msgspec.field(name="Input Dims", default_factory=list[Any])
+    types: list[Any] = msgspec.field(name="Input type", default_factory=list[Any])
+    concrete: list[Any] = msgspec.field(name="Concrete Inputs", default_factory=list[Any])
     sequence: int = msgspec.field(name="Sequence number", default=-1)
 
 
