@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import record_function
 
-from meshwright.record import Ended, Fault, Memory, Metrics, RunFolder, write_program
+from meshwright.record import Ended, Fault, Memory, RunFolder, write_program
 from meshwright.record.kineto import PREFIX
 from meshwright.spec import SettingError
 from meshwright.trace.background import Background
@@ -29,7 +29,7 @@ from meshwright.trace.options import Options
 from meshwright.trace.profiling import Profiling
 from meshwright.trace.samples import Samples
 from meshwright.trace.sampling import Sampling, read_count, read_sample
-from meshwright.trace.told import Told, finite, scalar
+from meshwright.trace.told import Told, scalar
 from meshwright.trace.work import Work
 
 B = TypeVar("B")
@@ -113,8 +113,6 @@ class Recording:
         except OSError as error:
             reason = f"cannot be written ({error.strerror})"
             raise SettingError(f"run folder {self.folder.path}", reason, "a folder on a disk with room") from None
-
-    # --- What the loop calls ------------------------------------------------------------------------------------------
 
     def steps(self, loader: Iterable[B], *, microbatches: int = 1) -> Iterator[B]:
         """The loader's batches; a step is each so many of them, and what is left at the loader's end.
@@ -231,8 +229,6 @@ class Recording:
             self._fault(f"{type(error).__name__}: {error}")
         self._close("finished" if kind is None else "")
 
-    # --- What that does -----------------------------------------------------------------------------------------------
-
     def _begin(self, name: str = "") -> None:
         first = self._state == "ready"
         if first:
@@ -327,17 +323,12 @@ class Recording:
             self._sampling.samples.took(step_s)
         if self.rank != 0 or moment.told is None:
             return
-        told = moment.told
-        tokens = told.tokens or self._options.tokens_per_step
-        line = Metrics(
+        line = moment.told.line(
             step=moment.step,
             attempt=self.attempt,
             time_s=at_s,
-            loss=finite(told.loss),
-            gradient_norm=finite(told.gradient_norm),
-            learning_rate=told.learning_rate,
             step_s=step_s,
-            tokens_per_s=tokens / step_s if tokens and step_s > 0 else None,
+            tokens=self._options.tokens_per_step,
             mfu=self._work.utilisation(step_s),
             memory_bytes=self._peak_bytes,
         )

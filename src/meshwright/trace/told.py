@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from meshwright.record import Metrics
+
 
 class Told(msgspec.Struct, kw_only=True):
     """What the program says of a step; a loss that the device still computes stands in memory that it will be copied
@@ -17,6 +19,18 @@ class Told(msgspec.Struct, kw_only=True):
     gradient_norm: Any = None
     learning_rate: float | None = None
     tokens: int | None = None
+
+    def line(self, *, step_s: float, tokens: int | None, **known: Any) -> Metrics:
+        """The step as a line of metrics. tokens: of a step, where the program has said nothing of this one's."""
+        tokens = self.tokens or tokens
+        return Metrics(
+            loss=finite(self.loss),
+            gradient_norm=finite(self.gradient_norm),
+            learning_rate=self.learning_rate,
+            step_s=step_s,
+            tokens_per_s=tokens / step_s if tokens and step_s > 0 else None,
+            **known,
+        )
 
 
 def scalar(value: Tensor | float) -> Any:
