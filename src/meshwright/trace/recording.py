@@ -102,7 +102,7 @@ class Recording:
         self._open_files()
         self._try(self._sampling.open)
         self._ready = self._clock.mark()
-        atexit.register(self._at_exit)
+        atexit.register(self._close, "")
 
     def _open_files(self) -> None:
         paths = [self._events, *([self.folder.metrics] if self.rank == 0 else [])]
@@ -205,9 +205,10 @@ class Recording:
         self._close(how)
 
     def _close(self, how: str) -> None:
+        """how: "" where the program ends without close(): all is written but that it ended well."""
         if self._closed or os.getpid() != self._process:
             return
-        atexit.unregister(self._at_exit)
+        atexit.unregister(self._close)
         self._try(self._leave)
         self._try(self._wind_up)
         self._state, self._closed = "over", True
@@ -395,7 +396,3 @@ class Recording:
                     part()
                 except Exception as another:
                     self._fault(f"and {type(another).__name__}: {another}")
-
-    def _at_exit(self) -> None:
-        """The program ends without close(): all is written but that it ended well."""
-        self._close("")
