@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# One of the two packages is enough.
 """Recording a Lightning Trainer: `Trainer(..., callbacks=[RecordCallback("runs/mine")])`, of lightning or
 pytorch_lightning."""
 
