@@ -7,6 +7,7 @@ import msgspec
 
 from meshwright.record import Step
 from meshwright.record.kineto import measure_trace, read_trace
+from meshwright.spec import SettingError
 
 # Whose profiler writes what the reader calls "kineto" and "xla".
 PRODUCERS = {"kineto": "PyTorch profiler", "xla": "JAX profiler"}
@@ -35,6 +36,8 @@ Reader = Callable[[Path, float], RankTrace]
 def read_rank(path: Path, useful_s: float) -> RankTrace:
     """One file's steps. Raises SettingError where it is no trace that can be read."""
     trace = read_trace(path)
+    if trace.producer == "xla":
+        raise SettingError(str(path), "is of JAX's profiler, which is not read yet", "a trace of torch.profiler")
     steps, notes = measure_trace(trace, useful_s=useful_s)
     # One step tells: all of a large trace's kernels at once would fill the memory.
     on_gpu = any(trace.within(one.measured.start_s, one.measured.end_s, ("kernel",)) for one in steps[:1])
