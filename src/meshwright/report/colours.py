@@ -1,6 +1,6 @@
 """One colour for each word, the same in every chart. Chosen to hold on white and on near-black.
 
-Work is green, transfers are blue to violet, waiting is warm, what is not explained is grey.
+Work is green, transfers are blue to violet, waiting is warm, what is not seen or not explained is grey.
 """
 
 COLOURS: dict[str, str] = {
@@ -23,7 +23,7 @@ COLOURS: dict[str, str] = {
     "input": "#b0703f",
     "host": "#d987b3",
     "checkpoint": "#9c5f8b",
-    "unseen": "#8d9a8f",
+    "unseen": "#736d66",
     "other": "#9aa0a6",
     "forward": "#4f9bd9",
     "backward": "#2a9d78",

@@ -12,7 +12,9 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     correlation: the same in a kernel and the call that launched it. external: the same in an operator and what it
     launched. sequence: number of the forward operator that autograd gives to its backward node too; an operator has one
     only where gradients are recorded. collective, group, description, ranks, elements, dtype: of a communication
-    kernel, or of the operator record_param_comms.
+    kernel, or of the operator record_param_comms. hlo, module: XLA's instruction and program; device, run: on which of
+    the process's devices, and in which execution, which has the same number where it is launched. step: of an
+    annotation that numbers steps.
     """
 
     correlation: int = -1
@@ -28,6 +30,11 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     source: int = -1
     target: int = -1
     launch_shape: str = ""
+    hlo: str = ""
+    module: str = ""
+    device: int = -1
+    run: int = -1
+    step: int = -1
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, gc=False):
