@@ -46,9 +46,9 @@ class XlaTrace:
 
 
 def arguments(args: Mapping[str, Any]) -> Arguments:
-    words = {KEYS[key]: str(value) for key, value in args.items() if key in KEYS}
-    numbers = {NUMBERS[key]: int(value) for key, value in args.items() if key in NUMBERS}
-    return Arguments(**words, **numbers)
+    told: dict[str, Any] = {KEYS[key]: str(value) for key, value in args.items() if key in KEYS}
+    told |= {NUMBERS[key]: int(value) for key, value in args.items() if key in NUMBERS}
+    return Arguments(**told)
 
 
 def read_xla(folder: Path) -> XlaTrace:

@@ -11,12 +11,12 @@ LISTED_GAPS = 10
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A watched program: called, back from the call, and its results there (None: nobody could tell when)."""
+    """A watched program: called, and its results there (None: nobody could tell when), at most `late_s` before."""
 
+    function: str
     entry_s: float
-    exit_s: float
     done_s: float | None
-    flops: float | None = None
+    late_s: float = 0.0
 
 
 class Lap(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +38,11 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
         moments = [call.done_s for call in self.calls]
         known = [moment for moment in moments if moment is not None]
         return max(known) if known and len(known) == len(moments) else None
+
+    @property
+    def late_s(self) -> float:
+        """How much before `done_s` it may have been."""
+        return max((call.late_s for call in self.calls), default=0.0)
 
 
 def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: float, useful_s: float) -> Step:
@@ -70,17 +75,17 @@ def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: floa
         end_s=epoch_s + done_s,
         account=account,
     )
-    gaps = [gap("input", "waiting for a batch", one, since_s) for one in waiting]
-    gaps += [gap("host", doing, one, since_s) for one, doing in places(late, lap, out)]
+    gaps = [gap("input", "waiting for a batch", one, lap, since_s) for one in waiting]
+    gaps += [gap("host", doing, one, lap, since_s) for one, doing in places(late, lap, out)]
     longest = sorted(gaps, key=lambda one: -one.seconds)[:LISTED_GAPS]
     host_s: dict[HostCause, float] = {cause: seconds for cause, seconds in causes.items() if seconds > 0}
     return Step(measured=measured, detail=StepDetail(gaps=tuple(longest), host=host_s, launches=len(lap.calls)))
 
 
-def gap(bucket: str, doing: str, interval: Interval, since_s: float) -> Gap:
+def gap(bucket: str, doing: str, interval: Interval, lap: Lap, since_s: float) -> Gap:
     """A stretch without a program, told from the step's begin."""
     start, end = interval
-    before = "a watched program"
+    before = next((call.function for call in lap.calls if call.entry_s >= end), "")
     return Gap(start_s=start - since_s, seconds=end - start, bucket=bucket, doing=doing, before=before)
 
 

@@ -27,6 +27,8 @@ WARM_STEPS = 3
 STRIDES = (1, 10, 100, 1000)
 # Steps after which the cost of waiting is looked at.
 REVIEWED = 20
+# The share of a stretch by which its ends may be off.
+UNSURE = 0.05
 # Lines about recompiling before they would fill the file.
 MOST_FAULTS = 20
 
@@ -107,9 +109,10 @@ class Book:
         # Results that nobody has waited for yet: the last ones alone, so that memory is not held.
         self._loose: tuple[jax.Array, ...] = ()
         self._compiling: list[Interval] = []
-        self._outside: list[Interval] = []
-        # Of what was done before: when, and after which step.
-        self._since: tuple[float, int] | None = None
+        # What was no step's since the last one that was booked: compiling, and stretches outside of steps.
+        self._apart: list[Interval] = []
+        # Of what was done before: when (and how long before that it may have been), and after which step.
+        self._since: tuple[float, float, int] | None = None
         self._stretch: tuple[float, int] | None = None
         self._end_s = began_s
         # How often each function was compiled.
@@ -145,7 +148,7 @@ class Book:
             case Outside():
                 self._flush_compiling()
                 self._flush_steps()
-                self._outside.append((message.start_s, message.end_s))
+                self._apart.append((message.start_s, message.end_s))
                 self._span(message.name, message.start_s, message.end_s, step=self._step)
             case Noted():
                 self._fault(message.what)
@@ -161,11 +164,14 @@ class Book:
         return step % self._stride == 0 or (step + 1) % self._stride == 0
 
     def _wait(self, called: Called) -> None:
-        seen = self._is_waited_for(self._step) and wait_for(called.outputs)
-        done_s = max(time.perf_counter(), called.exit_s) if seen else None
-        self._calls.append(Call(entry_s=called.entry_s, exit_s=called.exit_s, done_s=done_s))
+        came_s = time.perf_counter()
+        there = wait_for(called.outputs) if self._is_waited_for(self._step) else None
+        done_s = time.perf_counter() if there is not None else None
+        # What was there when this thread came to it may have been there since the call came back, or even before.
+        late_s = came_s - called.exit_s if there else 0.0
+        self._calls.append(Call(function=called.function, entry_s=called.entry_s, done_s=done_s, late_s=late_s))
         self._called.append(called._replace(outputs=()))
-        self._loose = () if seen else called.outputs
+        self._loose = () if there is not None else called.outputs
 
     def _end_step(self, boundary: Boundary) -> None:
         lap = Lap(
@@ -189,8 +195,8 @@ class Book:
         self._end_s = lap.end_s if done_s is None else done_s
         self._flush_compiling()
         self._step += 1
-        for ended in (self._called, self._calls, self._outside):
-            ended.clear()
+        self._called.clear()
+        self._calls.clear()
         since_s, count = self._stretch or (lap.begin_s, 0)
         self._stretch = (since_s, count + 1)
         if self._end_s - since_s > FLUSH_S:
@@ -201,25 +207,28 @@ class Book:
 
     def _book(self, lap: Lap, done_s: float, told: Told) -> None:
         """A step whose end was seen: its metrics, and its account where it is one of those that have one."""
-        first_s = min(call.entry_s for call in lap.calls)
-        before = [stretch for stretch in self._outside if stretch[0] < first_s]
-        spoiled = any(start < begin for begin, _ in before for start, _ in lap.inputs)
-        since_s, last = self._since or (lap.begin_s, lap.step - 1)
-        if not spoiled:
-            since_s = max([since_s, *(end for _, end in before)])
-        apart = union([*self._compiling, *before])
-        step_s = (done_s - since_s - length(intersect([(since_s, done_s)], apart))) / (lap.step - last)
+        since_s, late_s, last = self._since or (lap.begin_s, 0.0, lap.step - 1)
+        self._since = (since_s, late_s, last)
+        apart = intersect([(since_s, done_s)], union(self._apart))
+        begun_s = min(start for start, _ in [*((call.entry_s, 0) for call in lap.calls), *lap.inputs])
+        if apart and lap.step == last + 1 and apart[-1][1] <= begun_s:
+            # An evaluation between two steps: the step is whole behind it.
+            since_s, apart = apart[-1][1], []
+        if late_s + lap.late_s > UNSURE * (done_s - since_s):
+            # Steps shorter than this thread can tell apart: several are taken together, until they are long enough.
+            return
+        step_s = (done_s - since_s - length(apart)) / (lap.step - last)
         self._measure_memory(lap.step)
         if self._metrics is not None:
             self._metrics.append(self._line(lap.step, step_s, told))
-        compiled = bool(intersect([(since_s, done_s)], union(self._compiling)))
-        whole = lap.step == last + 1 and self._is_warm() and not compiled and not spoiled
+        whole = lap.step == last + 1 and self._is_warm() and not apart
         if whole and lap.step % max(self._stride, STRIDES[1]) == 0:
             step = measure_lap(
                 lap, since_s, rank=self._rank, host=self._host, epoch_s=self._epoch_s, useful_s=self._useful_s()
             )
             self._writer.append(step)
-        self._since = (max([done_s, *(end for _, end in self._outside)]), lap.step)
+        self._since = (done_s, lap.late_s, lap.step)
+        self._apart = [stretch for stretch in self._apart if stretch[1] > done_s]
 
     def _useful_s(self) -> float:
         flops, peak = self._program.flops_per_step, self._program.peak_flops_per_s
@@ -269,6 +278,7 @@ class Book:
 
     def _note_compiling(self, compiled: Compiled) -> None:
         self._compiling.append((compiled.start_s, compiled.end_s))
+        self._apart.append((compiled.start_s, compiled.end_s))
         if not compiled.ends:
             return
         times = self._compiled[compiled.function] = self._compiled.get(compiled.function, 0) + 1

@@ -81,16 +81,16 @@ def measure_xla_trace(
         raise SettingError(str(trace.path), "shows nothing that a device did", nearest)
     notes: list[str] = []
     marks = step_marks(events, work, notes)
-    host = host_side(events, marks, inputs)
+    host = host_side(events, inputs)
     devices: dict[int, list[Step]] = {}
     untold: dict[str, float] = defaultdict(float)
     for device, done in work.items():
         told = Told(path=str(trace.path), base_s=trace.base_s, rank=first_rank + device, useful_s=useful_s)
-        found = [
+        bounded = windows(marks, done.ops)
+        devices[device] = [
             measure_step(number, window, done, host, purposes or {}, untold, told)
-            for number, window in windows(marks, done.ops)
+            for number, window in (bounded[1:] or bounded)
         ]
-        devices[device] = found if len(found) < 2 else found[1:]
     whole_s = sum(step.measured.wall_s for found in devices.values() for step in found)
     if sum(untold.values()) > WORTH_SAYING * whole_s:
         notes.append(untold_note(untold, whole_s))
@@ -123,7 +123,8 @@ def step_marks(events: Sequence[Event], work: Mapping[int, DeviceWork], notes: l
             seconds[op.program[0]] += op.end_s - op.start_s
     main = max(seconds, key=lambda module: seconds[module])
     name = f"{CALL}{main.removeprefix('jit_')})"
-    calls = [e for e in events if e.name == name]
+    # A call that goes through Python shows as two, one in the other.
+    calls = union((e.start_s, e.end_s) for e in events if e.name == name)
     if not calls:
         notes.append("The trace marks no steps (jax.profiler.StepTraceAnnotation), so all of it counts as one.")
         first = min(op.launch_s for done in work.values() for op in done.ops)
@@ -132,10 +133,10 @@ def step_marks(events: Sequence[Event], work: Mapping[int, DeviceWork], notes: l
         f"The trace marks no steps (jax.profiler.StepTraceAnnotation), so each call of {name[len(CALL) : -1]} counts "
         "as one."
     )
-    begins = [calls[0].start_s, *(call.end_s for call in calls[:-1])]
+    begins = [calls[0][0], *(end for _, end in calls[:-1])]
     return [
-        StepMark(number=number, start_s=begin, end_s=call.end_s, bounded=False)
-        for number, (begin, call) in enumerate(zip(begins, calls, strict=True))
+        StepMark(number=number, start_s=begin, end_s=end, bounded=False)
+        for number, (begin, (_, end)) in enumerate(zip(begins, calls, strict=True))
     ]
 
 
@@ -161,20 +162,19 @@ def windows(marks: Sequence[StepMark], ops: Sequence[Op]) -> list[tuple[int, Int
     return found
 
 
-def host_side(events: Sequence[Event], marks: Sequence[StepMark], inputs: Collection[str]) -> HostSide:
+def host_side(events: Sequence[Event], inputs: Collection[str]) -> HostSide:
     """What the thread did that trains: the one with the steps' annotations or the calls of programs."""
     names = {name.lower() for name in inputs}
     on_host = [e for e in events if e.process.startswith("/host:") and not e.args.hlo]
     threads = [e.thread for e in on_host if e.args.step >= 0 or e.name.startswith(CALL)]
     main = max(set(threads), key=threads.count, default="")
     mine = [e for e in on_host if e.thread == main and e.args.step < 0]
-    within = [e for e in mine if e.start_s < marks[-1].end_s]
 
     def named(wanted: Collection[str]) -> list[Interval]:
-        return union((e.start_s, e.end_s) for e in within if e.name.lower().replace(" ", "_") in wanted)
+        return union((e.start_s, e.end_s) for e in mine if e.name.lower().replace(" ", "_") in wanted)
 
-    calls = union((e.start_s, e.end_s) for e in within if e.name.startswith(CALL))
-    return HostSide(inputs=named(names), saves=named(SAVES), calls=calls, events=within)
+    calls = union((e.start_s, e.end_s) for e in mine if e.name.startswith(CALL))
+    return HostSide(inputs=named(names), saves=named(SAVES), calls=calls, events=mine)
 
 
 def measure_step(
