@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -27,15 +28,15 @@ from meshwright.record.kineto.xla import measure_xla_trace
 from meshwright.report.html import report_html
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "JAX_PLATFORMS": "cpu"}
 # Devices that the programs see.
 DEVICES = 4
 
 
 def run(program: str, *arguments: object) -> None:
     """Run a JAX program to its end."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", str(ROOT / program), *map(str, arguments)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -214,6 +215,29 @@ def test_a_trace_of_four_devices_is_read_back(programs: Path, name: str):
     told = measure_xla_trace(read_xla(programs / name), purposes={"all-reduce": "replica"})
     account = told.devices[0][-1].measured.account
     assert account.comm_replica > 0 and account.closes(told.devices[0][-1].measured.wall_s)
+
+
+def test_processes_write_one_attempt_and_the_late_one_is_seen(tmp_path: Path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = ROOT / "tests" / "jax_processes.py"
+    commands = [[sys.executable, str(script), str(number), str(port), str(tmp_path / "two")] for number in (0, 1)]
+    started = [
+        subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for command in commands
+    ]
+    ends = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], ends
+    explanation = explained(tmp_path / "two")
+    assert explanation.ranks == (0, 1) and explanation.attempts == 1
+    step = explanation.step
+    assert step is not None and step.steps == (10,) and step.closes
+    # The second process waits for the first one's batch inside of its program, where nobody sees what it does.
+    assert step.ranks[0].input > 0.5 * step.wall_s
+    assert step.ranks[1].input < 0.1 * step.wall_s and step.ranks[1].unseen > 0.5 * step.wall_s
+    assert len(refusals := (tmp_path / "refused.txt").read_text().splitlines()) == 2
+    assert all("run folder" in line for line in refusals)
 
 
 def test_the_example_is_explained(tmp_path: Path):

@@ -45,13 +45,14 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
         return max((call.late_s for call in self.calls), default=0.0)
 
 
-def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: float, useful_s: float) -> Step:
+def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, useful_s: float) -> Step:
     """The step from when the one before it was done to when it was done itself.
 
     While a program is out, its device computes, moves or idles, and nobody outside can tell which: beyond its model
     FLOPs at the device's peak that time is `unseen`. No program out: the loop waits for a batch, or is late to call the
-    next one, which is what `host` means. since_s: when the step before was done. epoch_s: the epoch's second at which
-    the process's clock began. useful_s: the step's model FLOPs at the device's peak, 0 where these are not known.
+    next one, which is what `host` means. since_s: when the step before was done. useful_s: the step's model FLOPs at
+    the device's peak, 0 where these are not known. Times are the process's clock's: seconds since 1970 have too few
+    digits left for a step's parts to add up to it.
     Raises ValueError where it is not known when the step was done.
     """
     done_s = lap.done_s
@@ -71,8 +72,8 @@ def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: floa
         step=lap.step,
         rank=rank,
         host=host,
-        start_s=epoch_s + since_s,
-        end_s=epoch_s + done_s,
+        start_s=since_s,
+        end_s=done_s,
         account=account,
     )
     gaps = [gap("input", "waiting for a batch", one, lap, since_s) for one in waiting]

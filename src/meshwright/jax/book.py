@@ -223,9 +223,7 @@ class Book:
             self._metrics.append(self._line(lap.step, step_s, told))
         whole = lap.step == last + 1 and self._is_warm() and not apart
         if whole and lap.step % max(self._stride, STRIDES[1]) == 0:
-            step = measure_lap(
-                lap, since_s, rank=self._rank, host=self._host, epoch_s=self._epoch_s, useful_s=self._useful_s()
-            )
+            step = measure_lap(lap, since_s, rank=self._rank, host=self._host, useful_s=self._useful_s())
             self._writer.append(step)
         self._since = (done_s, lap.late_s, lap.step)
         self._apart = [stretch for stretch in self._apart if stretch[1] > done_s]

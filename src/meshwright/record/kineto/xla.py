@@ -85,7 +85,7 @@ def measure_xla_trace(
     devices: dict[int, list[Step]] = {}
     untold: dict[str, float] = defaultdict(float)
     for device, done in work.items():
-        told = Told(path=str(trace.path), base_s=trace.base_s, rank=first_rank + device, useful_s=useful_s)
+        told = Told(path=str(trace.path), rank=first_rank + device, useful_s=useful_s)
         bounded = windows(marks, done.ops)
         devices[device] = [
             measure_step(number, window, done, host, purposes or {}, untold, told)
@@ -103,10 +103,9 @@ def measure_xla_trace(
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands beside a device's events: the trace's file and clock, the device's rank, its useful seconds."""
+    """What stands beside a device's events: the trace's file, the device's rank, its useful seconds."""
 
     path: str
-    base_s: float
     rank: int
     useful_s: float
 
@@ -219,12 +218,6 @@ def measure_step(
         contention_s=0.0,
     )
     measured = book(timeline, step=number, rank=told.rank, host=told.path, useful_s=told.useful_s)
-    placed = msgspec.structs.replace(
-        measured,
-        start_s=told.base_s + start,
-        end_s=told.base_s + end,
-        transfers=tuple(shifted(one, told.base_s) for one in measured.transfers),
-    )
     launching = length(intersect(late, host.calls))
     causes: dict[HostCause, float] = {"launch": launching, "python": length(late) - launching}
     buckets = {"unseen": unseen, "checkpoint": stalled, "input": waiting, "host": late}
@@ -237,14 +230,4 @@ def measure_step(
         launches=len(ops),
         kernel_s=sum(op.end_s - op.start_s for op in computes) / len(computes) if computes else 0.0,
     )
-    return Step(measured=placed, detail=detail)
-
-
-def shifted(transfer: Transfer, by_s: float) -> Transfer:
-    """The same on a clock that is ahead by so much."""
-    return msgspec.structs.replace(
-        transfer,
-        start_s=transfer.start_s + by_s,
-        end_s=transfer.end_s + by_s,
-        exposed=tuple((start + by_s, end + by_s) for start, end in transfer.exposed),
-    )
+    return Step(measured=measured, detail=detail)
