@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meshwright.record.kineto.trace import Arguments, Event
+from meshwright.record.kineto.trace import Arguments, Event, Trace
 
 KEYS = {"hlo_op": "hlo", "hlo_module": "module"}
 NUMBERS = {"correlation_id": "correlation", "device_ordinal": "device", "run_id": "run", "step_num": "step"}
 
 
-class XlaTrace:
+class _Listed:
     """One process's trace. Times in seconds from its first event."""
 
     def __init__(self, events: Sequence[Mapping[str, Any]], path: str = "made by hand") -> None:
@@ -51,7 +51,12 @@ def arguments(args: Mapping[str, Any]) -> Arguments:
     return Arguments(**told)
 
 
-def read_xla(folder: Path) -> XlaTrace:
+def xla_trace(events: Sequence[Mapping[str, Any]]) -> Trace:
+    """A trace of these events."""
+    return _Listed(events)
+
+
+def read_xla(folder: Path) -> Trace:
     """The one trace that jax.profiler wrote into a folder."""
     (path,) = folder.glob("plugins/profile/*/*.trace.json.gz")
-    return XlaTrace(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"], str(path))
+    return _Listed(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"], str(path))
