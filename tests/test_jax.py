@@ -86,8 +86,8 @@ def test_late_batches_and_a_late_host_are_measured_at_their_size(programs: Path)
         assert account.closes(one.measured.wall_s)
         assert one.detail is not None
         waited, late = one.detail.gaps[:2]
-        assert (waited.bucket, waited.doing) == ("input", "waiting for a batch")
-        assert (late.bucket, late.doing) == ("host", "in the loop before the step's first program is called")
+        assert (waited.bucket, waited.doing) == ("input", "a wait for a batch")
+        assert (late.bucket, late.doing) == ("host", "the loop, before the program")
         assert late.before == "train_step"
         assert sum(one.detail.host.values()) == pytest.approx(account.host)
 

@@ -6,8 +6,9 @@ from meshwright.account import MeasuredStep, StepAccount
 from meshwright.account.intervals import Interval, intersect, length, subtract, union
 from meshwright.record import Gap, HostCause, Step, StepDetail
 
-# Gaps that a step's detail lists.
+# Gaps that a step's detail lists, and how long they are at least.
 LISTED_GAPS = 10
+LEAST_GAP_S = 1e-4
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,9 +77,9 @@ def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, useful_s: flo
         end_s=done_s,
         account=account,
     )
-    gaps = [gap("input", "waiting for a batch", one, lap, since_s) for one in waiting]
+    gaps = [gap("input", "a wait for a batch", one, lap, since_s) for one in waiting]
     gaps += [gap("host", doing, one, lap, since_s) for one, doing in places(late, lap, out)]
-    longest = sorted(gaps, key=lambda one: -one.seconds)[:LISTED_GAPS]
+    longest = sorted((one for one in gaps if one.seconds >= LEAST_GAP_S), key=lambda one: -one.seconds)[:LISTED_GAPS]
     host_s: dict[HostCause, float] = {cause: seconds for cause, seconds in causes.items() if seconds > 0}
     return Step(measured=measured, detail=StepDetail(gaps=tuple(longest), host=host_s, launches=len(lap.calls)))
 
@@ -94,8 +95,8 @@ def places(late: list[Interval], lap: Lap, out: list[Interval]) -> list[tuple[In
     """Where in the loop the thread was while it was late."""
     first_s = min((start for start, _ in out), default=lap.end_s)
     names = {
-        "in the loop after the step before, whose results were there": (float("-inf"), lap.begin_s),
-        "in the loop before the step's first program is called": (lap.begin_s, first_s),
-        "in the loop between two programs of the step": (first_s, float("inf")),
+        "the loop, after the results": (float("-inf"), lap.begin_s),
+        "the loop, before the program": (lap.begin_s, first_s),
+        "the loop, between programs": (first_s, float("inf")),
     }
     return [(part, name) for name, stretch in names.items() for part in intersect(late, [stretch])]
