@@ -4,6 +4,7 @@ Beside `trace`, which does this for PyTorch, and not in it: that part's front lo
 have.
 """
 
-from meshwright.jax.recorder import Recorder, record
+from meshwright.jax.recording import Recording
+from meshwright.jax.start import record
 
-__all__ = ["Recorder", "record"]
+__all__ = ["Recording", "record"]

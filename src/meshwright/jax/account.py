@@ -6,17 +6,18 @@ from meshwright.account import MeasuredStep, StepAccount
 from meshwright.account.intervals import Interval, intersect, length, subtract, union
 from meshwright.record import Gap, HostCause, Step, StepDetail
 
-# Gaps that a step's detail lists.
+# Gaps that a step's detail lists, and how long they are at least.
 LISTED_GAPS = 10
+LEAST_GAP_S = 1e-4
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A watched program: called, back from the call, and its results there (None: nobody could tell when)."""
+    """A watched program: called, and its results there (None: nobody could tell when), at most `late_s` before."""
 
+    function: str
     entry_s: float
-    exit_s: float
     done_s: float | None
-    flops: float | None = None
+    late_s: float = 0.0
 
 
 class Lap(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,14 +40,20 @@ class Lap(msgspec.Struct, frozen=True, kw_only=True):
         known = [moment for moment in moments if moment is not None]
         return max(known) if known and len(known) == len(moments) else None
 
+    @property
+    def late_s(self) -> float:
+        """How much before `done_s` it may have been."""
+        return max((call.late_s for call in self.calls), default=0.0)
 
-def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: float, useful_s: float) -> Step:
+
+def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, useful_s: float) -> Step:
     """The step from when the one before it was done to when it was done itself.
 
     While a program is out, its device computes, moves or idles, and nobody outside can tell which: beyond its model
     FLOPs at the device's peak that time is `unseen`. No program out: the loop waits for a batch, or is late to call the
-    next one, which is what `host` means. since_s: when the step before was done. epoch_s: the epoch's second at which
-    the process's clock began. useful_s: the step's model FLOPs at the device's peak, 0 where these are not known.
+    next one, which is what `host` means. since_s: when the step before was done. useful_s: the step's model FLOPs at
+    the device's peak, 0 where these are not known. Times are the process's clock's: seconds since 1970 have too few
+    digits left for a step's parts to add up to it.
     Raises ValueError where it is not known when the step was done.
     """
     done_s = lap.done_s
@@ -66,21 +73,21 @@ def measure_lap(lap: Lap, since_s: float, *, rank: int, host: str, epoch_s: floa
         step=lap.step,
         rank=rank,
         host=host,
-        start_s=epoch_s + since_s,
-        end_s=epoch_s + done_s,
+        start_s=since_s,
+        end_s=done_s,
         account=account,
     )
-    gaps = [gap("input", "waiting for a batch", one, since_s) for one in waiting]
-    gaps += [gap("host", doing, one, since_s) for one, doing in places(late, lap, out)]
-    longest = sorted(gaps, key=lambda one: -one.seconds)[:LISTED_GAPS]
+    gaps = [gap("input", "a wait for a batch", one, lap, since_s) for one in waiting]
+    gaps += [gap("host", doing, one, lap, since_s) for one, doing in places(late, lap, out)]
+    longest = sorted((one for one in gaps if one.seconds >= LEAST_GAP_S), key=lambda one: -one.seconds)[:LISTED_GAPS]
     host_s: dict[HostCause, float] = {cause: seconds for cause, seconds in causes.items() if seconds > 0}
     return Step(measured=measured, detail=StepDetail(gaps=tuple(longest), host=host_s, launches=len(lap.calls)))
 
 
-def gap(bucket: str, doing: str, interval: Interval, since_s: float) -> Gap:
+def gap(bucket: str, doing: str, interval: Interval, lap: Lap, since_s: float) -> Gap:
     """A stretch without a program, told from the step's begin."""
     start, end = interval
-    before = "a watched program"
+    before = next((call.function for call in lap.calls if call.entry_s >= end), "")
     return Gap(start_s=start - since_s, seconds=end - start, bucket=bucket, doing=doing, before=before)
 
 
@@ -88,8 +95,8 @@ def places(late: list[Interval], lap: Lap, out: list[Interval]) -> list[tuple[In
     """Where in the loop the thread was while it was late."""
     first_s = min((start for start, _ in out), default=lap.end_s)
     names = {
-        "in the loop after the step before, whose results were there": (float("-inf"), lap.begin_s),
-        "in the loop before the step's first program is called": (lap.begin_s, first_s),
-        "in the loop between two programs of the step": (first_s, float("inf")),
+        "the loop, after the results": (float("-inf"), lap.begin_s),
+        "the loop, before the program": (lap.begin_s, first_s),
+        "the loop, between programs": (first_s, float("inf")),
     }
     return [(part, name) for name, stretch in names.items() for part in intersect(late, [stretch])]

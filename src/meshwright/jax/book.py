@@ -27,6 +27,8 @@ WARM_STEPS = 3
 STRIDES = (1, 10, 100, 1000)
 # Steps after which the cost of waiting is looked at.
 REVIEWED = 20
+# The share of a stretch by which its ends may be off.
+UNSURE = 0.05
 # Lines about recompiling before they would fill the file.
 MOST_FAULTS = 20
 
@@ -34,13 +36,21 @@ MOST_FAULTS = 20
 class Boundary(NamedTuple):
     """The loop's thread is done with a step. spent_s: what recording took of its time."""
 
-    step: int
     begin_s: float
     end_s: float
     inputs: tuple[Interval, ...]
     collected: tuple[Interval, ...]
-    loss: Any
+    told: "Told"
     spent_s: float
+
+
+class Told(NamedTuple):
+    """What the loop says of a step, some of it as arrays that are still being computed."""
+
+    loss: Any = None
+    gradient_norm: Any = None
+    learning_rate: Any = None
+    tokens: Any = None
 
 
 class Outside(NamedTuple):
@@ -58,11 +68,11 @@ class Noted(NamedTuple):
 
 
 class Drain(NamedTuple):
-    """All that was asked for before is done when `reached` is set. how: of the end, if it is the end."""
+    """All that was asked for before is done when `reached` is set. how: the end in a word, "" where it has none."""
 
     reached: threading.Event
     close: bool = False
-    how: str | None = None
+    how: str = ""
 
 
 Message = Called | Boundary | Compiled | Outside | Noted | Drain
@@ -71,7 +81,17 @@ Message = Called | Boundary | Compiled | Outside | Noted | Drain
 class Book:
     """One process's record of one attempt. Messages come in the order in which the loop's thread sent them."""
 
-    def __init__(self, folder: RunFolder, attempt: int, program: Program, *, rank: int, began_s: float, budget: float):
+    def __init__(
+        self,
+        folder: RunFolder,
+        attempt: int,
+        program: Program,
+        *,
+        rank: int,
+        began_s: float,
+        budget: float,
+        first_step: int,
+    ) -> None:
         self.send: Callable[[Message], None]
         self._queue: SimpleQueue[Message] = SimpleQueue()
         self.send = self._queue.put
@@ -83,15 +103,16 @@ class Book:
         self._writer = LineWriter(folder.events(attempt, rank))
         self._metrics = LineWriter(folder.metrics) if rank == 0 else None
         # Of the step that is under way.
-        self._step = 0
+        self._first = self._step = first_step
         self._called: list[Called] = []
         self._calls: list[Call] = []
         # Results that nobody has waited for yet: the last ones alone, so that memory is not held.
         self._loose: tuple[jax.Array, ...] = ()
         self._compiling: list[Interval] = []
-        self._outside: list[Interval] = []
-        # Of what was done before: when, and after which step.
-        self._since: tuple[float, int] | None = None
+        # What was no step's since the last one that was booked: compiling, and stretches outside of steps.
+        self._apart: list[Interval] = []
+        # Of what was done before: when (and how long before that it may have been), and after which step.
+        self._since: tuple[float, float, int] | None = None
         self._stretch: tuple[float, int] | None = None
         self._end_s = began_s
         # How often each function was compiled.
@@ -127,7 +148,7 @@ class Book:
             case Outside():
                 self._flush_compiling()
                 self._flush_steps()
-                self._outside.append((message.start_s, message.end_s))
+                self._apart.append((message.start_s, message.end_s))
                 self._span(message.name, message.start_s, message.end_s, step=self._step)
             case Noted():
                 self._fault(message.what)
@@ -136,40 +157,46 @@ class Book:
 
     # --- Programs and steps ----------------------------------------------------------------------------------------
 
+    def _is_warm(self) -> bool:
+        return self._step >= self._first + WARM_STEPS
+
     def _is_waited_for(self, step: int) -> bool:
         return step % self._stride == 0 or (step + 1) % self._stride == 0
 
     def _wait(self, called: Called) -> None:
-        seen = self._is_waited_for(self._step) and wait_for(called.outputs)
-        done_s = max(time.perf_counter(), called.exit_s) if seen else None
-        self._calls.append(Call(entry_s=called.entry_s, exit_s=called.exit_s, done_s=done_s))
+        came_s = time.perf_counter()
+        there = wait_for(called.outputs) if self._is_waited_for(self._step) else None
+        done_s = time.perf_counter() if there is not None else None
+        # What was there when this thread came to it may have been there since the call came back, or even before.
+        late_s = came_s - called.exit_s if there else 0.0
+        self._calls.append(Call(function=called.function, entry_s=called.entry_s, done_s=done_s, late_s=late_s))
         self._called.append(called._replace(outputs=()))
-        self._loose = () if seen else called.outputs
+        self._loose = () if there is not None else called.outputs
 
     def _end_step(self, boundary: Boundary) -> None:
         lap = Lap(
-            step=boundary.step,
+            step=self._step,
             begin_s=boundary.begin_s,
             end_s=boundary.end_s,
             inputs=boundary.inputs,
             collected=boundary.collected,
             calls=tuple(self._calls),
         )
-        if lap.step == 0:
+        if lap.step == self._first:
             self._span("startup", self._began_s, lap.begin_s)
-        if lap.step == 1:
+        if lap.step == self._first + 1:
             # Not of the first step: it may call what no other does.
             self._count_flops()
-        if lap.step == WARM_STEPS and not lap.calls:
+        if lap.step == self._first + WARM_STEPS and not lap.calls:
             self._fault("no program of the step is watched, so its parts are not known: recorder.watch(train_step)")
         done_s = lap.done_s
         if done_s is not None:
-            self._book(lap, done_s, boundary.loss)
+            self._book(lap, done_s, boundary.told)
         self._end_s = lap.end_s if done_s is None else done_s
         self._flush_compiling()
         self._step += 1
-        for ended in (self._called, self._calls, self._outside):
-            ended.clear()
+        self._called.clear()
+        self._calls.clear()
         since_s, count = self._stretch or (lap.begin_s, 0)
         self._stretch = (since_s, count + 1)
         if self._end_s - since_s > FLUSH_S:
@@ -178,41 +205,42 @@ class Book:
             self._stretch = (self._end_s, 0)
         self._review(lap, boundary.spent_s)
 
-    def _book(self, lap: Lap, done_s: float, loss: Any) -> None:
+    def _book(self, lap: Lap, done_s: float, told: Told) -> None:
         """A step whose end was seen: its metrics, and its account where it is one of those that have one."""
-        first_s = min(call.entry_s for call in lap.calls)
-        before = [stretch for stretch in self._outside if stretch[0] < first_s]
-        spoiled = any(start < begin for begin, _ in before for start, _ in lap.inputs)
-        since_s, last = self._since or (lap.begin_s, lap.step - 1)
-        if not spoiled:
-            since_s = max([since_s, *(end for _, end in before)])
-        apart = union([*self._compiling, *before])
-        step_s = (done_s - since_s - length(intersect([(since_s, done_s)], apart))) / (lap.step - last)
+        since_s, late_s, last = self._since or (lap.begin_s, 0.0, lap.step - 1)
+        self._since = (since_s, late_s, last)
+        apart = intersect([(since_s, done_s)], union(self._apart))
+        begun_s = min(start for start, _ in [*((call.entry_s, 0) for call in lap.calls), *lap.inputs])
+        if apart and lap.step == last + 1 and apart[-1][1] <= begun_s:
+            # An evaluation between two steps: the step is whole behind it.
+            since_s, apart = apart[-1][1], []
+        if late_s + lap.late_s > UNSURE * (done_s - since_s):
+            # Steps shorter than this thread can tell apart: several are taken together, until they are long enough.
+            return
+        step_s = (done_s - since_s - length(apart)) / (lap.step - last)
         self._measure_memory(lap.step)
         if self._metrics is not None:
-            self._metrics.append(self._line(lap.step, step_s, loss))
-        compiled = bool(intersect([(since_s, done_s)], union(self._compiling)))
-        whole = lap.step == last + 1 and lap.step >= WARM_STEPS and not compiled and not spoiled
+            self._metrics.append(self._line(lap.step, step_s, told))
+        whole = lap.step == last + 1 and self._is_warm() and not apart
         if whole and lap.step % max(self._stride, STRIDES[1]) == 0:
-            step = measure_lap(
-                lap, since_s, rank=self._rank, host=self._host, epoch_s=self._epoch_s, useful_s=self._useful_s()
-            )
+            step = measure_lap(lap, since_s, rank=self._rank, host=self._host, useful_s=self._useful_s())
             self._writer.append(step)
-        self._since = (max([done_s, *(end for _, end in self._outside)]), lap.step)
+        self._since = (done_s, lap.late_s, lap.step)
+        self._apart = [stretch for stretch in self._apart if stretch[1] > done_s]
 
     def _useful_s(self) -> float:
         flops, peak = self._program.flops_per_step, self._program.peak_flops_per_s
         return flops / peak if flops and peak else 0.0
 
-    def _line(self, step: int, step_s: float, loss: Any) -> Metrics:
-        tokens = self._program.tokens_per_step
+    def _line(self, step: int, step_s: float, told: Told) -> Metrics:
+        tokens = number(told.tokens) or self._program.tokens_per_step
         return Metrics(
             step=step,
             attempt=self._attempt,
             time_s=time.time(),
-            loss=number(loss),
-            gradient_norm=None,
-            learning_rate=None,
+            loss=number(told.loss),
+            gradient_norm=number(told.gradient_norm),
+            learning_rate=number(told.learning_rate),
             step_s=step_s,
             tokens_per_s=tokens / step_s if tokens and step_s > 0 else None,
             mfu=self._useful_s() / step_s if self._useful_s() and step_s > 0 else None,
@@ -233,7 +261,7 @@ class Book:
     def _review(self, lap: Lap, spent_s: float) -> None:
         """Wait for fewer steps where waiting for these costs more than the budget."""
         self._spent.append(spent_s)
-        if lap.done_s is None or len(self._spent) < REVIEWED or lap.step < WARM_STEPS + REVIEWED:
+        if lap.done_s is None or len(self._spent) < REVIEWED or lap.step < self._first + WARM_STEPS + REVIEWED:
             return
         now = (time.thread_time(), lap.done_s)
         if self._reviewed is not None and self._stride == STRIDES[0]:
@@ -248,10 +276,11 @@ class Book:
 
     def _note_compiling(self, compiled: Compiled) -> None:
         self._compiling.append((compiled.start_s, compiled.end_s))
+        self._apart.append((compiled.start_s, compiled.end_s))
         if not compiled.ends:
             return
         times = self._compiled[compiled.function] = self._compiled.get(compiled.function, 0) + 1
-        if times > 1 and self._step >= WARM_STEPS and self._faults < MOST_FAULTS:
+        if times > 1 and self._is_warm() and self._faults < MOST_FAULTS:
             took = length(union(self._compiling))
             name = compiled.function or "a function"
             self._fault(
@@ -277,8 +306,8 @@ class Book:
             return
         self._flush_compiling()
         self._flush_steps()
-        if drain.how is not None:
-            self._writer.append(Ended(step=max(0, self._step - 1), time_s=time.time(), how=drain.how))
+        if drain.how:
+            self._writer.append(Ended(step=max(self._first, self._step - 1), time_s=time.time(), how=drain.how))
         self._writer.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -296,12 +325,12 @@ class Book:
             return
 
 
-def number(loss: Any) -> float | None:
-    """A loss whose step is done; None where there is none, or it cannot be read or written."""
-    if loss is None:
+def number(told: Any) -> float | None:
+    """A number of a step that is done; None where there is none, or it cannot be read, or JSON has no word for it."""
+    if told is None:
         return None
     try:
-        value = float(loss)
+        value = float(told)
     # Of an array that was handed on, or that other processes hold parts of.
     except (RuntimeError, TypeError, ValueError):
         return None

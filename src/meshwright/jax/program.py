@@ -11,15 +11,13 @@ from meshwright.record import Program
 from meshwright.spec.hardware import match_gpu
 
 
-def describe_program(name: str, tokens_per_step: int | None, flops_per_step: float | None) -> Program:
+def describe_program(name: str, trainer: str, tokens_per_step: int | None, flops_per_step: float | None) -> Program:
     """The program as far as JAX knows it before the first step. flops_per_step: of all devices together, if given."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
-    here = jax.local_device_count()
-    several = f", {here} devices in each process" if here > 1 else ""
     return Program(
         name=name,
-        trainer=f"JAX {jax.__version__}{several}",
+        trainer=trainer,
         versions={"jax": jax.__version__, "jaxlib": jaxlib.__version__},
         device=device.device_kind,
         kind={"cpu": "cpu", "gpu": "cuda"}.get(device.platform, "xla"),

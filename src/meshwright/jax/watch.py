@@ -70,13 +70,17 @@ def smallest(outputs: Any) -> tuple[tuple[jax.Array, ...], int]:
     return kept, max((len(leaf.sharding.device_set) for leaf in kept), default=1)
 
 
-def wait_for(outputs: tuple[jax.Array, ...]) -> bool:
-    """Wait until one of a program's results is there; False where all of them were handed on before."""
+def wait_for(outputs: tuple[jax.Array, ...]) -> bool | None:
+    """Wait until one of a program's results is there, and say whether it was there already; None where all of them
+    were handed on before."""
     for output in outputs:
+        # Its types leave out what its documentation has.
+        asked: Any = output
         try:
+            there = bool(asked.is_ready())
             output.block_until_ready()
         # "deleted or donated": its memory belongs to a later step by now.
         except RuntimeError:
             continue
-        return True
-    return False
+        return there
+    return None

@@ -1,7 +1,9 @@
-"""What the operating system says of this process's memory."""
+"""What the operating system says of this process: its memory, its age."""
 
+import os
 import re
 import resource
+import time
 from pathlib import Path
 
 
@@ -24,3 +26,15 @@ def peak_resident_bytes() -> float:
     if peak:
         return float(peak[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def process_start_s() -> float:
+    """When this process was started, seconds since the epoch; now, where the system does not tell."""
+    now = time.time()
+    try:
+        # man proc_pid_stat: starttime is the 22nd field, counted in ticks from boot; the 2nd may hold blanks.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up_s = float(Path("/proc/uptime").read_text().split()[0])
+        return min(now, now - up_s + ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return now

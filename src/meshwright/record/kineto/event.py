@@ -9,8 +9,9 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     correlation: the same in a kernel and the call that launched it. external: the same in an operator and what it
     launched. sequence: number of the forward operator that autograd gives to its backward node too; an operator has one
     only where gradients are recorded. collective, group, description, ranks, elements, dtype: of a communication
-    kernel, or of the operator record_param_comms. hlo, module: an operation of a compiled XLA program, and the program.
-    step: number of an annotated step of XLA's profiler.
+    kernel, or of the operator record_param_comms. hlo, module: an operation of a compiled XLA program, and the program;
+    device, run: on which of the process's devices, and in which execution, which has the same number where it is
+    launched. step: number of an annotated step of XLA's profiler.
     """
 
     correlation: int = -1
@@ -28,6 +29,8 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     launch_shape: str = ""
     hlo: str = ""
     module: str = ""
+    device: int = -1
+    run: int = -1
     step: int = -1
 
 

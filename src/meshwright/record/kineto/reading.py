@@ -238,5 +238,7 @@ def shown(args: WireArguments) -> Arguments:
         launch_shape=f"{list(args.grid)} {list(args.block)}" if args.grid or args.block else "",
         hlo=str(args.hlo),
         module=str(args.module),
+        device=args.device,
+        run=args.run,
         step=args.step,
     )

@@ -23,6 +23,8 @@ KEYS = {
     "target": "Dst Rank",
     "hlo": "hlo_op",
     "module": "hlo_module",
+    "device": "device_ordinal",
+    "run": "run_id",
     "step": "step_num",
 }
 
@@ -49,6 +51,8 @@ class WireArguments(msgspec.Struct, frozen=True, kw_only=True, gc=False, rename=
     block: tuple[int, ...] = ()
     hlo: Word = ""
     module: Word = ""
+    device: Int64 = -1
+    run: Int64 = -1
     step: Int64 = -1
     name: Word = ""
 
