@@ -16,8 +16,10 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
 
 
 def is_compiled(job: Job) -> bool:
-    """Whether blocks are compiled: on a GPU, unless backward passes are cut in two, which a compiled one is not."""
-    return job.cluster.device.kind == "cuda" and job.layout.schedule not in SPLIT_BACKWARD
+    """Whether blocks are compiled: on a GPU, where the trainer does, unless backward passes are cut in two, which a
+    compiled one is not."""
+    compiles = job.cluster.device.kind == "cuda" and job.trainer.compiled
+    return compiles and job.layout.schedule not in SPLIT_BACKWARD
 
 
 def local_sequence(job: Job) -> int:

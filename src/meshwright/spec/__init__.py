@@ -72,6 +72,7 @@ from meshwright.spec.schedule import (
     stages_per_rank,
 )
 from meshwright.spec.stages import rank_flops, split_layers, stage_blocks, stage_costs
+from meshwright.spec.trainer import MESHWRIGHT, TRAINERS, Trainer
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -79,8 +80,10 @@ __all__ = [
     "BUILT_FAMILIES",
     "DURATIONS",
     "FAMILIES",
+    "MESHWRIGHT",
     "SPLIT_BACKWARD",
     "SPLIT_TABLES",
+    "TRAINERS",
     "TURNING",
     "ZOO",
     "Action",
@@ -118,6 +121,7 @@ __all__ = [
     "SplitTable",
     "Table",
     "TraceSettings",
+    "Trainer",
     "block_shapes",
     "build_schedule",
     "check_axes",

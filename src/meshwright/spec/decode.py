@@ -18,6 +18,7 @@ from meshwright.spec.layout import AXES, Axis, Layout, check_axes
 from meshwright.spec.model import ModelSpec
 from meshwright.spec.offers import keep_working
 from meshwright.spec.pretrained import check_weights, expand_pretrained, no_hub
+from meshwright.spec.trainer import MESHWRIGHT, expand_trainer
 from meshwright.spec.zoo import expand_model
 
 # Other job files that an error names.
@@ -28,7 +29,7 @@ ONE_LETTER = 0.9
 NEEDED = {"run", "model", "data"}
 # A --set of one of these describes a whole cluster or model, which takes the place of the one in the file; and tokens
 # come from one of two keys.
-WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path")
+WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path", "trainer.name")
 RIVALS = {"data.path": "sources", "data.sources": "path"}
 # What means something only where these axes have ranks: a --set that takes an axis away takes what the file says of it.
 ALONG = {
@@ -156,6 +157,8 @@ def decode_job(
     if table.get("data", {}).get("sources"):
         # No default beside them; a path that was given is refused by its check.
         table["data"] = {"path": ""} | table["data"]
+    if "trainer" in table:
+        table["trainer"] = expand_trainer(table["trainer"])
     section = table.get("cluster", {})
     table["cluster"] = expand_cluster(section, local)
     admit(convert(table["cluster"], Cluster, "cluster"))
@@ -298,7 +301,10 @@ def field_names(kind: Any) -> set[str]:
 
 def encode_job(job: Job) -> str:
     """The whole resolved job as TOML; `read_job` of it gives the same job on any machine."""
-    return tomli_w.dumps(without_none(msgspec.to_builtins(job)))
+    table = without_none(msgspec.to_builtins(job))
+    if job.trainer == MESHWRIGHT:
+        del table["trainer"]
+    return tomli_w.dumps(table)
 
 
 def without_none(table: Table) -> Table:

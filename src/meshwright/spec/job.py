@@ -12,6 +12,7 @@ from meshwright.spec.layout import Layout, check_axes, check_layout, check_split
 from meshwright.spec.model import ModelSpec, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
 from meshwright.spec.schedule import check_schedule
+from meshwright.spec.trainer import MESHWRIGHT, Trainer
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
@@ -114,7 +115,10 @@ class TraceSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a run depends on. Copies are made with msgspec.structs.replace."""
+    """Everything a run depends on. Copies are made with msgspec.structs.replace.
+
+    trainer: the program that the job is planned for; only our own is one that `train` runs.
+    """
 
     run: RunSettings
     model: ModelSpec
@@ -125,6 +129,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     trace: TraceSettings = TraceSettings()
+    trainer: Trainer = MESHWRIGHT
 
 
 def check_job(job: Job) -> None:

@@ -1,0 +1,108 @@
+"""What tells one training program from another, as far as time and memory are concerned."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from meshwright.spec.errors import SettingError, closest
+
+# How attention's scores are treated: never whole in memory; whole, with masking and softmax as one kernel; or whole,
+# an operator at a time.
+AttentionKernel = Literal["flash", "fused-softmax", "plain"]
+
+
+class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A training program on GPUs.
+
+    compiled: element-wise work of a block is fused, by torch.compile or by kernels as large; else each operator passes
+        over memory by itself.
+    fused_norms: each norm is one kernel even where nothing is compiled.
+    attention: its kernel.
+    dropout: blocks drop activations, of attention's scores too, and keep what they dropped.
+    sequence_parallel: along tensor, norms and residuals lie split over the sequence; else all ranks do all of them.
+    gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
+        compute precision beside their fp32 masters, which are split with the optimizer's states.
+    overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
+    gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
+    one_port: a collective between nodes goes through one port of each node, where others use all.
+    source: where all this is written down.
+    """
+
+    name: str
+    compiled: bool = False
+    fused_norms: bool = True
+    attention: AttentionKernel = "flash"
+    dropout: bool = False
+    sequence_parallel: bool = True
+    gathers: bool = False
+    overlaps: bool = True
+    gradient_bytes: int = 4
+    one_port: bool = False
+    source: str
+
+
+MESHWRIGHT = Trainer(
+    name="meshwright",
+    compiled=True,
+    gathers=True,
+    source="src/meshwright/parallel",
+)
+TRAINERS: dict[str, Trainer] = {
+    trainer.name: trainer
+    for trainer in (
+        MESHWRIGHT,
+        Trainer(
+            name="torchtitan",
+            compiled=True,
+            gathers=True,
+            source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard",
+        ),
+        Trainer(
+            name="fsdp",
+            fused_norms=True,
+            gathers=True,
+            source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
+        ),
+        Trainer(
+            name="deepspeed-zero3",
+            attention="fused-softmax",
+            dropout=True,
+            gathers=True,
+            gradient_bytes=2,
+            one_port=True,
+            source="ZeRO-3 as measured in arXiv:2104.04473, table 2",
+        ),
+        Trainer(
+            name="megatron-lm",
+            attention="fused-softmax",
+            dropout=True,
+            sequence_parallel=False,
+            overlaps=False,
+            gradient_bytes=2,
+            source="arXiv:2104.04473, arXiv:2205.05198: fused softmax, gradients reduced after the last backward pass",
+        ),
+        Trainer(
+            name="megatron-deepspeed",
+            attention="fused-softmax",
+            dropout=True,
+            sequence_parallel=False,
+            overlaps=False,
+            gradient_bytes=2,
+            source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass",
+        ),
+        Trainer(
+            name="megatron-core",
+            compiled=True,
+            overlaps=True,
+            source="NVIDIA Megatron-Core with Transformer Engine: fused kernels, distributed optimizer overlapped",
+        ),
+    )
+}
+
+
+def expand_trainer(section: dict[str, Any]) -> dict[str, Any]:
+    """A job's [trainer] table with what its name stands for. What else it says takes the place of that."""
+    name = section.get("name", MESHWRIGHT.name)
+    if name not in TRAINERS:
+        raise SettingError(f'trainer.name = "{name}"', "no such trainer is known", closest(str(name), TRAINERS))
+    return msgspec.to_builtins(TRAINERS[name]) | section
