@@ -186,7 +186,6 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
     pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
     recompute = cells["recompute"].lower()
-    microbatches = whole(cells, "gbs") // max(1, data * whole(cells, "mbs"))
     return Layout(
         pipeline=pipeline,
         replica=1 if zero else data,
@@ -204,8 +203,7 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
         if recompute.startswith("selective")
         else "none",
         async_tensor="asynctp" in cells["precision"].lower(),
-        # With fewer microbatches than ranks 1F1B is what gpipe is.
-        schedule="interleaved" if held > 1 and pipeline > 1 else "gpipe" if microbatches < pipeline else "1f1b",
+        schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
         precision="bf16",
     )

@@ -27,10 +27,13 @@ def build_ring(layout: Layout, axis: Axis, cluster: Cluster) -> Ring:
     return place_ring(ranks_along(layout, (axis,)), layout.world_size, cluster)
 
 
-def build_shard_ring(layout: Layout, cluster: Cluster) -> Ring:
-    """The ring that parameters are sharded over: shard and context as one."""
+def build_shard_ring(layout: Layout, cluster: Cluster, *, one_port: bool = False) -> Ring:
+    """The ring that parameters are sharded over: shard and context as one. one_port: as Trainer says."""
     axes: list[Axis] = [axis for axis in layout.order if axis in ("shard", "context")]
-    return place_ring(ranks_along(layout, axes), layout.world_size, cluster)
+    ring = place_ring(ranks_along(layout, axes), layout.world_size, cluster)
+    if one_port and ring.nodes > 1:
+        return msgspec.structs.replace(ring, link_bytes_per_s=cluster.inter.bytes_per_s)
+    return ring
 
 
 def build_expert_rings(layout: Layout, cluster: Cluster) -> tuple[Ring, Ring]:

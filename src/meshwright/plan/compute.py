@@ -6,7 +6,8 @@ from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, token
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import HOST_LINK_BYTES_PER_S, HOST_UPDATE_BYTES_PER_S, rates_of
 from meshwright.plan.ring import ring_seconds
-from meshwright.spec import Device, Job, ModelSpec, count_flops
+from meshwright.spec import Device, Job, ModelSpec, Trainer, count_flops
+from meshwright.spec.trainer import AttentionKernel
 
 # Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
 # their gradient: to fp32 (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill 4, read 4 + 4,
@@ -14,6 +15,15 @@ from meshwright.spec import Device, Job, ModelSpec, count_flops
 EAGER_LOSS_BYTES = 36
 # Compiled: reads logits for their maximum and sum, again for the gradient, and writes it, in compute precision.
 COMPILED_LOSS_PASSES = 4
+
+
+# Numbers of a head that fill attention's kernels.
+WHOLE_HEAD = 128
+# Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, backward it
+# reads both softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
+SCORE_PASSES: dict[AttentionKernel, tuple[float, float]] = {"fused-softmax": (2, 3), "plain": (12, 12)}
+# Dropout reads, writes, and keeps a byte for each.
+DROPPED_PASSES = 2.5
 
 
 class Passes(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,25 +47,72 @@ class Passes(msgspec.Struct, frozen=True, kw_only=True):
     attention_back_s: float = 0.0
 
 
-def elementwise_elements(model: ModelSpec, *, dense: bool) -> tuple[float, float]:
-    """Elements a token that a block's element-wise kernels read and write, fused as torch.compile fuses them.
+class Elements(msgspec.Struct, frozen=True, kw_only=True):
+    """Elements a token that a block's element-wise kernels read and write.
+
+    along: of its D numbers, between attention and the feed-forward part. inside: of heads and feed-forward columns.
+    """
+
+    along: float
+    inside: float
+
+
+def fused_elements(model: ModelSpec, *, dense: bool) -> tuple[Elements, Elements]:
+    """A block's, forward and backward, fused as torch.compile fuses them.
 
     Forward: first norm 2D; rotation 2(HE + KE); residual with the second norm 4D; SwiGLU 3F, or GELU 2F; residual 3D.
     Backward: SwiGLU 6F, or GELU 3F; two norms with their residuals 8D; rotation 2(HE + KE). Norms of heads add a
     reading in the forward and two in the backward pass. Each copy of a token to an expert is put in order and back,
     4D in either pass. dense: one of a mixture's first blocks, which have no experts.
     """
-    d = model.d_model
+    d, gated = model.d_model, model.parts.gated
     f, copies = feed_forward_columns(model, 0 if dense else model.layers)
-    # Latent attention turns part of each query, and one key for all heads.
+    rotation, head_norms = rotated_elements(model)
+    order = 4 * copies * d
+    return (
+        Elements(along=9 * d + order, inside=rotation + head_norms + (3 if gated else 2) * f),
+        Elements(along=8 * d + order, inside=rotation + 2 * head_norms + (6 if gated else 3) * f),
+    )
+
+
+def rotated_elements(model: ModelSpec) -> tuple[float, float]:
+    """What turning queries and keys reads and writes, and what norms of them read."""
     turned = (model.heads + model.kv_heads) * model.head_dim
     if model.latent:
+        # Latent attention turns part of each query, and one key for all heads.
         turned = (model.heads + 1) * model.latent.rope_head_dim
-    rotation = 2 * turned if model.parts.positions == "rotary" else 0
-    head_norms = turned if model.parts.head_norms else 0
-    gated, order = model.parts.gated, 4 * copies * d
-    forward = 9 * d + rotation + head_norms + (3 if gated else 2) * f + order
-    return forward, 8 * d + rotation + 2 * head_norms + (6 if gated else 3) * f + order
+    return (2 * turned if model.parts.positions == "rotary" else 0), (turned if model.parts.head_norms else 0)
+
+
+def eager_elements(model: ModelSpec, trainer: Trainer, *, dense: bool) -> tuple[Elements, Elements]:
+    """The same where each operator passes over memory by itself.
+
+    A norm reads and writes D; operator by operator (to fp32, square, mean, scale, back) it is six times as much. Two
+    residuals: bias, dropout and sum 7D, or plain sums 3D each. GELU with its bias 2F; SwiGLU's activation and product
+    5F. Queries, keys and values are put in order of heads, and attention's output back, 2(HE + 2KE) + 2HE; rotation
+    as two products, two halves and a sum of turned and whole, 7(HE + KE). Backward as much again and a half, and a
+    norm's weights besides.
+    """
+    d, parts = model.d_model, model.parts
+    f, copies = feed_forward_columns(model, 0 if dense else model.layers)
+    rotation, head_norms = rotated_elements(model)
+    norm = 2 * d if trainer.fused_norms else 12 * d
+    residuals = 7 * d if trainer.dropout else 6 * d
+    heads, kv_heads = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    along = 2 * norm + residuals + 4 * copies * d
+    inside = (5 if parts.gated else 2) * f + 4 * heads + 4 * kv_heads + 3.5 * rotation + 6 * head_norms
+    return Elements(along=along, inside=inside), Elements(along=1.5 * along + norm, inside=1.5 * inside)
+
+
+def elementwise_seconds(job: Job, cut: Cut, *, dense: bool) -> tuple[float, float]:
+    """Forward and backward seconds of a block's element-wise work on one microbatch."""
+    rates, compiled = rates_of(job.cluster.device), is_compiled(job)
+    both = fused_elements(job.model, dense=dense) if compiled else eager_elements(job.model, job.trainer, dense=dense)
+    share = rates.elementwise if compiled else rates.eager
+    element_s = tokens_of(job) * BYTES[job.layout.precision] / (job.cluster.device.memory_bytes_per_s * share)
+    along = cut.tensor if job.trainer.sequence_parallel else 1
+    forward, backward = (element_s * (each.along / along + each.inside / cut.tensor) for each in both)
+    return forward, backward
 
 
 def product_seconds(job: Job, shape: Shape) -> float:
@@ -92,19 +149,17 @@ def block_products(job: Job, group: Group) -> dict[str, float]:
 
 def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
     """One block on one microbatch."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
     products = block_products(job, group)
     matmul_s = products["reads_s"] + products["reduces_s"] + products["routed_s"]
     attention_s, attention_back_s = attention_seconds(job, cut)
-    share = rates.elementwise if is_compiled(job) else rates.eager
-    size = tokens_of(job) * BYTES[job.layout.precision] / (device.memory_bytes_per_s * share) / cut.tensor
-    forward_elements, backward_elements = elementwise_elements(job.model, dense=group is cut.first and cut.dense > 0)
+    dense = group is cut.first and cut.dense > 0
+    forward_s, backward_s = elementwise_seconds(job, cut, dense=dense)
     return Passes(
-        forward_s=matmul_s + attention_s + forward_elements * size,
-        backward_s=2 * matmul_s + attention_back_s + backward_elements * size,
+        forward_s=matmul_s + attention_s + forward_s,
+        backward_s=2 * matmul_s + attention_back_s + backward_s,
         # Experts' products are not put off to a pass of their own.
         weights_s=matmul_s - products["routed_s"],
-        elementwise_s=forward_elements * size,
+        elementwise_s=forward_s,
         attention_s=attention_s,
         attention_back_s=attention_back_s,
         **products,
@@ -119,8 +174,17 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
     if job.layout.context > 1 and job.layout.context_form == "ring":
         return ring_seconds(job, widths_of(job, cut), causal_flops)
-    peak = device.peak_flops_per_s(job.layout.precision)
-    return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
+    peak, narrow = device.peak_flops_per_s(job.layout.precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
+    if job.trainer.attention == "flash":
+        peak *= narrow**0.5
+        return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
+    # Nothing is skipped.
+    products_s = whole_flops / (cut.tensor * job.layout.context * peak * narrow * rates.scores)
+    scores = job.layout.microbatch * job.model.heads / cut.tensor * job.data.sequence**2 / job.layout.context
+    pass_s = scores * BYTES[job.layout.precision] / (device.memory_bytes_per_s * rates.eager)
+    forward, backward = SCORE_PASSES[job.trainer.attention]
+    dropped = DROPPED_PASSES if job.trainer.dropout else 0.0
+    return products_s + (forward + dropped) * pass_s, 2 * products_s + (backward + dropped) * pass_s
 
 
 def visible_share(model: ModelSpec, sequence: int) -> float:

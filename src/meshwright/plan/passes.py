@@ -3,7 +3,8 @@
 import msgspec
 
 from meshwright.plan.frame import Frame
-from meshwright.plan.part import Part, Stage, holds_whole
+from meshwright.plan.kept import is_compiled
+from meshwright.plan.part import Stage, holds_whole
 from meshwright.plan.rates import rates_of
 from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
@@ -14,8 +15,9 @@ from meshwright.spec import SPLIT_BACKWARD, Job
 class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
     """A stage's passes. first: the forward pass of a step's first microbatch; last: the backward pass of its last;
     forward, backward: of all others; middle: both together. weights_s: of a backward pass, the gradients of matrices,
-    which come by themselves where it is cut in two. closing_s: reductions that begin only after all of these. launch_s:
-    what the host takes for either pass, where the device waits for it. hidden: transfers under one microbatch's passes.
+    which come by themselves where it is cut in two. closing_s: reductions that begin only after all of these. hidden:
+    transfers under one microbatch's passes. wait_s: what the device waits for the host in either pass, however far
+    ahead the host is else; launch_s: what the host takes to launch either, which a device that is faster waits for.
     """
 
     first: Walk
@@ -25,17 +27,27 @@ class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
     middle: Walk
     weights_s: float
     closing_s: float
+    wait_s: float
     launch_s: float
     hidden: Moves
 
     def seconds(self) -> Seconds:
         """How long each kind of pass keeps its rank."""
         first, forward, backward, last = (
-            walk.busy_s() + self.launch_s for walk in (self.first, self.forward, self.backward, self.last)
+            walk.busy_s() + self.late_s(walk) for walk in (self.first, self.forward, self.backward, self.last)
         )
         weights_s, closing_s = self.weights_s, self.closing_s
         inputs = (backward - weights_s, last - weights_s - closing_s)
         return (first, forward, backward, last, *inputs, weights_s, weights_s + closing_s)
+
+    def late_s(self, walk: Walk) -> float:
+        """What the device waits for the host in one of the passes."""
+        return self.wait_s + max(0.0, self.launch_s - walk.busy_s())
+
+    def host_s(self, microbatches: int) -> float:
+        """The same of all passes of a step."""
+        ends_s = self.late_s(self.first) + self.late_s(self.last)
+        return ends_s + (microbatches - 1) * (self.late_s(self.forward) + self.late_s(self.backward))
 
 
 def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
@@ -55,7 +67,7 @@ def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
 
 def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
     """One stage's passes."""
-    layout, overlaps = job.layout, rates_of(job.cluster.device).overlaps
+    layout, overlaps = job.layout, rates_of(job.cluster.device).overlaps and job.trainer.overlaps
     split = layout.schedule in SPLIT_BACKWARD
 
     def in_pass(*, backward: bool, first: bool = False, last: bool = False) -> list[Piece]:
@@ -92,7 +104,8 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         middle=forward + backward,
         weights_s=sum(p.count * p.weights_s for p in pieces),
         closing_s=closing.busy_s(),
-        launch_s=stage_waits(job, stage),
+        wait_s=stage_waits(job, stage),
+        launch_s=0.0 if job.cluster.device.kind == "cpu" else stage_launches(job, stage) / 2,
         hidden=Moves(
             tensor_s=sum(p.count * p.hidden.tensor_s for p in pieces),
             context_s=sum(p.count * p.hidden.context_s for p in pieces),
@@ -113,18 +126,16 @@ def backward_does(job: Job, shards: int, *, last: bool) -> Does:
     )
 
 
-def rank_launches(job: Job, part: Part) -> float:
-    """What the host takes to launch all of a rank's work on one microbatch."""
-    return sum(stage_launches(job, stage) for stage in part.stages)
-
-
 def stage_launches(job: Job, stage: Stage) -> float:
-    """The same of one stage. FSDP wraps each block, a mixture's experts, the head and the root; what runs again is
-    launched again."""
+    """What the host takes to launch a stage's work on one microbatch.
+
+    FSDP wraps each block, a mixture's experts, the head and the root; what runs again is launched again.
+    """
     rates = rates_of(job.cluster.device)
     again = stage.first(job.layout.recomputed_layers(job.model.layers))
-    launches_s = rates.block_host_s * (stage.layers + again / 2)
-    launches_s += rates.group_host_s * (stage.layers + stage_mixtures(job, stage) + 1 + stage.head)
+    launches_s = (rates.block_host_s if is_compiled(job) else rates.eager_host_s) * (stage.layers + again / 2)
+    if job.trainer.gathers:
+        launches_s += rates.group_host_s * (stage.layers + stage_mixtures(job, stage) + 1 + stage.head)
     ends = (stage.root + stage.head) / 2
     return launches_s + (rates.tensor_host_s * (stage.layers + ends + again / 2) if job.layout.tensor > 1 else 0.0)
 

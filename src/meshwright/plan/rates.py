@@ -28,7 +28,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
     matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
         1 + matmul_edge (1/M + 1/K + 1/N) times as long.
-    attention_forward, attention_backward: of the peak, on the causal half of the products alone.
+    attention_forward, attention_backward: of the peak, on the causal half of the products alone. scores: of the peak,
+        products of attention that has its scores in memory, all of them.
     elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
     loss: cross entropy over the vocabulary.
     grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
@@ -37,7 +38,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     links: of the link's bandwidth, what a large collective moves along a ring.
     overlaps: whether transfers run beside compute.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
-        group, forward and backward of one microbatch. tensor_host_s: what the tensor axis adds for one block.
+        group, forward and backward of one microbatch. eager_host_s: for one that is not compiled. tensor_host_s: what the tensor axis adds for one block.
     step_s: idle device per step outside the model (logging, syncs).
     """
 
@@ -45,6 +46,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     matmul_edge: float
     attention_forward: float
     attention_backward: float
+    scores: float
     elementwise: float
     eager: float
     loss: float
@@ -56,6 +58,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     links: dict[Collective, float]
     overlaps: bool
     block_host_s: float
+    eager_host_s: float
     group_host_s: float
     tensor_host_s: float
     routed_wait_s: float
@@ -72,11 +75,13 @@ GPU = Rates(
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     attention_forward=0.51,
     attention_backward=0.37,
-    # 115 GB by elementwise_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
+    # Batched products of a head's width at these sizes, as read off published steps (docs/planning.md): half of plain
+    # ones.
+    scores=0.35,
+    # 115 GB by fused_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
     elementwise=0.53,
-    # Assumed as far below a copy (the next line) as on the CPU below, where it is measured: not compiled, the same work
-    # passes over memory more often.
-    eager=0.27,
+    # Assumed: operators that do nothing else are a little slower than a copy (the next line).
+    eager=0.75,
     # Device copy 4.26 TB/s of 4.8: the compiled loss is a few passes over large tensors. Assumed to equal a copy.
     loss=0.89,
     # `inefficiency` of examples/mixture.toml on 2 H200s (torch 2.11, 2026-11-23): 172 ms with shard 2, 147 with expert
@@ -98,6 +103,8 @@ GPU = Rates(
     overlaps=True,
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
+    # Published steps of small models on A100s, whose devices wait for their hosts (docs/planning.md).
+    eager_host_s=2.0e-3,
     group_host_s=0.8e-3,
     # Compiled, a block's placements are settled before it runs. Assumed: none.
     tensor_host_s=0.0,
@@ -109,6 +116,17 @@ GPU = Rates(
     step_s=0.0,
 )
 
+# What differs on NVIDIA's Ampere, read off published steps of A100s (docs/planning.md).
+AMPERE = msgspec.structs.replace(
+    GPU,
+    # 0.80 of 312 TFLOP/s is what the largest products of those runs come to.
+    matmul=0.80,
+    # Smaller tiles, 108 processors: a product's edges cost less than on Hopper.
+    matmul_edge=60.0,
+    attention_forward=0.55,
+    attention_backward=0.41,
+)
+
 CPU = Rates(
     # 192 to 200 GFLOP/s of a nominal 332, in 1 and in 2 processes; inside a block 179.
     matmul=0.56,
@@ -117,9 +135,11 @@ CPU = Rates(
     # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
     attention_forward=0.17,
     attention_backward=0.17,
-    # A block's rest, 11.5 ms for 109 MB by elementwise_elements (eager, many passes): 9.5 GB/s of a copy's 32.
+    # A block's scores are computed by the same kernel.
+    scores=0.17,
+    # A block's rest, 11.5 ms for 109 MB by fused_elements: 9.5 GB/s of a copy's 32; 236 by eager_elements.
     elementwise=0.30,
-    eager=0.30,
+    eager=0.65,
     loss=0.30,
     # A loop over experts of plain products.
     grouped=1.0,
@@ -138,6 +158,7 @@ CPU = Rates(
     # Between what the measured accounts of two jobs in training say: 24 ms of `host` in a step of
     # examples/first-run.toml (8 blocks and 16 groups run), 21 ms in one of examples/quickstart.toml (4 and 6).
     block_host_s=1.1e-3,
+    eager_host_s=1.1e-3,
     group_host_s=1.1e-3,
     # `host` of a step of a model of 2 blocks, the two ends of which count as a third: 33 ms in 2 processes along
     # tensor, 8 ms in one (measured accounts, 2026-11-22; DTensor works out in Python where everything goes).
@@ -151,5 +172,7 @@ CPU = Rates(
 
 
 def rates_of(device: Device) -> Rates:
-    """The shares that hold for a kind of device."""
-    return GPU if device.kind == "cuda" else CPU
+    """The shares that hold for a device."""
+    if device.kind == "cpu":
+        return CPU
+    return AMPERE if device.name.startswith("a100") else GPU

@@ -13,6 +13,7 @@ from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.time import bound_step
 from meshwright.record import Prediction
 from meshwright.spec import (
+    MESHWRIGHT,
     Axis,
     Job,
     Layout,
@@ -217,7 +218,8 @@ def check_grid(job: Job, layout: Layout) -> None:
     """Raise SettingError for what no cluster could run, however experts are divided."""
     check_layout(layout, job.data.global_batch)
     check_context(layout, job.model, job.data.sequence)
-    check_schedule(layout, layout.accumulation(job.data.global_batch), job.model.layers)
+    microbatches, own = layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
+    check_schedule(layout, microbatches, job.model.layers, short=not own)
 
 
 def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:

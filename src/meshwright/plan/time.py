@@ -6,7 +6,7 @@ from meshwright.account import StepAccount
 from meshwright.plan.collective import Ring, predict_collective
 from meshwright.plan.compute import has_known_peak, predict_optimizer
 from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.passes import StageWalks, rank_launches, walk_stages
+from meshwright.plan.passes import StageWalks, walk_stages
 from meshwright.plan.pipeline import Idle, explain_idle
 from meshwright.plan.rates import rates_of
 from meshwright.plan.walk import Walk
@@ -29,16 +29,11 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     rates, microbatches, ranks = rates_of(device), accumulation_of(job), job.layout.pipeline
     stages = walk_stages(job, frame)
     walk = mean_walk(stages, microbatches, ranks)
-    launches_s = sum(rank_launches(job, part) for part in frame.parts) * microbatches / ranks
-    waits_s = 2 * sum(stage.launch_s for stage in stages) * microbatches / ranks
-    idle = explain_idle(job, frame, stages, walk.busy_s() + waits_s, brief=brief)
+    host_s = sum(stage.host_s(microbatches) for stage in stages) / ranks
+    idle = explain_idle(job, frame, stages, walk.busy_s() + host_s, brief=brief)
     useful_s = useful_seconds(job)
     optimizers = [predict_optimizer(job, part.local) for part in frame.parts]
     optimizer_s = sum(optimizers) / ranks
-    # A CPU launches and works in turn; a GPU idles also for what the host launches later than it could run.
-    host_s = waits_s
-    if device.kind != "cpu":
-        host_s += max(0.0, launches_s - walk.busy_s() - waits_s - idle.total_s())
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,

@@ -200,7 +200,9 @@ def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfe
         forward=Moves(tensor_s=transfers.forward_s),
         backward=Moves(tensor_s=transfers.backward_s),
         hidden=Moves(tensor_s=transfers.hidden_s),
-        copies=build_copies(job, group.elements - group.routed, build_shard_ring(job.layout, job.cluster)),
+        copies=build_copies(
+            job, group.elements - group.routed, build_shard_ring(job.layout, job.cluster, one_port=job.trainer.one_port)
+        ),
         routed=build_copies(job, group.routed, routed) if routed else Copies(),
     )
 
@@ -208,20 +210,19 @@ def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfe
 def build_copies(job: Job, parameters: int, shards: Ring) -> Copies:
     """What is done with a group of parameters, so many whole, that is sharded over a ring."""
     cluster, rates, size = job.cluster, rates_of(job.cluster.device), BYTES[job.layout.precision]
+    sent = min(STATE_BYTES, job.trainer.gradient_bytes)
     memory_bytes_per_s, replica = cluster.device.memory_bytes_per_s, build_ring(job.layout, "replica", cluster)
     # A gather arrives in compute precision; a rank that has all of it casts its fp32 masters instead.
     read = size if shards.size > 1 else STATE_BYTES
-    # Reductions are fp32. FSDP runs the copy into the reduction's input without other ranks too.
+    # Our reductions are fp32. FSDP runs the copy into the reduction's input without other ranks too.
     return Copies(
         copy_out_s=parameters * (read + size) / (memory_bytes_per_s * rates.copy_out),
         copy_in_s=parameters * (size + STATE_BYTES) / (memory_bytes_per_s * rates.copy_in),
         # Reads the new gradient and the fp32 sum, writes the sum: a plain pass, as fast as a copy.
         accumulate_s=parameters * (size + 2 * STATE_BYTES) / (memory_bytes_per_s * rates.copy_out),
         gather_s=predict_collective("all_gather", parameters * size, shards, rates) if parameters else 0.0,
-        scatter_s=predict_collective("reduce_scatter", parameters * STATE_BYTES, shards, rates) if parameters else 0.0,
+        scatter_s=predict_collective("reduce_scatter", parameters * sent, shards, rates) if parameters else 0.0,
         all_reduce_s=(
-            predict_collective("all_reduce", parameters * STATE_BYTES / shards.size, replica, rates)
-            if parameters
-            else 0.0
+            predict_collective("all_reduce", parameters * sent / shards.size, replica, rates) if parameters else 0.0
         ),
     )

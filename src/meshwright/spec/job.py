@@ -184,7 +184,8 @@ def check_job(job: Job) -> None:
     check_split(job.layout, job.model, job.data.sequence)
     check_context(job.layout, job.model, job.data.sequence)
     check_expert(job.layout, job.model)
-    check_schedule(job.layout, job.layout.accumulation(job.data.global_batch), job.model.layers)
+    microbatches, own = job.layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
+    check_schedule(job.layout, microbatches, job.model.layers, short=not own)
     if job.layout.offload != "none" and job.cluster.device.kind != "cuda":
         reason = "devices are CPUs, whose memory is the host's"
         raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')

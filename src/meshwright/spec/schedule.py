@@ -187,16 +187,17 @@ def pass_of(letter: str) -> Pass:
     return passes[letter]
 
 
-def check_schedule(layout: Layout, microbatches: int, layers: int) -> None:
+def check_schedule(layout: Layout, microbatches: int, layers: int, *, short: bool = False) -> None:
     """Raise SettingError where the pipeline's settings, a step's microbatches and the model's blocks do not fit.
 
-    microbatches: that a rank runs in a step.
+    microbatches: that a rank runs in a step. short: whether 1f1b may run fewer of them than there are ranks.
     """
     if layout.pipeline == 1:
         check_no_pipeline(layout)
         return
     check_stages(layout, layers)
-    check_microbatches(layout, microbatches)
+    if not (short and layout.schedule == "1f1b"):
+        check_microbatches(layout, microbatches)
     if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and layout.parameter_shards > 1:
         # Parameters that are offloaded are not kept gathered either.
         offloaded = layout.offload == "parameters"
