@@ -2,13 +2,14 @@
 
 import msgspec
 
+from meshwright.plan.collective import build_shard_ring
 from meshwright.plan.frame import Frame
 from meshwright.plan.kept import is_compiled
-from meshwright.plan.part import Stage, holds_whole
+from meshwright.plan.part import Part, Stage, holds_whole
 from meshwright.plan.rates import rates_of
 from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
-from meshwright.plan.work import Does, Moves, Piece, build_pieces, stage_pieces
+from meshwright.plan.work import Does, Moves, Piece, build_copies, build_pieces, stage_pieces
 from meshwright.spec import SPLIT_BACKWARD, Job
 
 
@@ -72,6 +73,9 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
 
     def in_pass(*, backward: bool, first: bool = False, last: bool = False) -> list[Piece]:
         # A mixture's experts may be split where the rest is not, and the other way round.
+        if not job.trainer.gathers:
+            accumulates = Does(accumulates=backward and layout.accumulation(job.data.global_batch) > 1)
+            return [piece.in_pass(accumulates, accumulates) for piece in pieces]
         does = [
             backward_does(job, shards, last=last)
             if backward
@@ -111,6 +115,32 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
             context_s=sum(p.count * p.hidden.context_s for p in pieces),
         ),
     )
+
+
+class DataWalk(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's parameters and gradients travel outside of its passes, in seconds: exposed, and all of it."""
+
+    shard_s: float = 0.0
+    replica_s: float = 0.0
+    moved_s: float = 0.0
+
+
+def walk_data(job: Job, part: Part, stages: list[StageWalks]) -> DataWalk:
+    """The same for a trainer that keeps parameters whole: once a step, gradients reduced and parameters gathered again.
+
+    Beside compute they have a microbatch's passes to hide in, but for the last bucket: as much as a block's.
+    """
+    if job.trainer.gathers:
+        return DataWalk()
+    groups = part.groups
+    copies = build_copies(job, groups.whole(), build_shard_ring(job.layout, job.cluster))
+    shard_s, replica_s = copies.gather_s + copies.scatter_s, copies.all_reduce_s
+    moved_s = shard_s + replica_s
+    if not moved_s or not (job.trainer.overlaps and rates_of(job.cluster.device).overlaps):
+        return DataWalk(shard_s=shard_s, replica_s=replica_s, moved_s=moved_s)
+    beside_s = sum(stages[stage.index].middle.busy_s() for stage in part.stages)
+    exposed = max(moved_s - beside_s, moved_s / max(1, groups.layers)) / moved_s
+    return DataWalk(shard_s=shard_s * exposed, replica_s=replica_s * exposed, moved_s=moved_s)
 
 
 def backward_does(job: Job, shards: int, *, last: bool) -> Does:

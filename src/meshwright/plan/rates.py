@@ -120,9 +120,8 @@ GPU = Rates(
 AMPERE = msgspec.structs.replace(
     GPU,
     # 0.80 of 312 TFLOP/s is what the largest products of those runs come to.
-    matmul=0.80,
-    # Smaller tiles, 108 processors: a product's edges cost less than on Hopper.
-    matmul_edge=60.0,
+    matmul=0.86,
+    matmul_edge=150.0,
     attention_forward=0.55,
     attention_backward=0.41,
 )

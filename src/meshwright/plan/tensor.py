@@ -31,9 +31,15 @@ class TensorTransfers(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def move_seconds(job: Job) -> tuple[float, float]:
-    """Gathering one microbatch's activations [B, S, D] along the tensor axis, and reducing them to a part each."""
+    """Gathering one microbatch's activations [B, S, D] along the tensor axis, and reducing them to a part each.
+
+    Where norms and residuals are whole on each rank, both together are one all-reduce.
+    """
     ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
     whole_bytes = tokens_of(job) * job.model.d_model * BYTES[job.layout.precision]
+    if not job.trainer.sequence_parallel:
+        half_s = predict_collective("all_reduce", whole_bytes, ring, rates) / 2
+        return half_s, half_s
     return (
         predict_collective("all_gather", whole_bytes, ring, rates),
         predict_collective("reduce_scatter", whole_bytes, ring, rates),

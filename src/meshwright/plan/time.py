@@ -6,7 +6,7 @@ from meshwright.account import StepAccount
 from meshwright.plan.collective import Ring, predict_collective
 from meshwright.plan.compute import has_known_peak, predict_optimizer
 from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.passes import StageWalks, walk_stages
+from meshwright.plan.passes import StageWalks, walk_data, walk_stages
 from meshwright.plan.pipeline import Idle, explain_idle
 from meshwright.plan.rates import rates_of
 from meshwright.plan.walk import Walk
@@ -34,19 +34,22 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     useful_s = useful_seconds(job)
     optimizers = [predict_optimizer(job, part.local) for part in frame.parts]
     optimizer_s = sum(optimizers) / ranks
+    data = [walk_data(job, part, stages) for part in frame.parts]
+    shard_s, replica_s = (sum(each) / ranks for each in ([d.shard_s for d in data], [d.replica_s for d in data]))
+    closing = [optimizer + d.shard_s + d.replica_s for optimizer, d in zip(optimizers, data, strict=True)]
     account = StepAccount(
         useful=useful_s,
         inefficiency=walk.compute_s - useful_s,
         recompute=walk.recompute_s,
         optimizer=optimizer_s,
-        comm_shard=walk.exposed_shard_s,
-        comm_replica=walk.exposed_replica_s,
+        comm_shard=walk.exposed_shard_s + shard_s,
+        comm_replica=walk.exposed_replica_s + replica_s,
         comm_tensor=walk.tensor_s,
         comm_context=walk.context_s,
         comm_expert=walk.expert_s,
         comm_pipeline=idle.transfers_s,
         comm_control=predict_control(job),
-        imbalance=walk.uneven_s + idle.imbalance_s + max(optimizers) - optimizer_s,
+        imbalance=walk.uneven_s + idle.imbalance_s + max(closing) - sum(closing) / ranks,
         bubble=idle.bubble_s,
         host=host_s + rates.step_s,
     )

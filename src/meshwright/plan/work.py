@@ -219,7 +219,7 @@ def build_copies(job: Job, parameters: int, shards: Ring) -> Copies:
         copy_out_s=parameters * (read + size) / (memory_bytes_per_s * rates.copy_out),
         copy_in_s=parameters * (size + STATE_BYTES) / (memory_bytes_per_s * rates.copy_in),
         # Reads the new gradient and the fp32 sum, writes the sum: a plain pass, as fast as a copy.
-        accumulate_s=parameters * (size + 2 * STATE_BYTES) / (memory_bytes_per_s * rates.copy_out),
+        accumulate_s=parameters * (size + 2 * sent) / (memory_bytes_per_s * rates.copy_out),
         gather_s=predict_collective("all_gather", parameters * size, shards, rates) if parameters else 0.0,
         scatter_s=predict_collective("reduce_scatter", parameters * sent, shards, rates) if parameters else 0.0,
         all_reduce_s=(
