@@ -175,7 +175,8 @@ def stage_waits(job: Job, stage: Stage) -> float:
     rates = rates_of(job.cluster.device)
     if job.cluster.device.kind == "cpu":
         return stage_launches(job, stage) / 2
-    return stage_mixtures(job, stage) * (rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0))
+    handed_s = 1e-3 if job.layout.pipeline > 1 and not job.trainer.gathers else 0.0
+    return handed_s + stage_mixtures(job, stage) * (rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0))
 
 
 def stage_mixtures(job: Job, stage: Stage) -> int:

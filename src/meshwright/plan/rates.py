@@ -104,7 +104,7 @@ GPU = Rates(
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
     # Published steps of small models on A100s, whose devices wait for their hosts (docs/planning.md).
-    eager_host_s=2.0e-3,
+    eager_host_s=2.35e-3,
     group_host_s=0.8e-3,
     # Compiled, a block's placements are settled before it runs. Assumed: none.
     tensor_host_s=0.0,
