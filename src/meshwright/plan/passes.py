@@ -84,10 +84,16 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         ]
         return [piece.in_pass(*does) for piece in pieces]
 
-    first = walk_forward(in_pass(backward=False, first=True), overlaps=overlaps)
-    forward = walk_forward(in_pass(backward=False), overlaps=overlaps)
-    backward = walk_backward(in_pass(backward=True), overlaps=overlaps, last=False)
-    last, closing = walk_backward(in_pass(backward=True, last=True), overlaps=overlaps), Walk()
+    slowed = rates_of(job.cluster.device).contention
+
+    def forward_of(*, first: bool) -> Walk:
+        return walk_forward(in_pass(backward=False, first=first), overlaps=overlaps).slowed(slowed)
+
+    def backward_of(*, last: bool) -> Walk:
+        return walk_backward(in_pass(backward=True, last=last), overlaps=overlaps, last=last).slowed(slowed)
+
+    first, forward = forward_of(first=True), forward_of(first=False)
+    backward, last, closing = backward_of(last=False), backward_of(last=True), Walk()
     if split:
         # Weights' gradients come after the passes that FSDP would reduce behind: all of it shows.
         copies = [(p.count, p.copies + p.routed) for p in pieces]
@@ -176,7 +182,9 @@ def stage_waits(job: Job, stage: Stage) -> float:
     if job.cluster.device.kind == "cpu":
         return stage_launches(job, stage) / 2
     handed_s = 1e-3 if job.layout.pipeline > 1 and not job.trainer.gathers else 0.0
-    return handed_s + stage_mixtures(job, stage) * (rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0))
+    return handed_s + stage_mixtures(job, stage) * (
+        rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0)
+    )
 
 
 def stage_mixtures(job: Job, stage: Stage) -> int:

@@ -36,7 +36,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     copy_in, copy_out: FSDP's copies before a reduction and after a gather.
     update, clip: the optimizer's pass over states, and the gradient norm with the rescaling of gradients.
     links: of the link's bandwidth, what a large collective moves along a ring.
-    overlaps: whether transfers run beside compute.
+    overlaps: whether transfers run beside compute. contention: of the seconds that they do, what compute takes longer.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
         group, forward and backward of one microbatch. eager_host_s: for one that is not compiled. tensor_host_s: what the tensor axis adds for one block.
     step_s: idle device per step outside the model (logging, syncs).
@@ -57,6 +57,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     clip: float
     links: dict[Collective, float]
     overlaps: bool
+    contention: float
     block_host_s: float
     eager_host_s: float
     group_host_s: float
@@ -101,6 +102,8 @@ GPU = Rates(
     # as a gather.
     links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71, "all_to_all": 0.72, "send": 0.72},
     overlaps=True,
+    # Kernels beside a collective are slowed 1.1 to 1.3 times in published measurements; the middle of it.
+    contention=0.2,
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
     # Published steps of small models on A100s, whose devices wait for their hosts (docs/planning.md).
@@ -154,6 +157,7 @@ CPU = Rates(
     links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0},
     # gloo blocks the training thread.
     overlaps=False,
+    contention=0.0,
     # Between what the measured accounts of two jobs in training say: 24 ms of `host` in a step of
     # examples/first-run.toml (8 blocks and 16 groups run), 21 ms in one of examples/quickstart.toml (4 and 6).
     block_host_s=1.1e-3,

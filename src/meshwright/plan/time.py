@@ -39,6 +39,7 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     closing = [optimizer + d.shard_s + d.replica_s for optimizer, d in zip(optimizers, data, strict=True)]
     account = StepAccount(
         useful=useful_s,
+        contention=walk.contention_s,
         inefficiency=walk.compute_s - useful_s,
         recompute=walk.recompute_s,
         optimizer=optimizer_s,

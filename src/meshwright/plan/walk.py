@@ -9,8 +9,8 @@ from meshwright.plan.work import Moves, Piece
 
 class Walk(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds of passes over the model: compute, copies included; forward work done again; transfers in all; and
-    their exposed part. tensor_s, context_s, expert_s: exposed transfers inside blocks, which no overlap is reckoned for
-    here; uneven_s: waiting for the busiest experts.
+    their exposed part; contention_s: what transfers beside compute slow it by. tensor_s, context_s, expert_s: exposed
+    transfers inside blocks, which no overlap is reckoned for here; uneven_s: waiting for the busiest experts.
     """
 
     compute_s: float = 0.0
@@ -23,11 +23,18 @@ class Walk(msgspec.Struct, frozen=True, kw_only=True):
     replica_s: float = 0.0
     exposed_shard_s: float = 0.0
     exposed_replica_s: float = 0.0
+    contention_s: float = 0.0
 
     def busy_s(self) -> float:
         """All that passes one after another: what the rank is not free in."""
         inside_s = self.tensor_s + self.context_s + self.expert_s + self.uneven_s
-        return self.compute_s + self.recompute_s + inside_s + self.exposed_shard_s + self.exposed_replica_s
+        computed_s = self.compute_s + self.recompute_s + self.contention_s
+        return computed_s + inside_s + self.exposed_shard_s + self.exposed_replica_s
+
+    def slowed(self, share: float) -> "Walk":
+        """The same with compute slowed by this share of the transfers that run beside it."""
+        hidden_s = self.shard_s + self.replica_s - self.exposed_shard_s - self.exposed_replica_s
+        return msgspec.structs.replace(self, contention_s=share * max(0.0, hidden_s))
 
     def __add__(self, other: "Walk") -> "Walk":
         names = self.__struct_fields__
