@@ -167,8 +167,10 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     changes: dict[str, object] = {}
     if "not flash" in kernel or "no flash" in kernel or kernel.startswith(("fused", "unfused")):
         changes["attention"] = "plain" if kernel.startswith("unfused") else "fused-softmax"
+    elif "cudnn" in kernel:
+        changes["attention"] = "cudnn"
     elif "flash" in kernel:
-        changes["attention"] = "flash"
+        changes["attention"] = "flash-1" if re.search(r"v1\.|flash_attention$", kernel) else "flash"
     elif kernel.startswith("torch"):
         changes["attention"] = "plain"
     if cells["act"] in ("swiglu", "silu"):

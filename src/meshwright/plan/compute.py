@@ -175,9 +175,9 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     if job.layout.context > 1 and job.layout.context_form == "ring":
         return ring_seconds(job, widths_of(job, cut), causal_flops)
     peak, narrow = device.peak_flops_per_s(job.layout.precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
-    if job.trainer.attention == "flash":
+    if shares := rates.attention.get(job.trainer.attention):
         peak *= narrow**0.5
-        return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
+        return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])
     # Nothing is skipped.
     products_s = whole_flops / (cut.tensor * job.layout.context * peak * narrow * rates.scores)
     scores = job.layout.microbatch * job.model.heads / cut.tensor * job.data.sequence**2 / job.layout.context

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from meshwright.spec import Device
+from meshwright.spec.trainer import AttentionKernel
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
@@ -28,8 +29,8 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
     matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
         1 + matmul_edge (1/M + 1/K + 1/N) times as long.
-    attention_forward, attention_backward: of the peak, on the causal half of the products alone. scores: of the peak,
-        products of attention that has its scores in memory, all of them.
+    attention: of the peak, forward and backward, on the causal half of the products alone, by kernel. scores: of the
+        peak, products of attention that has its scores in memory, all of them.
     elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
     loss: cross entropy over the vocabulary.
     grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
@@ -44,8 +45,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
     matmul: float
     matmul_edge: float
-    attention_forward: float
-    attention_backward: float
+    attention: dict[AttentionKernel, tuple[float, float]]
     scores: float
     elementwise: float
     eager: float
@@ -74,8 +74,8 @@ GPU = Rates(
     # Cubes of 4096 and 8192 there: 775 and 799 TFLOP/s.
     matmul_edge=87.0,
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
-    attention_forward=0.51,
-    attention_backward=0.37,
+    # FlashAttention 2 reaches 35% of this device forward (arXiv:2407.08608); backward as much less as cuDNN does.
+    attention={"cudnn": (0.51, 0.37), "flash": (0.35, 0.25), "flash-1": (0.20, 0.15)},
     # Batched products of a head's width at these sizes, as read off published steps (docs/planning.md): half of plain
     # ones.
     scores=0.35,
@@ -125,8 +125,7 @@ AMPERE = msgspec.structs.replace(
     # 0.80 of 312 TFLOP/s is what the largest products of those runs come to.
     matmul=0.86,
     matmul_edge=150.0,
-    attention_forward=0.55,
-    attention_backward=0.41,
+    attention={"cudnn": (0.50, 0.36), "flash": (0.50, 0.36), "flash-1": (0.35, 0.25)},
 )
 
 CPU = Rates(
@@ -135,8 +134,7 @@ CPU = Rates(
     # Not measured: the rates of the cube and of a small model's block are close.
     matmul_edge=0.0,
     # A block's attention, forward and backward, 14.4 ms for 0.81 GFLOP (causal half): 56 GFLOP/s of 332. Not split.
-    attention_forward=0.17,
-    attention_backward=0.17,
+    attention={"cudnn": (0.17, 0.17), "flash": (0.17, 0.17), "flash-1": (0.17, 0.17)},
     # A block's scores are computed by the same kernel.
     scores=0.17,
     # A block's rest, 11.5 ms for 109 MB by fused_elements: 9.5 GB/s of a copy's 32; 236 by eager_elements.

@@ -30,10 +30,11 @@ def ring_seconds(job: Job, widths: Widths, causal_flops: float) -> tuple[float, 
     copy_bytes_per_s = device.memory_bytes_per_s * rates.loss
     if not is_masked(job):
         peak = device.peak_flops_per_s(job.layout.precision)
+        forward, backward = rates.attention["cudnn"]
         merged = [size / copy_bytes_per_s for size in merge_bytes(job, widths)]
         return (
-            causal_flops / (peak * rates.attention_forward) + merged[0],
-            2 * causal_flops / (peak * rates.attention_backward) + merged[1],
+            causal_flops / (peak * forward) + merged[0],
+            2 * causal_flops / (peak * backward) + merged[1],
         )
     # A tile is a rectangle, half of whose height is more than the causal past.
     causal_flops *= 1 + tile_rows(job, widths) / job.data.sequence

@@ -6,9 +6,9 @@ import msgspec
 
 from meshwright.spec.errors import SettingError, closest
 
-# How attention's scores are treated: never whole in memory; whole, with masking and softmax as one kernel; or whole,
-# an operator at a time.
-AttentionKernel = Literal["flash", "fused-softmax", "plain"]
+# How attention's scores are treated: never whole in memory, by cuDNN's kernels or by FlashAttention 2 or 1; whole, with
+# masking and softmax as one kernel; or whole, an operator at a time.
+AttentionKernel = Literal["cudnn", "flash", "flash-1", "fused-softmax", "plain"]
 
 
 class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: str
     compiled: bool = False
     fused_norms: bool = True
-    attention: AttentionKernel = "flash"
+    attention: AttentionKernel = "cudnn"
     dropout: bool = False
     sequence_parallel: bool = True
     gathers: bool = False
@@ -54,11 +54,13 @@ TRAINERS: dict[str, Trainer] = {
         Trainer(
             name="torchtitan",
             compiled=True,
+            attention="flash",
             gathers=True,
             source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard",
         ),
         Trainer(
             name="fsdp",
+            attention="flash",
             fused_norms=True,
             gathers=True,
             source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
