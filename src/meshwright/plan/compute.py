@@ -87,7 +87,8 @@ def rotated_elements(model: ModelSpec) -> tuple[float, float]:
 def eager_elements(model: ModelSpec, trainer: Trainer, *, dense: bool) -> tuple[Elements, Elements]:
     """The same where each operator passes over memory by itself.
 
-    A norm reads and writes D; operator by operator (to fp32, square, mean, scale, back) it is six times as much. Two
+    A norm reads and writes D; operator by operator (to fp32, square, mean, scale, back,
+    weigh) it is nine times as much. Two
     residuals: bias, dropout and sum 7D, or plain sums 3D each. GELU with its bias 2F; SwiGLU's activation and product
     5F. Queries, keys and values are put in order of heads, and attention's output back, 2(HE + 2KE) + 2HE; rotation
     as two products, two halves and a sum of turned and whole, 7(HE + KE). Backward as much again and a half, and a
@@ -96,7 +97,7 @@ def eager_elements(model: ModelSpec, trainer: Trainer, *, dense: bool) -> tuple[
     d, parts = model.d_model, model.parts
     f, copies = feed_forward_columns(model, 0 if dense else model.layers)
     rotation, head_norms = rotated_elements(model)
-    norm = 2 * d if trainer.fused_norms else 12 * d
+    norm = 2 * d if trainer.fused_norms else 18 * d
     residuals = 7 * d if trainer.dropout else 6 * d
     heads, kv_heads = model.heads * model.head_dim, model.kv_heads * model.head_dim
     along = 2 * norm + residuals + 4 * copies * d

@@ -75,7 +75,7 @@ GPU = Rates(
     matmul_edge=87.0,
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     # FlashAttention 2 reaches 35% of this device forward (arXiv:2407.08608); backward as much less as cuDNN does.
-    attention={"cudnn": (0.51, 0.37), "flash": (0.35, 0.25), "flash-1": (0.20, 0.15)},
+    attention={"cudnn": (0.51, 0.37), "flash": (0.32, 0.22), "flash-1": (0.20, 0.15)},
     # Batched products of a head's width at these sizes, as read off published steps (docs/planning.md): half of plain
     # ones.
     scores=0.35,

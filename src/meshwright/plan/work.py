@@ -11,7 +11,7 @@ from meshwright.plan.collective import (
     build_shard_ring,
     predict_collective,
 )
-from meshwright.plan.compute import Passes, block_passes, head_passes
+from meshwright.plan.compute import SCORE_PASSES, Passes, block_passes, head_passes
 from meshwright.plan.context import context_transfers
 from meshwright.plan.expert import exchange_seconds, uneven_seconds
 from meshwright.plan.kept import BYTES, is_compiled
@@ -184,10 +184,14 @@ def recompute_block(
 
 
 def recompute_elementwise(job: Job, piece: Piece, passes: Passes) -> Piece:
-    """A block whose element-wise work runs again: compiled, inside the backward pass's fused kernels."""
+    """A block whose element-wise work runs again: compiled, inside the backward pass's fused kernels. Some trainers
+    repeat products besides; attention whose scores lie in memory is what the others repeat (arXiv:2205.05198)."""
+    again_s = job.trainer.repeated * (passes.reads_s + passes.reduces_s)
+    if job.trainer.attention in SCORE_PASSES:
+        return msgspec.structs.replace(piece, again_s=passes.attention_s)
     if is_compiled(job):
-        return msgspec.structs.replace(piece, backward_s=piece.backward_s + passes.elementwise_s)
-    return msgspec.structs.replace(piece, again_s=passes.elementwise_s)
+        return msgspec.structs.replace(piece, backward_s=piece.backward_s + passes.elementwise_s, again_s=again_s)
+    return msgspec.structs.replace(piece, again_s=passes.elementwise_s + again_s)
 
 
 def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfers) -> Piece:

@@ -23,6 +23,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
+    repeated: of a block's matrix products, the share that selective recompute does again.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
     source: where all this is written down.
@@ -36,6 +37,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_parallel: bool = True
     gathers: bool = False
     overlaps: bool = True
+    repeated: float = 0.0
     gradient_bytes: int = 4
     one_port: bool = False
     source: str
@@ -56,7 +58,8 @@ TRAINERS: dict[str, Trainer] = {
             compiled=True,
             attention="flash",
             gathers=True,
-            source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard",
+            repeated=0.5,
+            source="arXiv:2410.06511 (its selective recompute keeps every second product); FSDP2 as in PyTorch's fully_shard",
         ),
         Trainer(
             name="fsdp",
