@@ -219,7 +219,8 @@ def predict_optimizer(job: Job, local: int) -> float:
         host_s = (passes + clip_passes) * local_bytes / HOST_UPDATE_BYTES_PER_S
         return host_s + moved * local_bytes / HOST_LINK_BYTES_PER_S
     seconds = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
-    seconds += clip_passes * local_bytes / (device.memory_bytes_per_s * rates.clip)
+    clipped_bytes = clip_passes * local * min(STATE_BYTES, job.trainer.gradient_bytes)
+    seconds += clipped_bytes / (device.memory_bytes_per_s * rates.clip)
     # Moments come and go with each update.
     return seconds + (4 * local_bytes / HOST_LINK_BYTES_PER_S if offload == "optimizer" else 0.0)
 
