@@ -8,6 +8,7 @@ import msgspec
 from meshwright.plan.compute import has_known_peak
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memory
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
@@ -70,14 +71,16 @@ def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction
     """The same without what a pipeline runs when. frame: what build_frame gives for the job. brief: as predict_step."""
     job = share_machine(job)
     step, overlapped = predict_step(job, frame, brief=brief)
-    step_s = step.total()
+    memory, step_s = predict_memory(job, frame), step.total()
     tokens = job.data.global_batch * job.data.sequence
     return Prediction(
         layout=job.layout,
         step=step,
         overlapped=overlapped,
-        memory=predict_memory(job, frame),
+        memory=memory,
         step_s=step_s,
+        step_interval_s=step_interval(job, step),
+        memory_interval_bytes=memory_interval(job, memory),
         tokens_per_s=tokens / step_s if step_s else 0.0,
         notes=tuple(notes_on(job, known=step_s > 0)),
     )

@@ -119,6 +119,7 @@ class PlannedPipeline(msgspec.Struct, frozen=True, kw_only=True):
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     """A layout with its predicted accounts, as plan.json holds it. Times per step, memory of the fullest rank.
 
+    step_interval_s, memory_interval_bytes: from and to, what 8 of 10 measurements are meant to lie in.
     Along pipeline the step is the mean over ranks. pipeline: what each of them runs when, where it is drawn.
     """
 
@@ -127,6 +128,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
     overlapped: dict[str, float] = {}
     memory: MemoryAccount
     step_s: float
+    step_interval_s: tuple[float, float] = (0.0, 0.0)
+    memory_interval_bytes: tuple[float, float] = (0.0, 0.0)
     tokens_per_s: float
     notes: tuple[str, ...] = ()
     pipeline: PlannedPipeline | None = None
