@@ -87,7 +87,7 @@ def test_the_account_of_every_schedule_closes(schedule: Schedule, held: int, kin
     data = DataSettings(sequence=1024, global_batch=64)
     job = Job(run=RunSettings(name="test", steps=1), model=MODEL, data=data, layout=layout, cluster=cluster)
     check_job(job)
-    step, frame, rates = predict(job).step, build_frame(job), rates_of(job.cluster.device)
+    step, frame, rates = predict(job).step, build_frame(job), rates_of(job.cluster)
     # The parts add up to the longest chain of passes and what comes after it.
     after_s = max(predict_optimizer(job, part.local) for part in frame.parts) + sum_tied(job, frame) + step.comm_control
     # Launches are a part of a CPU's passes, and hidden by a GPU's.

@@ -6,8 +6,7 @@ from itertools import product
 
 import msgspec
 
-from meshwright.plan.rates import Collective, Rates
-from meshwright.spec import Axis, Cluster, Layout
+from meshwright.spec import Axis, Cluster, Collective, Layout, Rates
 
 
 class Ring(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +106,7 @@ def predict_collective(kind: Collective, whole_bytes: float, ring: Ring, rates: 
         return 0.0
     rounds = (ring.size - 1) * (2 if kind == "all_reduce" else 1)
     moved_bytes = rounds * whole_bytes / ring.size
-    return moved_bytes / (ring.link_bytes_per_s * rates.links[kind]) + rounds * ring.round_s
+    return moved_bytes / (ring.link_bytes_per_s * rates.links[kind]) + rounds * ring.round_s * rates.latencies[kind]
 
 
 def predict_exchange(rank_bytes: float, ring: Ring, cluster: Cluster, rates: Rates) -> float:
@@ -121,7 +120,7 @@ def predict_exchange(rank_bytes: float, ring: Ring, cluster: Cluster, rates: Rat
     inside_s = rank_bytes * (members - 1) / ring.size / (cluster.intra.bytes_per_s * rates.links["all_to_all"])
     across_s = rank_bytes * (ring.size - members) / ring.size / (cluster.inter.bytes_per_s * rates.links["all_to_all"])
     latency_s = cluster.inter.latency_s if ring.nodes > 1 else cluster.intra.latency_s
-    return max(inside_s, across_s) + latency_s
+    return max(inside_s, across_s) + latency_s * rates.latencies["all_to_all"]
 
 
 def hop_seconds(layout: Layout, cluster: Cluster, ranks: tuple[int, int], size_bytes: float, rates: Rates) -> float:
@@ -131,4 +130,4 @@ def hop_seconds(layout: Layout, cluster: Cluster, ranks: tuple[int, int], size_b
     stride, per_node = stride_of(layout, "pipeline"), cluster.devices_per_node
     near = layout.world_size <= per_node or ranks[0] * stride // per_node == ranks[1] * stride // per_node
     link = cluster.intra if near else cluster.inter
-    return size_bytes / (link.bytes_per_s * rates.links["send"]) + link.latency_s
+    return size_bytes / (link.bytes_per_s * rates.links["send"]) + link.latency_s * rates.latencies["send"]

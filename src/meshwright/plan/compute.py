@@ -4,7 +4,7 @@ import msgspec
 
 from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of, widths_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
-from meshwright.plan.rates import HOST_LINK_BYTES_PER_S, HOST_UPDATE_BYTES_PER_S, rates_of
+from meshwright.plan.rates import rates_of
 from meshwright.plan.ring import ring_seconds
 from meshwright.spec import Device, Job, ModelSpec, Trainer, count_flops
 from meshwright.spec.trainer import AttentionKernel
@@ -107,7 +107,7 @@ def eager_elements(model: ModelSpec, trainer: Trainer, *, dense: bool) -> tuple[
 
 def elementwise_seconds(job: Job, cut: Cut, *, dense: bool) -> tuple[float, float]:
     """Forward and backward seconds of a block's element-wise work on one microbatch."""
-    rates, compiled = rates_of(job.cluster.device), is_compiled(job)
+    rates, compiled = rates_of(job.cluster), is_compiled(job)
     both = fused_elements(job.model, dense=dense) if compiled else eager_elements(job.model, job.trainer, dense=dense)
     share = rates.elementwise if compiled else rates.eager
     element_s = tokens_of(job) * BYTES[job.layout.precision] / (job.cluster.device.memory_bytes_per_s * share)
@@ -118,7 +118,7 @@ def elementwise_seconds(job: Job, cut: Cut, *, dense: bool) -> tuple[float, floa
 
 def product_seconds(job: Job, shape: Shape) -> float:
     """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies."""
-    device, rates, experts = job.cluster.device, rates_of(job.cluster.device), job.model.experts
+    device, rates, experts = job.cluster.device, rates_of(job.cluster), job.model.experts
     tokens = rows = tokens_of(job)
     share = rates.matmul
     if len(shape) == 3 and experts:
@@ -169,7 +169,7 @@ def block_passes(job: Job, cut: Cut, group: Group) -> Passes:
 
 def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     """Forward and backward seconds of one block's attention on one microbatch."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    device, rates = job.cluster.device, rates_of(job.cluster)
     whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
     # Ranks of the context axis have equal parts of what the mask lets through.
     causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
@@ -196,7 +196,7 @@ def visible_share(model: ModelSpec, sequence: int) -> float:
 
 def head_passes(job: Job) -> Passes:
     """Final norm, head and loss on one microbatch; the loss's passes are split in two."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    device, rates = job.cluster.device, rates_of(job.cluster)
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
     matmul_s = product_seconds(job, (vocabulary, job.model.d_model))
     size = BYTES[job.layout.precision]
@@ -207,7 +207,7 @@ def head_passes(job: Job) -> Passes:
 
 def predict_optimizer(job: Job, local: int) -> float:
     """Seconds of gradient norm, clipping and update of a rank's `local` parameters, and of moving what is offloaded."""
-    device, rates, offload = job.cluster.device, rates_of(job.cluster.device), job.layout.offload
+    device, rates, offload = job.cluster.device, rates_of(job.cluster), job.layout.offload
     local_bytes = STATE_BYTES * local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
     passes = 7 if job.optimizer.name == "adamw" else 3
@@ -216,13 +216,13 @@ def predict_optimizer(job: Job, local: int) -> float:
     if offload == "parameters":
         # They come for each gather, twice a microbatch; their gradients go after each backward pass.
         moved = 3 * job.layout.accumulation(job.data.global_batch)
-        host_s = (passes + clip_passes) * local_bytes / HOST_UPDATE_BYTES_PER_S
-        return host_s + moved * local_bytes / HOST_LINK_BYTES_PER_S
+        host_s = (passes + clip_passes) * local_bytes / rates.host_update_bytes_per_s
+        return host_s + moved * local_bytes / rates.host_link_bytes_per_s
     seconds = passes * local_bytes / (device.memory_bytes_per_s * rates.update)
     clipped_bytes = clip_passes * local * min(STATE_BYTES, job.trainer.gradient_bytes)
     seconds += clipped_bytes / (device.memory_bytes_per_s * rates.clip)
     # Moments come and go with each update.
-    return seconds + (4 * local_bytes / HOST_LINK_BYTES_PER_S if offload == "optimizer" else 0.0)
+    return seconds + (4 * local_bytes / rates.host_link_bytes_per_s if offload == "optimizer" else 0.0)
 
 
 def has_known_peak(device: Device, job: Job) -> bool:

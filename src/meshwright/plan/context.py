@@ -25,7 +25,7 @@ def ring_transfers(job: Job, cut: Cut, passes: Passes) -> tuple[tuple[float, flo
 
     These end at home, so they make one step more.
     """
-    size, widths, rates = job.layout.context, widths_of(job, cut), rates_of(job.cluster.device)
+    size, widths, rates = job.layout.context, widths_of(job, cut), rates_of(job.cluster)
     numbers = tokens_of(job) * (widths.key + widths.value)
     # All send at once, so a step lasts as long as its slowest hop: between nodes through the sender's own port.
     ring = build_ring(job.layout, "context", job.cluster)
@@ -56,7 +56,7 @@ def exchange_transfers(job: Job, cut: Cut) -> tuple[tuple[float, float], tuple[f
 
     The first three travel together. Nothing runs beside it.
     """
-    widths, rates = widths_of(job, cut), rates_of(job.cluster.device)
+    widths, rates = widths_of(job, cut), rates_of(job.cluster)
     ring = build_ring(job.layout, "context", job.cluster)
     tokens_bytes = tokens_of(job) * BYTES[job.layout.precision]
     pass_s = sum(

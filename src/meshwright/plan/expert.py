@@ -24,7 +24,7 @@ def exchange_seconds(job: Job) -> float:
     if job.layout.expert == 1:
         return 0.0
     ring, _ = build_expert_rings(job.layout, job.cluster)
-    rates = rates_of(job.cluster.device)
+    rates = rates_of(job.cluster)
     counts_s = predict_exchange(0.0, ring, job.cluster, rates)
     return counts_s + 2 * predict_exchange(copies_bytes(job), ring, job.cluster, rates)
 

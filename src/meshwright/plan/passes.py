@@ -68,7 +68,7 @@ def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
 
 def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
     """One stage's passes."""
-    layout, overlaps = job.layout, rates_of(job.cluster.device).overlaps and job.trainer.overlaps
+    layout, overlaps = job.layout, rates_of(job.cluster).overlaps and job.trainer.overlaps
     split = layout.schedule in SPLIT_BACKWARD
 
     def in_pass(*, backward: bool, first: bool = False, last: bool = False) -> list[Piece]:
@@ -84,7 +84,7 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         ]
         return [piece.in_pass(*does) for piece in pieces]
 
-    slowed = rates_of(job.cluster.device).contention
+    slowed = rates_of(job.cluster).contention
 
     def forward_of(*, first: bool) -> Walk:
         return walk_forward(in_pass(backward=False, first=first), overlaps=overlaps).slowed(slowed)
@@ -142,7 +142,7 @@ def walk_data(job: Job, part: Part, stages: list[StageWalks]) -> DataWalk:
     copies = build_copies(job, groups.whole(), build_shard_ring(job.layout, job.cluster))
     shard_s, replica_s = copies.gather_s + copies.scatter_s, copies.all_reduce_s
     moved_s = shard_s + replica_s
-    if not moved_s or not (job.trainer.overlaps and rates_of(job.cluster.device).overlaps):
+    if not moved_s or not (job.trainer.overlaps and rates_of(job.cluster).overlaps):
         return DataWalk(shard_s=shard_s, replica_s=replica_s, moved_s=moved_s)
     beside_s = sum(stages[stage.index].middle.busy_s() for stage in part.stages)
     exposed = max(moved_s - beside_s, moved_s / max(1, groups.layers)) / moved_s
@@ -167,7 +167,7 @@ def stage_launches(job: Job, stage: Stage) -> float:
 
     FSDP wraps each block, a mixture's experts, the head and the root; what runs again is launched again.
     """
-    rates = rates_of(job.cluster.device)
+    rates = rates_of(job.cluster)
     again = stage.first(job.layout.recomputed_layers(job.model.layers))
     launches_s = (rates.block_host_s if is_compiled(job) else rates.eager_host_s) * (stage.layers + again / 2)
     if job.trainer.gathers:
@@ -178,7 +178,7 @@ def stage_launches(job: Job, stage: Stage) -> float:
 
 def stage_waits(job: Job, stage: Stage) -> float:
     """What the device waits for the host in either pass of a microbatch, however far ahead the host is else."""
-    rates = rates_of(job.cluster.device)
+    rates = rates_of(job.cluster)
     if job.cluster.device.kind == "cpu":
         return stage_launches(job, stage) / 2
     handed_s = 1e-3 if job.layout.pipeline > 1 and not job.trainer.gathers else 0.0

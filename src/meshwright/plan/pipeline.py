@@ -73,7 +73,7 @@ def stage_hops(job: Job) -> list[float]:
 
     They lie split along the sequence as they do between blocks.
     """
-    layout, rates = job.layout, rates_of(job.cluster.device)
+    layout, rates = job.layout, rates_of(job.cluster)
     size_bytes = tokens_of(job) * job.model.d_model * BYTES[layout.precision] / layout.tensor
     ranks = [rank_of_stage(layout, stage) for stage in range(stage_count(layout))]
     hops = [hop_seconds(layout, job.cluster, pair, size_bytes, rates) for pair in pairwise(ranks)]
@@ -86,7 +86,7 @@ def sum_tied(job: Job, frame: Frame) -> float:
         return 0.0
     ends = (0, rank_of_stage(job.layout, stage_count(job.layout) - 1))
     size_bytes = frame.cut.root.local * STATE_BYTES
-    return hop_seconds(job.layout, job.cluster, ends, size_bytes, rates_of(job.cluster.device))
+    return hop_seconds(job.layout, job.cluster, ends, size_bytes, rates_of(job.cluster))
 
 
 def draw_pipeline(job: Job, frame: Frame, stages: list[StageWalks]) -> PlannedPipeline:

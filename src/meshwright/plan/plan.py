@@ -23,7 +23,10 @@ LISTED = 20
 
 PRECISION_NOTE = {
     "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
-    "cpu": "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds",
+    "cpu": (
+        "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds; "
+        "meshwright calibrate measures yours"
+    ),
 }
 UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
 EXPERTS_NOTE = (
@@ -89,9 +92,19 @@ def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction
 def notes_on(job: Job, *, known: bool) -> list[str]:
     """How far to trust a prediction."""
     split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.kind == "cuda"
-    notes = [PRECISION_NOTE[job.cluster.device.kind] if known else UNKNOWN_PEAK_NOTE]
+    notes = [precision_note(job.cluster) if known else UNKNOWN_PEAK_NOTE]
     notes += [OFFLOAD_NOTE] if job.layout.offload != "none" else []
     return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
+
+
+def precision_note(cluster: Cluster) -> str:
+    """Where the constants of a prediction come from."""
+    measured = cluster.measured
+    if cluster.rates is None or measured is None:
+        return PRECISION_NOTE[cluster.device.kind]
+    steady = f"repeats lay within {max(measured.spread.values(), default=0.0):.0%} of each other"
+    together = f"{measured.processes} processes" if measured.processes > 1 else "one process"
+    return f"calibrated on {measured.date} with {together} and PyTorch {measured.torch}: {steady}"
 
 
 def build_plan(job: Job) -> Plan:

@@ -3,17 +3,13 @@
 GPU figures are read off the measured steps of notes on GPU baselines (H200, torch 2.11, 2026-11-22): one step of
 llama3-8b, 8,192 tokens on each of 2 GPUs, 855 ms, whose kernel timeline says how long each kind of work took. They are
 shares of the datasheet, so that they carry over to other devices; how well they do there is not measured yet.
-CPU figures: benchmarks/machine_rates.py on a 2-core x86 virtual machine, torch 2.13, 2026-11-22.
+CPU figures: measured on a 2-core x86 virtual machine, torch 2.13, 2026-11-22. `meshwright calibrate` measures those of
+a machine, which then stand in the place of these.
 """
-
-from typing import Literal
 
 import msgspec
 
-from meshwright.spec import Device
-from meshwright.spec.trainer import AttentionKernel
-
-Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+from meshwright.spec import Cluster, Collective, Device, Rates
 
 # Between a device and its host's memory: PCI Express 5.0 with 16 lanes carries 63 GB/s each way, of which copies are
 # taken to reach four fifths.
@@ -22,50 +18,13 @@ HOST_LINK_BYTES_PER_S = 50e9
 # numbers of 4 bytes in about 2.4 s of a 3.18 s step, a rank: llama-1b-untied, shard 2, on two H200s whose host has 32
 # cores for both (torch 2.11, 2026-11-23). Ranks with fewer cores will have less.
 HOST_UPDATE_BYTES_PER_S = 12.5e9
-
-
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """Shares of a device's peak FLOP rate, memory bandwidth and link bandwidth; and seconds that the host takes.
-
-    matmul: of the peak, what a matrix product would reach without edges; one of M x K x N takes
-        1 + matmul_edge (1/M + 1/K + 1/N) times as long.
-    attention: of the peak, forward and backward, on the causal half of the products alone, by kernel. scores: of the
-        peak, products of attention that has its scores in memory, all of them.
-    elementwise: norms, rotations, activation functions and residuals; eager: the same where blocks are not compiled.
-    loss: cross entropy over the vocabulary.
-    grouped: of what a plain matrix product reaches, what experts' products do, several matrices in one.
-    copy_in, copy_out: FSDP's copies before a reduction and after a gather.
-    update, clip: the optimizer's pass over states, and the gradient norm with the rescaling of gradients.
-    links: of the link's bandwidth, what a large collective moves along a ring.
-    overlaps: whether transfers run beside compute. contention: of the seconds that they do, what compute takes longer.
-    block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
-        group, forward and backward of one microbatch. eager_host_s: for one that is not compiled. tensor_host_s: what the tensor axis adds for one block.
-    step_s: idle device per step outside the model (logging, syncs).
-    """
-
-    matmul: float
-    matmul_edge: float
-    attention: dict[AttentionKernel, tuple[float, float]]
-    scores: float
-    elementwise: float
-    eager: float
-    loss: float
-    grouped: float
-    copy_in: float
-    copy_out: float
-    update: float
-    clip: float
-    links: dict[Collective, float]
-    overlaps: bool
-    contention: float
-    block_host_s: float
-    eager_host_s: float
-    group_host_s: float
-    tensor_host_s: float
-    routed_wait_s: float
-    sent_wait_s: float
-    step_s: float
-
+ALIKE: dict[Collective, float] = {
+    "all_reduce": 1.0,
+    "all_gather": 1.0,
+    "reduce_scatter": 1.0,
+    "all_to_all": 1.0,
+    "send": 1.0,
+}
 
 GPU = Rates(
     # 6 x 7.50e9 parameters x 8,192 tokens in 557 ms: 662 TFLOP/s of 989.4, or 0.67; without these products' edges
@@ -101,6 +60,8 @@ GPU = Rates(
     # Bus bandwidth at 1 GiB on 4 H200s: 353, 325 and 320 GB/s of NVLink's 450. The last two are assumed to be as fast
     # as a gather.
     links={"all_reduce": 0.78, "all_gather": 0.72, "reduce_scatter": 0.71, "all_to_all": 0.72, "send": 0.72},
+    # A link's own latency is all that is known of it.
+    latencies=ALIKE,
     overlaps=True,
     # Kernels beside a collective are slowed 1.1 to 1.3 times in published measurements; the middle of it.
     contention=0.2,
@@ -115,6 +76,8 @@ GPU = Rates(
     # and 2 passes. Assumed to be the same for larger blocks, under which the host might run ahead.
     routed_wait_s=1.1e-3,
     sent_wait_s=1.3e-3,
+    host_link_bytes_per_s=HOST_LINK_BYTES_PER_S,
+    host_update_bytes_per_s=HOST_UPDATE_BYTES_PER_S,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
     step_s=0.0,
 )
@@ -153,6 +116,7 @@ CPU = Rates(
     # 1.83 GB/s in 2 processes, 1.23 and 0.59 of 1.03 in 4.
     # Assumed: exchanges as a reduction, whose parts go to each rank as theirs do; sends at the link's rate.
     links={"all_reduce": 1.0, "all_gather": 0.9, "reduce_scatter": 0.5, "all_to_all": 0.5, "send": 1.0},
+    latencies=ALIKE,
     # gloo blocks the training thread.
     overlaps=False,
     contention=0.0,
@@ -167,13 +131,20 @@ CPU = Rates(
     # Every launch counts here, in a block's.
     routed_wait_s=0.0,
     sent_wait_s=0.0,
+    host_link_bytes_per_s=HOST_LINK_BYTES_PER_S,
+    host_update_bytes_per_s=HOST_UPDATE_BYTES_PER_S,
     # The optimizer's and the loop's own Python, assumed.
     step_s=4e-3,
 )
 
 
-def rates_of(device: Device) -> Rates:
-    """The shares that hold for a device."""
+def rates_of(cluster: Cluster) -> Rates:
+    """The cluster's own rates, as calibrate measured them; else the built-in ones of its device."""
+    return cluster.rates or built_in_rates(cluster.device)
+
+
+def built_in_rates(device: Device) -> Rates:
+    """The shares that hold for a device that nobody has calibrated."""
     if device.kind == "cpu":
         return CPU
     return AMPERE if device.name.startswith("a100") else GPU

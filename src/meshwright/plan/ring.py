@@ -26,7 +26,7 @@ PLAIN_BACKWARD_PRODUCTS = 5 / 2
 
 def ring_seconds(job: Job, widths: Widths, causal_flops: float) -> tuple[float, float]:
     """Forward and backward seconds of one block's attention; causal_flops: of its forward pass on one rank."""
-    device, rates = job.cluster.device, rates_of(job.cluster.device)
+    device, rates = job.cluster.device, rates_of(job.cluster)
     copy_bytes_per_s = device.memory_bytes_per_s * rates.loss
     if not is_masked(job):
         peak = device.peak_flops_per_s(job.layout.precision)

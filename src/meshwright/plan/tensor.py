@@ -38,7 +38,7 @@ def move_seconds(job: Job) -> tuple[float, float]:
 
     Where norms and residuals are whole on each rank, both together are one all-reduce.
     """
-    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
+    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster)
     whole_bytes = tokens_of(job) * job.model.d_model * BYTES[job.layout.precision]
     if not job.trainer.sequence_parallel:
         half_s = predict_collective("all_reduce", whole_bytes, ring, rates) / 2
@@ -51,7 +51,7 @@ def move_seconds(job: Job) -> tuple[float, float]:
 
 def sum_seconds(job: Job, sizes: tuple[int, ...]) -> float:
     """Summing gradients, one parameter at a time, in compute precision."""
-    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
+    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster)
     return sum(predict_collective("all_reduce", size * BYTES[job.layout.precision], ring, rates) for size in sizes)
 
 
@@ -79,7 +79,7 @@ def block_transfers(job: Job, group: Group, products_s: tuple[float, float]) -> 
 
 def end_transfers(job: Job, cut: Cut) -> tuple[TensorTransfers, TensorTransfers]:
     """The embedding, whose outputs are summed and split, and the head, which gathers its input and sums the loss."""
-    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster.device)
+    ring, rates = build_ring(job.layout, "tensor", job.cluster), rates_of(job.cluster)
     gather_s, scatter_s = move_seconds(job)
     sums_s = sum(predict_collective("all_reduce", size * tokens_of(job), ring, rates) for size in LOSS_BYTES)
     return (

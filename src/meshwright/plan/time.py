@@ -26,7 +26,7 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     if not has_known_peak(device, job):
         return StepAccount(), {}
     frame = frame or build_frame(job)
-    rates, microbatches, ranks = rates_of(device), accumulation_of(job), job.layout.pipeline
+    rates, microbatches, ranks = rates_of(job.cluster), accumulation_of(job), job.layout.pipeline
     stages = walk_stages(job, frame)
     walk = mean_walk(stages, microbatches, ranks)
     host_s = sum(stage.host_s(microbatches) for stage in stages) / ranks
@@ -120,7 +120,7 @@ def predict_control(job: Job) -> float:
     ring = Ring(
         size=size, nodes=nodes, link_bytes_per_s=cluster.intra.bytes_per_s, round_s=(inside_s + across_s) / size
     )
-    return predict_collective("all_reduce", CONTROL_BYTES, ring, rates_of(cluster.device))
+    return predict_collective("all_reduce", CONTROL_BYTES, ring, rates_of(cluster))
 
 
 def share_machine(job: Job) -> Job:

@@ -213,7 +213,7 @@ def build_piece(job: Job, group: Group, passes: Passes, transfers: TensorTransfe
 
 def build_copies(job: Job, parameters: int, shards: Ring) -> Copies:
     """What is done with a group of parameters, so many whole, that is sharded over a ring."""
-    cluster, rates, size = job.cluster, rates_of(job.cluster.device), BYTES[job.layout.precision]
+    cluster, rates, size = job.cluster, rates_of(job.cluster), BYTES[job.layout.precision]
     sent = min(STATE_BYTES, job.trainer.gradient_bytes)
     memory_bytes_per_s, replica = cluster.device.memory_bytes_per_s, build_ring(job.layout, "replica", cluster)
     # A gather arrives in compute precision; a rank that has all of it casts its fp32 masters instead.

@@ -58,6 +58,7 @@ from meshwright.spec.model import (
 )
 from meshwright.spec.moments import Moment, fullest_moments, is_within
 from meshwright.spec.numbers import nearest_divisor
+from meshwright.spec.rates import Collective, Measured, Rates
 from meshwright.spec.schedule import (
     SPLIT_BACKWARD,
     TURNING,
@@ -90,6 +91,7 @@ __all__ = [
     "Axis",
     "CheckpointSettings",
     "Cluster",
+    "Collective",
     "ContextForm",
     "DataSettings",
     "Device",
@@ -103,6 +105,7 @@ __all__ = [
     "LatentAttention",
     "Layout",
     "Link",
+    "Measured",
     "Message",
     "ModelSpec",
     "Moment",
@@ -111,6 +114,7 @@ __all__ = [
     "OptimizerSettings",
     "Pass",
     "Precision",
+    "Rates",
     "Recompute",
     "RopeScaling",
     "RunSettings",

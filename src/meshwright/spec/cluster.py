@@ -7,6 +7,7 @@ import msgspec
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Precision
 from meshwright.spec.numbers import check_range
+from meshwright.spec.rates import Measured, Rates, check_rates
 
 # Of each size. Far beyond any cluster, and a search over divisors still ends in a moment.
 MOST_DEVICES = 2**20
@@ -43,13 +44,18 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`nodes` x `devices_per_node` equal devices; `intra` links them inside a node, `inter` between nodes."""
+    """`nodes` x `devices_per_node` equal devices; `intra` links them inside a node, `inter` between nodes.
+
+    rates: what `meshwright calibrate` measured of it; None for the built-in ones of its device. measured: when.
+    """
 
     device: Device
     nodes: int = 1
     devices_per_node: int
     intra: Link
     inter: Link
+    rates: Rates | None = None
+    measured: Measured | None = None
 
     @property
     def devices(self) -> int:
@@ -78,6 +84,8 @@ def check_cluster(cluster: Cluster, world_size: int) -> None:
         ("inter.latency_s", cluster.inter.latency_s, 0.0, 1e3),
     ):
         check_range(f"cluster.{setting}", value, low, high)
+    if cluster.rates is not None:
+        check_rates(cluster.rates)
     if world_size > cluster.devices:
         raise SettingError(
             f"layout of {world_size} ranks",
