@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright import __version__
+from meshwright.cli.calibration import calibrate, calibrate_agent
 from meshwright.cli.machine import (
     as_setting,
     check_devices,
@@ -278,6 +279,10 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     from meshwright.train.agent import watch_ranks
 
     sys.exit(watch_ranks(run, attempt, began_s))
+
+
+cli.add_command(calibrate)
+cli.add_command(calibrate_agent)
 
 
 def data_module(command: str) -> "ModuleType":

@@ -3,7 +3,7 @@
 from meshwright.parallel.apply import build_loss, build_parallel_model, build_token_loss, parallelize
 from meshwright.parallel.balance import move_biases, take_loads
 from meshwright.parallel.context import LocalBatch, cut_sequence
-from meshwright.parallel.mesh import build_mesh, data_rank, start_distributed, stop_distributed, tell_all
+from meshwright.parallel.mesh import build_mesh, data_rank, join_group, start_distributed, stop_distributed, tell_all
 from meshwright.parallel.part import copy_whole, local_part
 from meshwright.parallel.pipeline import Passes, Stages
 from meshwright.parallel.reduce import (
@@ -36,6 +36,7 @@ __all__ = [
     "cut_sequence",
     "data_rank",
     "free_gathered",
+    "join_group",
     "local_part",
     "move_biases",
     "parallelize",

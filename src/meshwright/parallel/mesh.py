@@ -1,6 +1,6 @@
 """Process groups and the device mesh. Nothing outside this package creates either."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -81,6 +81,17 @@ def own_group(axis: DeviceMesh, name: str) -> dist.ProcessGroup:
         assert isinstance(group, dist.ProcessGroup)
         return group
     return axis.get_group()
+
+
+def join_group(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """This rank's of several groups that have no rank in common; None where it is in none. Called by every rank."""
+    own: dist.ProcessGroup | None = None
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            assert isinstance(group, dist.ProcessGroup)
+            own = group
+    return own
 
 
 def build_expert_mesh(layout: Layout, mesh: DeviceMesh) -> DeviceMesh:

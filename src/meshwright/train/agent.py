@@ -13,7 +13,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from meshwright.data import prepare
 from meshwright.record import RunFolder
-from meshwright.spec import Job, SettingError
+from meshwright.spec import SettingError
 from meshwright.spec.decode import read_job
 from meshwright.train.worker import CRASHED, REFUSED, Failure, no_machine, run_rank
 
@@ -31,17 +31,17 @@ def watch_ranks(run: str, attempt: int, began_s: float) -> int:
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
-    return start_ranks(folder, attempt, job, run_rank, (run, attempt, began_s))
+    return start_ranks(folder, attempt, job.layout.world_size, run_rank, (run, attempt, began_s))
 
 
 def start_ranks(
-    folder: RunFolder, attempt: int, job: Job, work: Callable[..., None], arguments: tuple[object, ...]
+    folder: RunFolder, attempt: int, ranks: int, work: Callable[..., None], arguments: tuple[object, ...]
 ) -> int:
-    """Start the node's ranks through torchrun's agent, each with work(*arguments), and wait; return the exit code."""
+    """Start so many ranks through torchrun's agent, each with work(*arguments), and wait; return the exit code."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=job.layout.world_size,
+        nproc_per_node=ranks,
         run_id=f"{folder.path.name}-{attempt}",
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",

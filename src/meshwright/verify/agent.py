@@ -28,7 +28,7 @@ def verify_run(run: str, attempt: int) -> int:
     torch.set_num_threads(1)
     device = torch.device(job.cluster.device.kind, 0) if job.cluster.device.kind == "cuda" else torch.device("cpu")
     reference = train_alone(job, device, folder.path / REFERENCE_FILE)
-    code = start_ranks(folder, attempt, job, verify_rank, (run, attempt))
+    code = start_ranks(folder, attempt, job.layout.world_size, verify_rank, (run, attempt))
     if code:
         return code
     ranks = read_reports(folder, job.layout.world_size)
