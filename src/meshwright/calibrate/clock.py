@@ -13,6 +13,8 @@ from meshwright.record.calibration import Figure, Place
 
 Work = Callable[[], object]
 
+# As long may all of it last before what is left is measured with the fewest repeats.
+ENOUGH_S = 120.0
 # A GPU's events are as far apart as what lies between them at least lasts, and the host must have run ahead by then.
 INNER_S = 2e-3
 MOST_INNER = 100
@@ -21,10 +23,13 @@ MOST_REPEATS = 25
 
 
 class Clock(msgspec.Struct, frozen=True, kw_only=True):
-    """device: that work runs on. share_s: how long to repeat a piece of it, in which MOST_REPEATS are enough."""
+    """device: that work runs on. share_s: how long to repeat a piece of it, in which MOST_REPEATS are enough.
+    begun_s: of time.monotonic(), when the first was measured.
+    """
 
     device: torch.device
     share_s: float
+    begun_s: float
 
     def measure(
         self,
@@ -45,11 +50,13 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         """
         self.repeat(run, 1, before, after, on_host=True)
         # The second time nothing is compiled, loaded or allocated any more.
-        once_s = self.agree(self.repeat(run, 1, before, after, on_host=False))[0]
+        spent_s = time.monotonic() - self.begun_s
+        once_s, spent_s = self.agree([*self.repeat(run, 1, before, after, on_host=False), spent_s])
+        share_s = self.share_s if spent_s < ENOUGH_S else 0.0
         inner = 1
         if self.device.type == "cuda" and before is None and after is None and not on_host:
             inner = min(MOST_INNER, ceil(INNER_S / max(once_s, 1e-9)))
-        repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, int(self.share_s / (inner * max(once_s, 1e-9)))))
+        repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, int(share_s / (inner * max(once_s, 1e-9)))))
         seconds = sorted(self.repeat(run, repeats, before, after, on_host=on_host, inner=inner))
         # What else runs on a CPU can only lengthen a kernel. A collective is waited for by whoever comes first, and in
         # training too.
@@ -118,7 +125,7 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         """What matrix products are computed in: as layout.precision = "auto" has it."""
         if self.device.type == "cpu":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def spread_of(seconds: list[float]) -> float:

@@ -34,7 +34,7 @@ def measure_passes(clock: Clock, name: str, ranks: int, *, compiled: bool, shard
     units = list(model.blocks.values())
     for unit in units:
         if compiled:
-            unit.forward = torch.compile(unit.forward)
+            unit.forward = torch.compile(unit.forward, dynamic=False)
     if sharded:
         # Each rank has a pipeline stage to itself, as it were, so that nothing is sent.
         mesh = build_mesh(Layout(pipeline=ranks), clock.device)

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meshwright.calibrate.clock import Clock
 from meshwright.calibrate.sizes import BlockSize, Sizes
-from meshwright.models import Block, rotary_tables, token_loss
+from meshwright.models import Block, attend, rotary_tables, token_loss
 from meshwright.record.calibration import Figure
 from meshwright.spec import ModelSpec
 
@@ -37,14 +37,16 @@ def measure_flash(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
 def measure_kernel(clock: Clock, name: str, size: tuple[int, ...]) -> Iterator[Figure]:
     """One size of it. Heads lie beside each other in memory, as a matrix product leaves them."""
     sequences, heads, sequence, head_dim = size
-    parts = [clock.normal(sequences, sequence, heads, head_dim, graded=True).transpose(1, 2) for _ in range(3)]
+    query, key, value = (
+        clock.normal(sequences, sequence, heads, head_dim, graded=True).transpose(1, 2) for _ in range(3)
+    )
     gradient = clock.normal(sequences, heads, sequence, head_dim)
 
     def forward() -> Tensor:
-        return F.scaled_dot_product_attention(*parts, is_causal=True)
+        return attend(query, key, value, None)
 
     def both() -> None:
-        torch.autograd.grad(forward(), parts, gradient)
+        torch.autograd.grad(forward(), (query, key, value), gradient)
 
     yield clock.measure(f"{name}.forward", size, forward)
     yield clock.measure(f"{name}.both", size, both)
@@ -64,7 +66,7 @@ def measure_blocks(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
         block = build_own_block(clock, size)
         yield measure_block(clock, "block.eager", size, block, block.forward)
         if clock.device.type == "cuda":
-            yield measure_block(clock, "block.compiled", size, block, torch.compile(block.forward))
+            yield measure_block(clock, "block.compiled", size, block, torch.compile(block.forward, dynamic=False))
 
 
 def measure_block(clock: Clock, name: str, size: BlockSize, block: Block, forward: Callable[..., Tensor]) -> Figure:
@@ -98,7 +100,7 @@ def spec_of(size: BlockSize) -> ModelSpec:
 
 def measure_loss(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
     """Cross entropy and the gradient of its logits, compiled on a GPU as it is trained."""
-    loss = torch.compile(token_loss) if clock.device.type == "cuda" else token_loss
+    loss = torch.compile(token_loss, dynamic=False) if clock.device.type == "cuda" else token_loss
     for tokens, vocabulary in sizes.logits:
         logits = clock.normal(1, tokens, vocabulary, graded=True)
         targets = torch.randint(vocabulary, (1, tokens), device=clock.device)

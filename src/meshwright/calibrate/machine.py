@@ -1,13 +1,14 @@
 """All figures of a machine, in the order in which they are measured on all of its ranks together."""
 
 import os
-import platform
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch.cuda import nccl
 
 from meshwright.calibrate.clock import Clock
 from meshwright.calibrate.host import measure_launches
@@ -41,7 +42,7 @@ def measure_machine(request: Request, device: torch.device) -> Calibration:
         # As training shares the cores.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.devices_per_node))
     sizes = sizes_for(device.type, quick=request.quick)
-    clock = Clock(device=device, share_s=sizes.share_s)
+    clock = Clock(device=device, share_s=sizes.share_s, begun_s=time.monotonic())
     figures: list[Figure] = []
     missing: list[str] = []
     for name, measure in parts_of(clock, sizes, cluster.devices_per_node):
@@ -58,14 +59,16 @@ def measure_machine(request: Request, device: torch.device) -> Calibration:
             missing.append(f"{name}: no kernel for this device")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            # Else the next size of a function that was compiled is compiled for all sizes, which training does not.
+            torch.compiler.reset()
     gpu = device.type == "cuda"
     return Calibration(
-        device=torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
+        device=torch.cuda.get_device_name(device) if gpu else "",
         ranks=dist.get_world_size(),
         nodes=cluster.nodes,
         torch=str(torch.__version__),
         cuda=(torch.version.cuda or "") if gpu else "",
-        nccl=".".join(map(str, torch.cuda.nccl.version())) if gpu else "",
+        nccl=".".join(map(str, nccl.version())) if gpu else "",
         figures=tuple(figures),
         missing=tuple(missing),
     )

@@ -7,8 +7,9 @@ import msgspec
 
 from meshwright.plan.calibration_links import fit_contention, fit_links
 from meshwright.plan.compute import WHOLE_HEAD, attention_seconds, block_passes, elementwise_seconds, head_passes
-from meshwright.plan.fitting import Fit, fit_line, geometric_mean
+from meshwright.plan.fitting import DIGITS, Fit, fit_line, geometric_mean, rounded
 from meshwright.plan.kept import BYTES
+from meshwright.plan.machine import BANDWIDTH, processor_name
 from meshwright.plan.part import STATE_BYTES, cut_model
 from meshwright.record.calibration import Calibration
 from meshwright.spec import (
@@ -23,6 +24,7 @@ from meshwright.spec import (
     RunSettings,
     Trainer,
 )
+from meshwright.spec.trainer import AttentionKernel
 
 # Of a block's measured seconds, what its element-wise part takes at least, however fast products seemed alone.
 LEAST_ELEMENTWISE = 0.02
@@ -50,7 +52,7 @@ def calibrate_cluster(calibration: Calibration, cluster: Cluster, date: str) -> 
         fit = step(fit)
     measured = Measured(
         date=date,
-        device=calibration.device,
+        device=calibration.device or processor_name(),
         processes=calibration.ranks,
         torch=calibration.torch,
         cuda=calibration.cuda,
@@ -69,8 +71,8 @@ def fit_memory(fit: Fit) -> Fit:
         return fit.noting("memory", copies)
     device = msgspec.structs.replace(
         device,
-        memory_bytes_per_s=float(f"{2 * largest.sizes[0] / largest.seconds:.4g}"),
-        source=f"memory bandwidth measured on {fit.date}; the rest: {device.source}",
+        memory_bytes_per_s=rounded(2 * largest.sizes[0] / largest.seconds, DIGITS),
+        source=f"{device.source.partition(BANDWIDTH)[0]}{BANDWIDTH}measured on {fit.date}",
     )
     return fit.noting("memory", copies).placed(device=device)
 
@@ -81,8 +83,8 @@ def fit_products(fit: Fit) -> Fit:
     flops = [2.0 * rows * inner * columns for rows, inner, columns in (product.sizes for product in products)]
     if device.peak_flops_per_s(precision_of(fit.cluster)) == 0:
         fastest = max(work / product.seconds for work, product in zip(flops, products, strict=True))
-        source = f"peak in bf16: the fastest product measured on {fit.date}; the rest: {device.source}"
-        device = msgspec.structs.replace(device, peak_bf16_flops_per_s=float(f"{fastest:.4g}"), source=source)
+        source = f"{device.source}; peak in bf16: the fastest product measured on {fit.date}"
+        device = msgspec.structs.replace(device, peak_bf16_flops_per_s=rounded(fastest, DIGITS), source=source)
         fit = fit.placed(device=device)
     peak = device.peak_flops_per_s(precision_of(fit.cluster))
     edges = [sum(1 / side for side in product.sizes) for product in products]
@@ -108,7 +110,10 @@ def fit_attention(fit: Fit) -> Fit:
 
 
 def scaled(
-    old: dict[str, tuple[float, float]], kernel: str, shares: tuple[float, float], beside: str
+    old: dict[AttentionKernel, tuple[float, float]],
+    kernel: AttentionKernel,
+    shares: tuple[float, float],
+    beside: AttentionKernel,
 ) -> tuple[float, float]:
     """A kernel's built-in shares times what those of another one have become."""
     return (old[kernel][0] * shares[0] / old[beside][0], old[kernel][1] * shares[1] / old[beside][1])

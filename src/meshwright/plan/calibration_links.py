@@ -2,7 +2,7 @@
 
 import msgspec
 
-from meshwright.plan.fitting import Fit, fit_line, rounded
+from meshwright.plan.fitting import DIGITS, Fit, fit_line, rounded
 from meshwright.record.calibration import Figure, Place
 from meshwright.spec import Collective, Link
 
@@ -33,7 +33,7 @@ def fit_links(fit: Fit) -> Fit:
     bandwidth = first.bytes_per_s if fit.cluster.device.kind == "cpu" else link.bytes_per_s
     said = source if fit.cluster.device.kind == "cpu" else f"{link.source}; latency {source}"
     link = msgspec.structs.replace(
-        link, bytes_per_s=rounded(bandwidth, 4), latency_s=rounded(first.latency_s, 4), source=said
+        link, bytes_per_s=rounded(bandwidth, DIGITS), latency_s=rounded(first.latency_s, DIGITS), source=said
     )
     shares = {kind: line.bytes_per_s / link.bytes_per_s for kind, line in lines.items()}
     latencies = {kind: line.latency_s / link.latency_s for kind, line in lines.items()}
@@ -45,8 +45,8 @@ def fit_links(fit: Fit) -> Fit:
         gather = across["all_gather"]
         inter = msgspec.structs.replace(
             fit.cluster.inter,
-            bytes_per_s=rounded(gather.bytes_per_s / shares["all_gather"], 4),
-            latency_s=rounded(gather.latency_s / max(latencies["all_gather"], 1e-3), 4),
+            bytes_per_s=rounded(gather.bytes_per_s / shares["all_gather"], DIGITS),
+            latency_s=rounded(gather.latency_s / max(latencies["all_gather"], 1e-3), DIGITS),
             source=source,
         )
         fit = fit.placed(inter=inter)
@@ -57,7 +57,9 @@ def fit_links(fit: Fit) -> Fit:
 
 def lines_of(fit: Fit, place: Place) -> dict[Collective, Line]:
     """Of every kind in one placement; none where it was not measured."""
-    found = {kind: [figure for figure in fit.of(kind) if figure.place == place] for kind in KINDS}
+    found: dict[Collective, list[Figure]] = {}
+    for kind in KINDS:
+        found[kind] = [figure for figure in fit.of(kind) if figure.place == place]
     return {kind: fit_collective(kind, figures) for kind, figures in found.items() if figures}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import exp, fsum, log
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -62,9 +62,9 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
 def rounded(value: Any, digits: int) -> Any:
     """A number of so many significant digits; of a collection each of its numbers."""
     if isinstance(value, dict):
-        return {name: rounded(inner, digits) for name, inner in value.items()}
+        return {name: rounded(inner, digits) for name, inner in cast(dict[Any, Any], value).items()}
     if isinstance(value, tuple):
-        return tuple(rounded(inner, digits) for inner in value)
+        return tuple(rounded(inner, digits) for inner in cast(tuple[Any, ...], value))
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 

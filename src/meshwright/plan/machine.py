@@ -11,9 +11,11 @@ import msgspec
 from meshwright.spec import Cluster, Device, Link, SettingError
 from meshwright.spec.hardware import Node, match_gpu, unknown_gpu
 
-# Read off one run of the benchmark on an otherwise idle machine; another machine's figures differ: run it there.
-MEASURED = "measured by benchmarks/machine_rates.py on a 2-core x86 virtual machine, 2026-11-22, torch 2.13.0"
+# On an otherwise idle machine; another one's figures differ: `meshwright calibrate` measures them.
+MEASURED = "measured on a 2-core x86 virtual machine, 2026-11-22, torch 2.13.0"
 CPU_COPY_BYTES_PER_S = 32e9
+# What a source says of it begins so.
+BANDWIDTH = "; memory bandwidth "
 # Bandwidth of an all-reduce of 16 MiB in 2 processes, and in 4 on the 2 cores: a process that is not running cannot
 # pass a part on. Latency as training sees it: a round of a collective alone takes 140 and 300 us, but gloo's threads
 # wait for cores that compute; comm.shard of examples/quickstart.toml is 21 ms a step in 2 processes, 56 ms in 4.
@@ -90,7 +92,7 @@ def cpu_cluster(processes: int) -> Cluster:
         # Without a bf16 matrix unit PyTorch converts and runs at the fp32 rate or below it.
         peak_bf16_flops_per_s=share,
         peak_fp32_flops_per_s=share,
-        source=f"{peak.source}; over {processes} processes; memory bandwidth {MEASURED}",
+        source=f"{peak.source}; over {processes} processes{BANDWIDTH}{MEASURED}",
     )
     link = GLOO if processes <= cores() else GLOO_SHARED_CORES
     return Cluster(device=device, devices_per_node=processes, intra=link, inter=link)

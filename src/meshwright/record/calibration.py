@@ -37,7 +37,10 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """All figures, and what they were taken with. missing: work that this machine cannot do, each with why."""
+    """All figures, and what they were taken with.
+
+    device: a GPU's name; "" for processes on a CPU. missing: work that this machine cannot do, each with why.
+    """
 
     device: str
     ranks: int

@@ -1,9 +1,10 @@
 """How much of a device's datasheet rates real kernels and transfers reach: numbers that a cluster may carry."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
+from meshwright.spec.errors import SettingError
 from meshwright.spec.numbers import check_range
 from meshwright.spec.trainer import AttentionKernel
 
@@ -90,16 +91,20 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def check_rates(rates: Rates) -> None:
     """Raise SettingError for shares and times that no machine has: what is divided by them must stay finite."""
     for name in rates.__struct_fields__:
-        value, setting = getattr(rates, name), f"cluster.rates.{name}"
-        if isinstance(value, bool):
-            continue
-        low, high = range_of(name)
-        if not isinstance(value, dict):
-            check_range(setting, value, low, high)
-            continue
-        for kind, shares in value.items():
-            for share in shares if isinstance(shares, tuple) else (shares,):
-                check_range(f"{setting}.{kind}", share, low, high)
+        value, (low, high) = getattr(rates, name), range_of(name)
+        if isinstance(value, float):
+            check_range(f"cluster.rates.{name}", value, low, high)
+    for kind in get_args(Collective):
+        for name in ("links", "latencies"):
+            shares, setting = getattr(rates, name), f"cluster.rates.{name}.{kind}"
+            if kind not in shares:
+                raise SettingError(setting, "is missing", f"{setting} = 1.0")
+            check_range(setting, shares[kind], *range_of(name))
+    if "cudnn" not in rates.attention:
+        raise SettingError("cluster.rates.attention.cudnn", "is missing", "cluster.rates.attention.cudnn = [0.5, 0.4]")
+    for kernel, shares in rates.attention.items():
+        for share in shares:
+            check_range(f"cluster.rates.attention.{kernel}", share, *range_of("attention"))
 
 
 def range_of(name: str) -> tuple[float, float]:
