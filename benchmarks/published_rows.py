@@ -207,8 +207,14 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
         async_tensor="asynctp" in cells["precision"].lower(),
         schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
+        stage_layers=equal_stages(model.layers, pipeline * held) if pipeline > 1 else (),
         precision="bf16",
     )
+
+
+def equal_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """As many blocks on each stage, as all of these trainers have it; () where they do not divide."""
+    return (layers // stages,) * stages if layers % stages == 0 else ()
 
 
 def zero_of(text: str) -> int:

@@ -68,9 +68,7 @@ def titled(title: str, inner: "Table") -> "Table":
 
 def step_table(prediction: Prediction) -> "Table":
     """Seconds and share of every bucket."""
-    low_s, high_s = prediction.step_interval_s
-    between = f" ({seconds_text(low_s)} to {seconds_text(high_s)})" if prediction.step_s else ""
-    table = new_table([f"step {seconds_text(prediction.step_s)}{between}"], ["time", "share", ""])
+    table = new_table([f"step {seconds_text(prediction.step_s)}"], ["time", "share", ""])
     rows = sorted(prediction.step.rows(), key=lambda row: -row[1])
     large = [(n, s) for n, s in rows if s > SMALL * prediction.step_s and s]
     small_s = sum(s for _, s in rows) - sum(s for _, s in large)
@@ -79,6 +77,8 @@ def step_table(prediction: Prediction) -> "Table":
         table.add_row(name, seconds_text(seconds), f"{share:.1%}", bar(share))
     if small_s > 0:
         table.add_row("the other buckets", seconds_text(small_s), f"{small_s / prediction.step_s:.1%}", "")
+    if prediction.step_s:
+        table.add_row("80% interval", *map(seconds_text, prediction.step_interval_s), style="bold")
     for purpose, seconds in prediction.overlapped.items():
         table.add_row(f"({purpose}, hidden)", seconds_text(seconds), "", "", style="dim")
     return table
@@ -87,15 +87,15 @@ def step_table(prediction: Prediction) -> "Table":
 def memory_table(plan: Plan) -> "Table":
     """Bytes of every term against the device's capacity."""
     memory, capacity_bytes = plan.job.memory, plan.capacity_bytes
-    total_bytes, (low_bytes, high_bytes) = memory.total(), plan.job.memory_interval_bytes
-    between = f" ({gb(low_bytes)} to {gb(high_bytes)})"
-    table = new_table([f"memory {gb(total_bytes)}{between} of {gb(capacity_bytes)}"], ["bytes", "of device"])
+    total_bytes = memory.total()
+    table = new_table([f"memory {gb(total_bytes)} of {gb(capacity_bytes)}"], ["bytes", "of device"])
     for name, size_bytes in sorted(memory.rows(), key=lambda row: -row[1]):
         if size_bytes:
             table.add_row(MEMORY_WORDS.get(name, name), gb(size_bytes), f"{size_bytes / capacity_bytes:.1%}")
     left_bytes = capacity_bytes - total_bytes
     word = "left" if left_bytes >= 0 else "missing"
     table.add_row(word, gb(abs(left_bytes)), f"{abs(left_bytes) / capacity_bytes:.1%}", style="bold")
+    table.add_row("80% interval", *map(gb, plan.job.memory_interval_bytes), style="bold")
     return table
 
 
