@@ -94,6 +94,9 @@ def under_torchrun() -> bool:
 
 def check_devices(wanted: "Cluster") -> None:
     """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
+    from meshwright.spec import check_kind
+
+    check_kind(wanted.device)
     here = local(wanted.devices_per_node)
     # Under torchrun every node starts its own ranks; without it all of them start here.
     needed = wanted.devices_per_node if under_torchrun() else wanted.devices

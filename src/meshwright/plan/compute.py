@@ -6,7 +6,7 @@ from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, token
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import HOST_LINK_BYTES_PER_S, HOST_UPDATE_BYTES_PER_S, rates_of
 from meshwright.plan.ring import ring_seconds
-from meshwright.spec import Device, Job, ModelSpec, count_flops
+from meshwright.spec import Device, Job, ModelSpec, Precision, count_flops
 
 # Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
 # their gradient: to fp32 (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill 4, read 4 + 4,
@@ -58,8 +58,11 @@ def elementwise_elements(model: ModelSpec, *, dense: bool) -> tuple[float, float
     return forward, 8 * d + rotation + 2 * head_norms + (6 if gated else 3) * f + order
 
 
-def product_seconds(job: Job, shape: Shape) -> float:
-    """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies."""
+def product_seconds(job: Job, shape: Shape, precision: Precision | None = None) -> float:
+    """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies.
+
+    precision: of a product that is not one of the blocks'.
+    """
     device, rates, experts = job.cluster.device, rates_of(job.cluster.device), job.model.experts
     tokens = rows = tokens_of(job)
     share = rates.matmul
@@ -70,7 +73,7 @@ def product_seconds(job: Job, shape: Shape) -> float:
         share *= rates.grouped
     outputs, inputs = shape[-2:]
     edges = 1 + rates.matmul_edge * (1 / rows + 1 / outputs + 1 / inputs)
-    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(job.layout.precision) * share)
+    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(precision or job.layout.precision) * share)
 
 
 def block_products(job: Job, group: Group) -> dict[str, float]:
@@ -119,7 +122,7 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
     if job.layout.context > 1 and job.layout.context_form == "ring":
         return ring_seconds(job, widths_of(job, cut), causal_flops)
-    peak = device.peak_flops_per_s(job.layout.precision)
+    peak = device.peak_flops_per_s(job.layout.plain_precision)
     return causal_flops / (peak * rates.attention_forward), 2 * causal_flops / (peak * rates.attention_backward)
 
 
@@ -133,9 +136,9 @@ def head_passes(job: Job) -> Passes:
     """Final norm, head and loss on one microbatch; the loss's passes are split in two."""
     device, rates = job.cluster.device, rates_of(job.cluster.device)
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
-    matmul_s = product_seconds(job, (vocabulary, job.model.d_model))
+    matmul_s = product_seconds(job, (vocabulary, job.model.d_model), job.layout.plain_precision)
     size = BYTES[job.layout.precision]
-    logit_bytes = COMPILED_LOSS_PASSES * size if device.kind == "cuda" else EAGER_LOSS_BYTES + 2 * size
+    logit_bytes = COMPILED_LOSS_PASSES * size if device.is_accelerator else EAGER_LOSS_BYTES + 2 * size
     loss_s = tokens_of(job) * vocabulary * logit_bytes / (device.memory_bytes_per_s * rates.loss)
     return Passes(forward_s=matmul_s + loss_s / 2, backward_s=2 * matmul_s + loss_s / 2, weights_s=matmul_s)
 
@@ -161,4 +164,5 @@ def predict_optimizer(job: Job, local: int) -> float:
 
 def has_known_peak(device: Device, job: Job) -> bool:
     """Whether step time can be predicted at all."""
-    return device.peak_flops_per_s(job.layout.precision) > 0 and device.memory_bytes_per_s > 0
+    precisions = (job.layout.precision, job.layout.plain_precision)
+    return all(device.peak_flops_per_s(precision) > 0 for precision in precisions) and device.memory_bytes_per_s > 0

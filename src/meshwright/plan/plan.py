@@ -22,6 +22,8 @@ LISTED = 20
 
 PRECISION_NOTE = {
     "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
+    "rocm": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on AMD's GPUs",
+    "tpu": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on TPUs and XLA",
     "cpu": "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds",
 }
 UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
@@ -30,6 +32,11 @@ EXPERTS_NOTE = (
     "measured (plan/rates.py, plan/expert.py)"
 )
 OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/rates.py)"
+FP8_NOTE = (
+    "fp8: the blocks' products reach the share of the fp8 peak that they reach of bf16's, the rest is as in bf16, and "
+    "turning numbers into fp8 takes no time: assumed, not measured"
+)
+FP16_NOTE = "the device has no bf16: planned at its fp16 peak, for a trainer that has it"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"
 
 
@@ -85,10 +92,18 @@ def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction
 
 def notes_on(job: Job, *, known: bool) -> list[str]:
     """How far to trust a prediction."""
-    split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.kind == "cuda"
+    split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.is_accelerator
     notes = [PRECISION_NOTE[job.cluster.device.kind] if known else UNKNOWN_PEAK_NOTE]
+    notes += [FP8_NOTE] if job.layout.precision == "fp8" else []
+    notes += [FP16_NOTE] if is_fp16(job) else []
     notes += [OFFLOAD_NOTE] if job.layout.offload != "none" else []
     return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
+
+
+def is_fp16(job: Job) -> bool:
+    """Whether 16 bits are fp16's on the job's devices."""
+    device = job.cluster.device
+    return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
 
 
 def build_plan(job: Job) -> Plan:

@@ -152,4 +152,4 @@ CPU = Rates(
 
 def rates_of(device: Device) -> Rates:
     """The shares that hold for a kind of device."""
-    return GPU if device.kind == "cuda" else CPU
+    return GPU if device.is_accelerator else CPU
