@@ -6,6 +6,7 @@ from functools import partial
 import msgspec
 
 from meshwright.plan.compute import has_known_peak
+from meshwright.plan.cost import Costs, predict_costs
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.memory import predict_memory
@@ -13,6 +14,7 @@ from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
 from meshwright.plan.search import axes_in_use, search_layouts
 from meshwright.plan.time import predict_step, share_machine
+from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
 from meshwright.plan.verdict import TIE, explain_verdict
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
@@ -46,7 +48,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
     it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
     of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
-    the job's own number of ranks.
+    the job's own number of ranks. alone: where nodes are not alike, each kind without the others. costs: where there
+    is a price, or a number of tokens to train on.
     """
 
     verdict: str
@@ -61,6 +64,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ranked: tuple[Prediction, ...]
     considered: int
     rejected: tuple[Rejected, ...]
+    alone: tuple[Alone, ...] = ()
+    costs: Costs | None = None
 
 
 def predict(job: Job) -> Prediction:
@@ -106,15 +111,20 @@ def is_fp16(job: Job) -> bool:
     return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
 
 
-def build_plan(job: Job) -> Plan:
-    """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
+def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
+    """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
+
+    tokens: to train on in all, whose time and cost are asked for.
+    """
     found, rejected = search_layouts(job, partial(predict_framed, brief=True))
     own = predict(job)
     ranked = rank_predictions(found)
     one = next((p for p in ranked if p.layout.world_size == 1), None)
     capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    alone = plan_alone(job, best_layout)
+    uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
-        verdict=explain_verdict(job, own, one, ranked),
+        verdict=f"{explain_verdict(job, own, one, ranked)} {uneven}".rstrip(),
         model=job.model.name,
         cluster=job.cluster,
         sequence=job.data.sequence,
@@ -126,7 +136,15 @@ def build_plan(job: Job) -> Plan:
         ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
+        alone=alone,
+        costs=predict_costs(job, own, ranked, tokens),
     )
+
+
+def best_layout(job: Job) -> Prediction | None:
+    """The first in rank of the layouts that fit, whatever the job's own is; None where none does."""
+    found, _ = search_layouts(job, partial(predict_framed, brief=True))
+    return in_full(job, rank_predictions(found)[0]) if found else None
 
 
 def list_of(ranked: Sequence[Prediction]) -> list[Prediction]:

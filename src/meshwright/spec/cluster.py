@@ -8,7 +8,7 @@ from meshwright.spec.errors import SettingError, in_words
 from meshwright.spec.layout import Precision
 from meshwright.spec.numbers import check_range
 
-# Of each size. Far beyond any cluster, and a search over divisors still ends in a moment.
+# In all. Far beyond any cluster, and a search over divisors still ends in a moment.
 MOST_DEVICES = 2**20
 # Of bytes and of rates a second; it keeps what is divided by them finite.
 MOST = 1e21
@@ -119,6 +119,7 @@ def check_cluster(cluster: Cluster, world_size: int) -> None:
         check_nodes(group, f"cluster.groups[{number}]")
     check_nodes(cluster.plain(), "cluster")
     check_link(cluster.inter, "cluster.inter")
+    check_range("cluster.nodes x devices_per_node", cluster.devices, 1, MOST_DEVICES)
     if cluster.price_per_device_hour is not None:
         check_range("cluster.price_per_device_hour", cluster.price_per_device_hour, 0.0, MOST_PRICE)
     if world_size > cluster.devices:

@@ -197,7 +197,9 @@ def decode_job(
         check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.
-        job = msgspec.structs.replace(job, cluster=local(job.layout.world_size))
+        price = job.cluster.price_per_device_hour
+        placed = msgspec.structs.replace(local(job.layout.world_size), price_per_device_hour=price)
+        job = msgspec.structs.replace(job, cluster=placed)
     return job
 
 

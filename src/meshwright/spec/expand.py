@@ -1,7 +1,8 @@
 """A job's [cluster] table in words, as the numbers that it stands for."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from math import isfinite
 from typing import Any, cast
 
@@ -150,7 +151,7 @@ def expand_fabric(given: Any, setting: str) -> Any:
         reason = "no such link inside a node"
         if given.lower() in NETWORKS:
             reason = "joins nodes, not the devices inside one"
-        raise SettingError(f"{setting} = {as_toml(given)}", reason, nearest_choice(setting, given, FABRICS))
+        raise SettingError(f"{setting} = {as_toml(given)}", reason, nearest_word(setting, given, FABRICS))
     return msgspec.to_builtins(FABRICS[given.lower()])
 
 
@@ -166,8 +167,7 @@ def expand_network(given: Any, devices: object, setting: str) -> Any:
             reason = "no such network"
             if match[2] in FABRICS:
                 reason = "joins devices inside a node, not nodes"
-            near = nearest_choice(setting, match[2], NETWORKS)
-            raise SettingError(f"{setting} = {as_toml(given)}", reason, near)
+            raise SettingError(f"{setting} = {as_toml(given)}", reason, nearest_word(setting, match[2], NETWORKS))
         ports = int(match[1]) if match[1] else 0
         if match[1]:
             check_range(f"{setting}: ports", ports, 1, MOST_PORTS)
@@ -189,6 +189,12 @@ def expand_network(given: Any, devices: object, setting: str) -> Any:
         source=source,
     )
     return msgspec.to_builtins(share_ports(port, check_devices_per_node(devices), ports.ports))
+
+
+def nearest_word(setting: str, word: str, known: Iterable[str]) -> str:
+    """The one word that is nearest in spelling, as a setting; several where none is near."""
+    near = get_close_matches(word, list(known), n=1)
+    return nearest_choice(setting, near[0] if near else word, known)
 
 
 def check_devices_per_node(devices: object) -> int:

@@ -195,16 +195,17 @@ def check_precision(job: Job) -> None:
     """Raise SettingError for products that the job's devices do not have."""
     device = job.cluster.device
     if job.layout.precision == "fp8" and not device.peak_fp8_flops_per_s:
-        setting = 'layout.precision = "fp8"'
-        raise SettingError(setting, f"no fp8 products are known of {device.name}", 'layout.precision = "bf16"')
+        near = "bf16" if device.is_accelerator else "fp32"
+        reason = f"no fp8 products are known of {device.name}"
+        raise SettingError('layout.precision = "fp8"', reason, f'layout.precision = "{near}"')
 
 
 def check_kind(device: Device) -> None:
     """Raise SettingError for a device that can be planned for and not yet trained on."""
     if device.kind not in TRAINED_KINDS:
-        near = " or ".join(f'"{kind}"' for kind in TRAINED_KINDS)
         reason = f"{device.name} can be planned for; training there is not built"
-        raise SettingError(f'cluster.device.kind = "{device.kind}"', reason, f"cluster.device.kind = {near}")
+        near = "a job without [cluster], which takes what is here"
+        raise SettingError(f'cluster.device.kind = "{device.kind}"', reason, near)
 
 
 def check_trained(job: Job) -> None:
