@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, median, quantiles
 
 import msgspec
+from published_rows import Row
+
 from meshwright.plan import predict_step
 from meshwright.plan.interval import step_interval
-from published_rows import Row
 
 # A group of fewer rows of one trainer and device gets no factor; a source of fewer is judged by its worst row.
 FACTOR_ROWS, JUDGED_BY_WORST = 30, 20
@@ -114,7 +115,8 @@ def report_source(source: str, timed: Sequence[Timed]) -> Times:
         ("worst choice", max(regrets, default=0.0), FIRST_BAR, True),
         ("median regret", median(regrets) if regrets else 0.0, REGRET_BAR, True),
     ]
-    missed = [f"{name} {value:.1%} above {bar:.0%}" for name, value, bar, asked in bars if asked and value > bar]
+    asked = [(name, value, bar) for name, value, bar, is_asked in bars if is_asked]
+    missed = [f"{name} {value:.1%} above {bar:.0%}" for name, value, bar in asked if value > bar]
     if not few and not COVERED_BARS[0] <= covered <= COVERED_BARS[1]:
         missed.append(f"80% intervals hold {covered:.0%}")
     if crossings[0] < crossings[1]:
@@ -149,7 +151,7 @@ def regrets_of(timed: Sequence[Timed]) -> list[float]:
 
 
 def crossings_of(timed: Sequence[Timed]) -> tuple[int, int]:
-    """Of pairs on as many GPUs, one gathered and one cut along tensor or pipeline: how many are told right, of how many.
+    """Of pairs on as many GPUs, one gathered and one cut along tensor or pipeline: how many are told right, of all.
 
     By seconds a sequence, since batches differ.
     """

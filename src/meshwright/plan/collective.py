@@ -9,7 +9,6 @@ import msgspec
 from meshwright.plan.rates import Collective, Rates
 from meshwright.spec import Axis, Cluster, Layout
 
-
 PAIR = 2
 
 

@@ -39,7 +39,9 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     links: of the link's bandwidth, what a large collective moves along a ring.
     overlaps: whether transfers run beside compute. contention: of the seconds that they do, what compute takes longer.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
-        group, forward and backward of one microbatch. eager_host_s: for one that is not compiled. tensor_host_s: what the tensor axis adds for one block.
+        group, forward and backward of one microbatch. eager_host_s: for a block that is not compiled. tensor_host_s:
+        what the tensor axis adds for one block.
+    handed_wait_s: in a pipeline, what the device waits in either pass of a microbatch of an eager trainer.
     step_s: idle device per step outside the model (logging, syncs).
     """
 
@@ -64,6 +66,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     tensor_host_s: float
     routed_wait_s: float
     sent_wait_s: float
+    handed_wait_s: float
     step_s: float
 
 
@@ -115,6 +118,8 @@ GPU = Rates(
     # and 2 passes. Assumed to be the same for larger blocks, under which the host might run ahead.
     routed_wait_s=1.1e-3,
     sent_wait_s=1.3e-3,
+    # Published steps of small pipelines: eager trainers synchronise where they hand a microbatch on.
+    handed_wait_s=1e-3,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
     step_s=0.0,
 )
@@ -167,6 +172,7 @@ CPU = Rates(
     # Every launch counts here, in a block's.
     routed_wait_s=0.0,
     sent_wait_s=0.0,
+    handed_wait_s=0.0,
     # The optimizer's and the loop's own Python, assumed.
     step_s=4e-3,
 )
@@ -174,6 +180,6 @@ CPU = Rates(
 
 def rates_of(device: Device) -> Rates:
     """The shares that hold for a device."""
-    if device.kind == "cpu":
+    if not device.is_accelerator:
         return CPU
     return AMPERE if device.name.startswith("a100") else GPU

@@ -7,6 +7,7 @@ import msgspec
 
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
+from meshwright.plan.cost import HOUR_S, Cost, Costs
 from meshwright.record import Prediction
 from meshwright.report.pipeline import blocks_held
 from meshwright.report.text import labelled, show
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
 BAR_CELLS = 20
+DAY_S = 24 * HOUR_S
 # More devices than these in one node are seldom meant.
 USUAL_NODE = 8
 # Buckets below this share of the step are summed into one line.
@@ -43,7 +45,46 @@ def headline(plan: Plan) -> "Table":
     tokens = plan.global_batch * plan.sequence
     node = "1 node of " if plan.cluster.nodes == 1 and plan.cluster.devices > USUAL_NODE else ""
     what = f"{plan.model} on {node}{plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
-    return labelled([("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)])
+    rows = [("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)]
+    return labelled([*rows, *cost_rows(plan.costs)])
+
+
+def cost_rows(costs: Costs | None) -> list[tuple[str, str]]:
+    """What the job's layout costs and how long its tokens take; the same of better layouts."""
+    if costs is None:
+        return []
+    named = [("the fastest", costs.first), ("the cheapest", costs.cheapest)]
+    if costs.first == costs.cheapest:
+        named = [("the fastest and cheapest", costs.first)]
+    lines = [f"this job: {cost_text(costs.own, costs.tokens)}"]
+    for word, cost in named:
+        if cost is not None and cost.layout != costs.own.layout:
+            lines.append(f"{word}, {cost.layout.label()}: {cost_text(cost, costs.tokens)}")
+    title = "Time" if costs.own.step is None else "Cost"
+    return [("" if number else title, line) for number, line in enumerate(lines)]
+
+
+def cost_text(cost: Cost, tokens: int | None) -> str:
+    """A layout's price and time in a few words."""
+    words: list[str] = []
+    if cost.step is not None and cost.million_tokens is not None:
+        words = [f"{price_text(cost.step)} a step", f"{price_text(cost.million_tokens)} a million tokens"]
+    if cost.run_s is not None:
+        price = f"{price_text(cost.run)} and " if cost.run is not None else ""
+        words.append(f"{price}{long_text(cost.run_s)} for {tokens:,} tokens")
+    return ", ".join(words)
+
+
+def price_text(price: float) -> str:
+    """An amount of money with three figures or whole units."""
+    return f"{price:,.0f}" if price >= 1000 else f"{price:.3g}"
+
+
+def long_text(seconds: float) -> str:
+    """Seconds, hours or days."""
+    if seconds < HOUR_S:
+        return seconds_text(seconds)
+    return f"{seconds / HOUR_S:.3g} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.3g} days"
 
 
 def job_table(plan: Plan) -> "Table":
