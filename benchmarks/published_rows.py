@@ -1,20 +1,22 @@
-"""Published measurements (CSV rows) as jobs that the planner can be asked about: one reading for every row and source."""
+"""Published measurements (CSV rows) as jobs that the planner can be asked about: one reading for all rows."""
 
 import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
+
 from meshwright.spec import (
     TRAINERS,
     Cluster,
     DataSettings,
-    Experts,
     Job,
     Layout,
     Link,
     ModelSpec,
+    Precision,
     RunSettings,
     SettingError,
     Trainer,
@@ -26,7 +28,7 @@ from meshwright.spec.hardware import NODES, cluster_of
 GPUS = (
     ("A100-40", "a100-40"),
     ("A100", "a100-80"),
-    ("H100-96", "h100"),
+    ("H100-96", "h100-96"),
     ("H100", "h100"),
     ("H200", "h200"),
     ("GB200", "gb200"),
@@ -41,7 +43,7 @@ FRAMEWORKS = (
     ("llm-foundry", "fsdp"),
     ("composer", "fsdp"),
     ("megatron-core", "megatron-core"),
-    ("nemo", "megatron-core"),
+    ("nemo", "nemo"),
     ("megatron-deepspeed", "megatron-deepspeed"),
     ("megatron", "megatron-lm"),
     ("fsdp", "fsdp"),
@@ -83,7 +85,7 @@ def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
 def read_row(cells: dict[str, str]) -> Row:
     """One row."""
     model, trainer = read_model(cells), read_trainer(cells)
-    layout = read_layout(cells, model)
+    layout = read_layout(cells, model, trainer.name)
     job = Job(
         run=RunSettings(name=cells["id"], steps=1),
         model=model,
@@ -183,17 +185,17 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     return msgspec.structs.replace(trainer, **changes)
 
 
-def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
+def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout:
     """The row's layout. Data-parallel ranks share states as `zero` says; a chain of stages may be interleaved."""
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
-    pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
+    pipeline, held, tensor = whole(cells, "pp"), whole(cells, "vpp", 1), whole(cells, "tp")
     recompute = cells["recompute"].lower()
     return Layout(
         pipeline=pipeline,
         replica=1 if zero else data,
         shard=data if zero else 1,
         context=whole(cells, "cp", 1),
-        tensor=whole(cells, "tp"),
+        tensor=tensor,
         expert=1,
         microbatch=whole(cells, "mbs"),
         zero=zero or 3,
@@ -204,14 +206,27 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
         else "selective"
         if recompute.startswith("selective")
         else "none",
-        async_tensor="asynctp" in cells["precision"].lower(),
+        async_tensor=tensor > 1 and ("asynctp" in cells["precision"].lower() or trainer == "nemo"),
         schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
-        precision="bf16",
+        stage_layers=equal_stages(model.layers, pipeline * held) if pipeline > 1 else (),
+        precision=precision_of(cells["precision"]),
     )
 
 
-def zero_of(text: str) -> int:
+def precision_of(text: str) -> Precision:
+    """Of matrix products: half precisions are alike."""
+    if "fp4" in text or "rowwise" in text:
+        raise Unread(f"precision {text!r} is not planned")
+    return "fp8" if "fp8" in text or "float8" in text else "bf16"
+
+
+def equal_stages(layers: int, stages: int) -> tuple[int, ...]:
+    """As many blocks on each stage, as all of these trainers have it; () where they do not divide."""
+    return (layers // stages,) * stages if layers % stages == 0 else ()
+
+
+def zero_of(text: str) -> Literal[0, 1, 2, 3]:
     """1, 2 or 3; 0 where states are not shared."""
     text = text.lower()
     if "grad_op" in text or text.startswith("2"):

@@ -119,7 +119,8 @@ def written(folder: Path, text: str | bytes) -> Path:
         ),
         ("layout.tensor=8", "layout.tensor = 8", "more than the 4 devices", "layout.tensor = 4"),
         ("layout.zero=0", "layout.zero = 0", "none of the choices", "layout.zero = 1, 2 or 3"),
-        ("layout.precision=fp8", 'layout.precision = "fp8"', "none of", '"fp32" or "bf16"'),
+        ("layout.precision=fp4", 'layout.precision = "fp4"', "none of", '"fp32", "bf16" or "fp8"'),
+        ("layout.precision=fp8", 'layout.precision = "fp8"', "no fp8 products are known of cpu", '"fp32"'),
         ("layout.order=[shard]", 'layout.order = "[shard]"', "must be a list", '["pipeline",'),
         ('layout.order=["shard"]', "layout.order = ['shard']", "each axis", "pipeline"),
         # Clusters.

@@ -19,6 +19,7 @@ from meshwright.cli.machine import (
     read,
     read_runnable,
     under_torchrun,
+    whole_tokens,
 )
 from meshwright.spec.errors import SettingError, closest
 
@@ -44,16 +45,20 @@ def cli() -> None:
 @click.argument("job", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="A named model, without a job file: llama3-8b.")
 @click.option("--gpus", help="Its cluster: 8xh100, or 4x8xh100 for four nodes of eight.")
+@click.option("--cluster", metavar="FILE|NAME", help="A file with a [cluster] section, or 8xh100: in the JOB's place.")
 @click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
+@click.option("--tokens", type=float, help="To train on in all: how long it takes, and at what cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @SET
 def plan(
     job: Path | None,
     model: str | None,
     gpus: str | None,
+    cluster: str | None,
     sequence: int | None,
     global_batch: int | None,
+    tokens: float | None,
     as_json: bool,
     settings: tuple[str, ...],
 ) -> None:
@@ -66,9 +71,13 @@ def plan(
         for option, value in given.items():
             if value is not None:
                 raise SettingError(option, "is for planning without a job file", f"--set, as in {as_setting(option)}")
-        planned = build_plan(read(job, settings))
+        wanted = read(job, settings, cluster)
     else:
-        planned = build_plan(described(model, gpus, sequence, global_batch, settings))
+        wanted = described(model, gpus, cluster, sequence, global_batch, settings)
+    budget = None if tokens is None else whole_tokens(tokens)
+    if job is not None and budget is None and wanted.cluster.price_per_device_hour is not None:
+        budget = wanted.run.steps * wanted.data.global_batch * wanted.data.sequence
+    planned = build_plan(wanted, tokens=budget)
     if as_json:
         click.echo(plan_json(planned))
     else:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # (Llama 2: 4M, arXiv:2307.09288; GPT-3 13B: 1M, arXiv:2005.14165).
 PLANNING_TOKENS = 2**20
 PLANNING_SEQUENCE = 8192
+# A thousand times what the largest runs so far were trained on.
+MOST_TOKENS = 1e17
 
 
 def as_setting(option: str) -> str:
@@ -27,11 +29,12 @@ def as_setting(option: str) -> str:
     return keys[option]
 
 
-def read(job: Path, settings: Sequence[str]) -> "Job":
-    """The job file, resolved for this machine."""
-    from meshwright.spec.decode import read_job
+def read(job: Path, settings: Sequence[str], cluster: str | None = None) -> "Job":
+    """The job file, resolved for this machine. cluster: the name or file of one that takes the place of the job's."""
+    from meshwright.spec.decode import read_cluster, read_job
 
-    return read_job(job, settings, local=local, find=find)
+    table = None if cluster is None else read_cluster(cluster)
+    return read_job(job, settings, local=local, find=find, cluster=table)
 
 
 def read_runnable(job: Path, settings: Sequence[str]) -> "Job":
@@ -42,23 +45,41 @@ def read_runnable(job: Path, settings: Sequence[str]) -> "Job":
 
 
 def described(
-    model: str | None, gpus: str | None, sequence: int | None, global_batch: int | None, settings: tuple[str, ...]
+    model: str | None,
+    gpus: str | None,
+    cluster: str | None,
+    sequence: int | None,
+    global_batch: int | None,
+    settings: tuple[str, ...],
 ) -> "Job":
     """A job for planning from the options alone."""
-    from meshwright.spec.decode import planning_job
-    from meshwright.spec.hardware import cluster_of
+    from meshwright.spec.decode import place_cluster, planning_job, read_cluster
 
-    if model is None or gpus is None:
+    if gpus is not None and cluster is not None:
+        raise SettingError("--cluster", "cannot stand beside --gpus", "one of the two")
+    if model is None or (gpus is None and cluster is None):
         raise SettingError(
-            "meshwright plan", "takes a job file, or --model with --gpus", "--model llama3-8b --gpus 8xh100"
+            "meshwright plan",
+            "takes a job file, or --model with --gpus or --cluster",
+            "--model llama3-8b --gpus 8xh100",
         )
+    section = read_cluster(cluster) if cluster is not None else {"gpus": gpus}
     sequence = PLANNING_SEQUENCE if sequence is None else sequence
     if sequence < 1:
         raise SettingError(f"--sequence {sequence}", "must be at least 1", "--sequence 8192")
     if global_batch is None:
-        devices = cluster_of(gpus).devices
+        devices = place_cluster(section, local).devices
         global_batch = devices * max(1, round(PLANNING_TOKENS / sequence / devices))
-    return planning_job(model=model, gpus=gpus, sequence=sequence, global_batch=global_batch, settings=settings)
+    return planning_job(
+        model=model, gpus=section, sequence=sequence, global_batch=global_batch, settings=settings, local=local
+    )
+
+
+def whole_tokens(tokens: float) -> int:
+    """A number of tokens to train on, which may be typed as 1e12."""
+    if not 1 <= tokens <= MOST_TOKENS:
+        raise SettingError(f"--tokens {tokens:g}", f"must lie between 1 and {MOST_TOKENS:g}", "--tokens 1e12")
+    return int(tokens)
 
 
 def local(processes: int) -> "Cluster":
@@ -94,6 +115,9 @@ def under_torchrun() -> bool:
 
 def check_devices(wanted: "Cluster") -> None:
     """Refuse to train on GPUs that are not here: a job may describe a cluster to plan for."""
+    from meshwright.spec import check_kind
+
+    check_kind(wanted.device)
     here = local(wanted.devices_per_node)
     # Under torchrun every node starts its own ranks; without it all of them start here.
     needed = wanted.devices_per_node if under_torchrun() else wanted.devices

@@ -18,8 +18,8 @@ from meshwright.explain.steps import poor_account, resolve_steps, summarise
 from meshwright.explain.words import counted, ranks_text
 from meshwright.record import Program, Step
 from meshwright.spec import SettingError
+from meshwright.spec.devices import NODES
 from meshwright.spec.errors import closest
-from meshwright.spec.hardware import NODES
 
 NAMES = ("*.json", "*.json.gz")
 # Where JAX's profiler puts its traces, under the folder that it was told.
@@ -121,7 +121,7 @@ def useful_seconds(useful: Useful) -> float:
         raise SettingError(f"--gpu {useful.gpu}", "is not in the hardware table", f"--gpu {closest(useful.gpu, NODES)}")
     if not 0 < useful.flops_per_step < float("inf"):
         raise SettingError(f"--flops-per-step {useful.flops_per_step:g}", "must be above 0", "--flops-per-step 1e14")
-    return useful.flops_per_step / NODES[useful.gpu].device.peak_bf16_flops_per_s
+    return useful.flops_per_step / NODES[useful.gpu].device.peak_flops_per_s("bf16")
 
 
 def ranked(traces: Iterable[RankTrace]) -> tuple[dict[int, RankTrace], list[str]]:
@@ -172,7 +172,7 @@ def program_of_traces(traces: Mapping[int, RankTrace], world_size: int, useful: 
         device=device or {"cpu": "cpu process", "cuda": "GPU"}.get(first.kind, "device"),
         kind=first.kind,
         world_size=world_size,
-        peak_flops_per_s=NODES[useful.gpu].device.peak_bf16_flops_per_s if useful is not None else None,
+        peak_flops_per_s=NODES[useful.gpu].device.peak_flops_per_s("bf16") if useful is not None else None,
         flops_per_step=useful.flops_per_step if useful is not None else None,
         flops_from="given" if useful is not None else "are in no trace (--flops-per-step, with --gpu, gives them)",
     )

@@ -64,4 +64,4 @@ def peak_of(device: str, precision: str | None) -> float | None:
     row = match_gpu(device)
     if row is None or precision not in ("bf16", "fp16"):
         return None
-    return row.device.peak_bf16_flops_per_s or None
+    return (row.device.peak_bf16_flops_per_s if precision == "bf16" else row.device.peak_flops_per_s("bf16")) or None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from meshwright.plan import build_plan, predict, share_machine
 from meshwright.record import Prediction, RunFolder, create_run, open_run, read_metrics, replace_text, start_attempt
-from meshwright.spec import Cluster, Job, SettingError, check_built
+from meshwright.spec import Cluster, Job, SettingError, check_trained
 from meshwright.spec.decode import check_setting, encode_job, read_job
 from meshwright.spec.huggingface import config_of_model
 from meshwright.spec.pretrained import check_weights
@@ -24,10 +24,10 @@ CHANGEABLE = ("run.steps", "layout", "cluster", "evaluation", "checkpoint", "tra
 def begin_attempt(folder: RunFolder | None, job: Job, *, warn: bool = True) -> tuple[RunFolder, int]:
     """The next attempt at `job`, in its run folder or in a new one. warn: of what may go wrong later.
 
-    Raises SettingError if a new one exists already, where the folder cannot be written, and for a model that cannot be
+    Raises SettingError if a new one exists already, where the folder cannot be written, and for a job that cannot be
     trained or is far too large.
     """
-    check_built(job.model)
+    check_trained(job)
     if job.model.path and folder is not None and not folder.saved_steps():
         # It was checked when the job was read from its file, which may be long ago.
         check_weights(job.model)

@@ -16,7 +16,7 @@ from meshwright.launch.attempt import begin_attempt
 from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.shrink import find_unverified, shrink_job, write_text
 from meshwright.record.verification import Trial, read_trial
-from meshwright.spec import Cluster, Job, Precision, check_built
+from meshwright.spec import Cluster, Job, Precision, check_trained
 
 # 39 s for 8 processes on 2 cores, 10 s for 2; most of it each process's start.
 DURATION = "some 5 s for each of them on two cores"
@@ -36,7 +36,7 @@ def run_trials(job: Job, *, local: Callable[[int], Cluster]) -> list[Trial]:
     Raises SettingError where the layout cannot be made small, and VerificationEnded where a run did not end well.
     """
     # Before the job is made small: what it cannot be made into is said of numbers that nobody wrote.
-    check_built(job.model)
+    check_trained(job)
     trials = [run_trial(job, "fp32", local)]
     if job.layout.precision != "fp32" and trials[0].job.cluster.device.kind == "cuda":
         trials.append(run_trial(job, job.layout.precision, local))

@@ -22,7 +22,7 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     layout, tokens = job.layout, tokens_of(job)
     size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
-    mask = 0 if job.cluster.device.kind == "cuda" else mask_elements(job)
+    mask = 0 if job.cluster.device.is_accelerator else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))
     kept, done, again, first_again, start = 0.0, 0.0, float("-inf"), 0.0, 0
     for count, group in stage.runs(cut):
@@ -158,11 +158,11 @@ def logits_bytes(job: Job) -> float:
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
     elements = tokens_of(job) * vocabulary
     # The loss is compiled by itself.
-    compiled = job.cluster.device.kind == "cuda"
+    compiled = job.cluster.device.is_accelerator
     return float(elements * (2 * BYTES[job.layout.precision] if compiled else 3 * 4))
 
 
 def waiting_logits_bytes(job: Job) -> float:
     """What the loss keeps of a microbatch whose backward pass is to come: logits, or log-probabilities in fp32."""
-    compiled = job.cluster.device.kind == "cuda"
+    compiled = job.cluster.device.is_accelerator
     return logits_bytes(job) * (1 / 2 if compiled else 1 / 3)

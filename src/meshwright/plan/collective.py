@@ -8,6 +8,8 @@ import msgspec
 
 from meshwright.spec import Axis, Cluster, Collective, Layout, Rates
 
+PAIR = 2
+
 
 class Ring(msgspec.Struct, frozen=True, kw_only=True):
     """The ring that an axis's ranks form over the cluster's links.
@@ -99,13 +101,16 @@ def stride_of(layout: Layout, axis: Axis) -> int:
 def predict_collective(kind: Collective, whole_bytes: float, ring: Ring, rates: Rates) -> float:
     """Seconds to all-reduce, gather or reduce-scatter `whole_bytes` (the size of the whole, not of a rank's part).
 
-    A ring passes size - 1 parts around once; an all-reduce twice. Latencies add up over the rounds (NCCL's trees need
-    fewer for small all-reduces across many nodes: there this is an upper bound).
+    A ring passes size - 1 parts around once; an all-reduce twice. Between two nodes NCCL's trees sum with one exchange
+    of the whole. Latencies add up over the rounds (trees need fewer for small all-reduces across many nodes: there this
+    is an upper bound).
     """
     if ring.size == 1:
         return 0.0
     rounds = (ring.size - 1) * (2 if kind == "all_reduce" else 1)
     moved_bytes = rounds * whole_bytes / ring.size
+    if kind == "all_reduce" and ring.nodes == PAIR:
+        moved_bytes = whole_bytes
     return moved_bytes / (ring.link_bytes_per_s * rates.links[kind]) + rounds * ring.round_s * rates.latencies[kind]
 
 

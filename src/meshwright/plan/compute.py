@@ -6,7 +6,7 @@ from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, token
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import rates_of
 from meshwright.plan.ring import ring_seconds
-from meshwright.spec import Device, Job, ModelSpec, Trainer, count_flops
+from meshwright.spec import Device, Job, ModelSpec, Precision, Trainer, count_flops
 from meshwright.spec.trainer import AttentionKernel
 
 # Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
@@ -19,8 +19,8 @@ COMPILED_LOSS_PASSES = 4
 
 # Numbers of a head that fill attention's kernels.
 WHOLE_HEAD = 128
-# Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, backward it
-# reads both softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
+# Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, and
+# backward reads softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
 SCORE_PASSES: dict[AttentionKernel, tuple[float, float]] = {"fused-softmax": (2, 3), "plain": (12, 12)}
 # Dropout reads, writes, and keeps a byte for each.
 DROPPED_PASSES = 2.5
@@ -87,12 +87,11 @@ def rotated_elements(model: ModelSpec) -> tuple[float, float]:
 def eager_elements(model: ModelSpec, trainer: Trainer, *, dense: bool) -> tuple[Elements, Elements]:
     """The same where each operator passes over memory by itself.
 
-    A norm reads and writes D; operator by operator (to fp32, square, mean, scale, back,
-    weigh) it is nine times as much. Two
-    residuals: bias, dropout and sum 7D, or plain sums 3D each. GELU with its bias 2F; SwiGLU's activation and product
-    5F. Queries, keys and values are put in order of heads, and attention's output back, 2(HE + 2KE) + 2HE; rotation
-    as two products, two halves and a sum of turned and whole, 7(HE + KE). Backward as much again and a half, and a
-    norm's weights besides.
+    A norm reads and writes D; operator by operator (to fp32, square, mean, scale, back, weigh) it is nine times as
+    much. Two residuals: bias, dropout and sum 7D, or plain sums 3D each. GELU with its bias 2F; SwiGLU's activation
+    and product 5F. Queries, keys and values are put in order of heads, and attention's output back, 2(HE + 2KE) + 2HE;
+    rotation as two products, two halves and a sum of turned and whole, 7(HE + KE). Backward as much again and a half,
+    and a norm's weights besides.
     """
     d, parts = model.d_model, model.parts
     f, copies = feed_forward_columns(model, 0 if dense else model.layers)
@@ -116,8 +115,11 @@ def elementwise_seconds(job: Job, cut: Cut, *, dense: bool) -> tuple[float, floa
     return forward, backward
 
 
-def product_seconds(job: Job, shape: Shape) -> float:
-    """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies."""
+def product_seconds(job: Job, shape: Shape, precision: Precision | None = None) -> float:
+    """One forward product of a microbatch with a matrix, or with a rank's stack of experts that divide the copies.
+
+    precision: of a product that is not one of the blocks'.
+    """
     device, rates, experts = job.cluster.device, rates_of(job.cluster), job.model.experts
     tokens = rows = tokens_of(job)
     share = rates.matmul
@@ -127,8 +129,11 @@ def product_seconds(job: Job, shape: Shape) -> float:
         rows = max(1.0, tokens / shape[0])
         share *= rates.grouped
     outputs, inputs = shape[-2:]
+    precision = precision or job.layout.precision
+    if precision == "fp8":
+        share *= job.trainer.fp8
     edges = 1 + rates.matmul_edge * (1 / rows + 1 / outputs + 1 / inputs)
-    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(job.layout.precision) * share)
+    return 2 * tokens * outputs * inputs * edges / (device.peak_flops_per_s(precision) * share)
 
 
 def block_products(job: Job, group: Group) -> dict[str, float]:
@@ -175,7 +180,7 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
     if job.layout.context > 1 and job.layout.context_form == "ring":
         return ring_seconds(job, widths_of(job, cut), causal_flops)
-    peak, narrow = device.peak_flops_per_s(job.layout.precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
+    peak, narrow = device.peak_flops_per_s(job.layout.plain_precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
     if shares := rates.attention.get(job.trainer.attention):
         peak *= narrow**0.5
         return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])
@@ -198,9 +203,9 @@ def head_passes(job: Job) -> Passes:
     """Final norm, head and loss on one microbatch; the loss's passes are split in two."""
     device, rates = job.cluster.device, rates_of(job.cluster)
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
-    matmul_s = product_seconds(job, (vocabulary, job.model.d_model))
+    matmul_s = product_seconds(job, (vocabulary, job.model.d_model), job.layout.plain_precision)
     size = BYTES[job.layout.precision]
-    logit_bytes = COMPILED_LOSS_PASSES * size if device.kind == "cuda" else EAGER_LOSS_BYTES + 2 * size
+    logit_bytes = COMPILED_LOSS_PASSES * size if device.is_accelerator else EAGER_LOSS_BYTES + 2 * size
     loss_s = tokens_of(job) * vocabulary * logit_bytes / (device.memory_bytes_per_s * rates.loss)
     return Passes(forward_s=matmul_s + loss_s / 2, backward_s=2 * matmul_s + loss_s / 2, weights_s=matmul_s)
 
@@ -227,4 +232,5 @@ def predict_optimizer(job: Job, local: int) -> float:
 
 def has_known_peak(device: Device, job: Job) -> bool:
     """Whether step time can be predicted at all."""
-    return device.peak_flops_per_s(job.layout.precision) > 0 and device.memory_bytes_per_s > 0
+    precisions = (job.layout.precision, job.layout.plain_precision)
+    return all(device.peak_flops_per_s(precision) > 0 for precision in precisions) and device.memory_bytes_per_s > 0

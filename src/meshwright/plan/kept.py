@@ -12,13 +12,14 @@ import msgspec
 from meshwright.plan.part import Cut
 from meshwright.spec import SPLIT_BACKWARD, Experts, Job, ModelSpec, Precision
 
-BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2}
+# Of numbers between products: in fp8 only what a product reads is as narrow, and for as long as it runs.
+BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2}
 
 
 def is_compiled(job: Job) -> bool:
-    """Whether blocks are compiled: on a GPU, where the trainer does, unless backward passes are cut in two, which a
-    compiled one is not."""
-    compiles = job.cluster.device.kind == "cuda" and job.trainer.compiled
+    """Whether blocks are compiled: on accelerators, where the trainer does, unless backward passes are cut in two,
+    which a compiled one is not."""
+    compiles = job.cluster.device.is_accelerator and job.trainer.compiled
     return compiles and job.layout.schedule not in SPLIT_BACKWARD
 
 

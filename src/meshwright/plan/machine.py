@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 
 from meshwright.spec import Cluster, Device, Link, SettingError
-from meshwright.spec.hardware import Node, match_gpu, unknown_gpu
+from meshwright.spec.devices import Node
+from meshwright.spec.hardware import match_gpu, unknown_gpu
+from meshwright.spec.links import share_ports
 
 # On an otherwise idle machine; another one's figures differ: `meshwright calibrate` measures them.
 MEASURED = "measured on a 2-core x86 virtual machine, 2026-11-22, torch 2.13.0"
@@ -55,7 +57,7 @@ def gpu_cluster(row: Node, devices: int, memory_bytes: float) -> Cluster:
     """One node of GPUs with the memory that the driver reports: more than the datasheet's GB, which mean GiB."""
     source = f"{row.device.source}; memory as nvidia-smi reports it"
     device = msgspec.structs.replace(row.device, memory_bytes=memory_bytes, source=source)
-    return Cluster(device=device, devices_per_node=devices, intra=row.intra, inter=row.inter)
+    return Cluster(device=device, devices_per_node=devices, intra=row.intra, inter=share_ports(row.inter, devices))
 
 
 def local_gpus() -> list[tuple[str, float]]:

@@ -144,7 +144,9 @@ def walk_data(job: Job, part: Part, stages: list[StageWalks]) -> DataWalk:
     moved_s = shard_s + replica_s
     if not moved_s or not (job.trainer.overlaps and rates_of(job.cluster).overlaps):
         return DataWalk(shard_s=shard_s, replica_s=replica_s, moved_s=moved_s)
-    beside_s = sum(stages[stage.index].middle.busy_s() for stage in part.stages)
+    # A stage's gradients are whole while the others along the pipeline run their last microbatches.
+    rounds = min(job.layout.pipeline, job.layout.accumulation(job.data.global_batch)) if len(part.stages) > 1 else 1
+    beside_s = rounds * sum(stages[stage.index].middle.busy_s() for stage in part.stages)
     exposed = max(moved_s - beside_s, moved_s / max(1, groups.layers)) / moved_s
     return DataWalk(shard_s=shard_s * exposed, replica_s=replica_s * exposed, moved_s=moved_s)
 
@@ -181,7 +183,7 @@ def stage_waits(job: Job, stage: Stage) -> float:
     rates = rates_of(job.cluster)
     if job.cluster.device.kind == "cpu":
         return stage_launches(job, stage) / 2
-    handed_s = 1e-3 if job.layout.pipeline > 1 and not job.trainer.gathers else 0.0
+    handed_s = 0.0 if job.layout.pipeline == 1 or job.trainer.gathers or is_compiled(job) else rates.handed_wait_s
     return handed_s + stage_mixtures(job, stage) * (
         rates.routed_wait_s + (rates.sent_wait_s if job.layout.expert > 1 else 0.0)
     )

@@ -6,6 +6,7 @@ from functools import partial
 import msgspec
 
 from meshwright.plan.compute import has_known_peak
+from meshwright.plan.cost import Costs, predict_costs
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.interval import memory_interval, step_interval
@@ -14,6 +15,7 @@ from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
 from meshwright.plan.search import axes_in_use, search_layouts
 from meshwright.plan.time import predict_step, share_machine
+from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
 from meshwright.plan.verdict import TIE, explain_verdict
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
@@ -23,6 +25,8 @@ LISTED = 20
 
 PRECISION_NOTE = {
     "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
+    "rocm": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on AMD's GPUs",
+    "tpu": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on TPUs and XLA",
     "cpu": (
         "constants measured on one 2-core virtual machine: expect the order of layouts, not the milliseconds; "
         "meshwright calibrate measures yours"
@@ -37,6 +41,11 @@ EXPERTS_NOTE = (
     "measured (plan/rates.py, plan/expert.py)"
 )
 OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/rates.py)"
+FP8_NOTE = (
+    "fp8: the blocks' products reach the share of the fp8 peak that they reach of bf16's, the rest is as in bf16, and "
+    "turning numbers into fp8 takes no time: assumed, not measured"
+)
+FP16_NOTE = "the device has no bf16: planned at its fp16 peak, for a trainer that has it"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"
 
 
@@ -46,7 +55,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
     it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
     of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
-    the job's own number of ranks.
+    the job's own number of ranks. alone: where nodes are not alike, each kind without the others. costs: where there
+    is a price, or a number of tokens to train on.
     """
 
     verdict: str
@@ -61,6 +71,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ranked: tuple[Prediction, ...]
     considered: int
     rejected: tuple[Rejected, ...]
+    alone: tuple[Alone, ...] = ()
+    costs: Costs | None = None
 
 
 def predict(job: Job) -> Prediction:
@@ -94,8 +106,10 @@ def predict_framed(job: Job, frame: Frame, *, brief: bool = False) -> Prediction
 
 def notes_on(job: Job, *, known: bool) -> list[str]:
     """How far to trust a prediction."""
-    split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.kind == "cuda"
+    split = job.layout.schedule in ("zero-bubble", "zbv", "dualpipev") and job.cluster.device.is_accelerator
     notes = [precision_note(job.cluster) if known else UNKNOWN_PEAK_NOTE]
+    notes += [FP8_NOTE] if job.layout.precision == "fp8" else []
+    notes += [FP16_NOTE] if is_fp16(job) else []
     notes += [OFFLOAD_NOTE] if job.layout.offload != "none" else []
     return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
 
@@ -110,15 +124,26 @@ def precision_note(cluster: Cluster) -> str:
     return f"constants calibrated on {measured.date} with {together} and PyTorch {measured.torch}{steady}"
 
 
-def build_plan(job: Job) -> Plan:
-    """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
+def is_fp16(job: Job) -> bool:
+    """Whether 16 bits are fp16's on the job's devices."""
+    device = job.cluster.device
+    return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
+
+
+def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
+    """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
+
+    tokens: to train on in all, whose time and cost are asked for.
+    """
     found, rejected = search_layouts(job, partial(predict_framed, brief=True))
     own = predict(job)
     ranked = rank_predictions(found)
     one = next((p for p in ranked if p.layout.world_size == 1), None)
     capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    alone = plan_alone(job, best_layout)
+    uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
-        verdict=explain_verdict(job, own, one, ranked),
+        verdict=f"{explain_verdict(job, own, one, ranked)} {uneven}".rstrip(),
         model=job.model.name,
         cluster=job.cluster,
         sequence=job.data.sequence,
@@ -130,7 +155,15 @@ def build_plan(job: Job) -> Plan:
         ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
+        alone=alone,
+        costs=predict_costs(job, own, ranked, tokens),
     )
+
+
+def best_layout(job: Job) -> Prediction | None:
+    """The first in rank of the layouts that fit, whatever the job's own is; None where none does."""
+    found, _ = search_layouts(job, partial(predict_framed, brief=True))
+    return in_full(job, rank_predictions(found)[0]) if found else None
 
 
 def list_of(ranked: Sequence[Prediction]) -> list[Prediction]:

@@ -76,6 +76,8 @@ GPU = Rates(
     # and 2 passes. Assumed to be the same for larger blocks, under which the host might run ahead.
     routed_wait_s=1.1e-3,
     sent_wait_s=1.3e-3,
+    # Published steps of small pipelines: eager trainers synchronise where they hand a microbatch on.
+    handed_wait_s=1e-3,
     host_link_bytes_per_s=HOST_LINK_BYTES_PER_S,
     host_update_bytes_per_s=HOST_UPDATE_BYTES_PER_S,
     # No late launch in any profiled step of benchmarks/training_gpu.py: the host runs ahead of compiled blocks.
@@ -131,6 +133,7 @@ CPU = Rates(
     # Every launch counts here, in a block's.
     routed_wait_s=0.0,
     sent_wait_s=0.0,
+    handed_wait_s=0.0,
     host_link_bytes_per_s=HOST_LINK_BYTES_PER_S,
     host_update_bytes_per_s=HOST_UPDATE_BYTES_PER_S,
     # The optimizer's and the loop's own Python, assumed.
@@ -145,6 +148,6 @@ def rates_of(cluster: Cluster) -> Rates:
 
 def built_in_rates(device: Device) -> Rates:
     """The shares that hold for a device that nobody has calibrated."""
-    if device.kind == "cpu":
+    if not device.is_accelerator:
         return CPU
     return AMPERE if device.name.startswith("a100") else GPU

@@ -29,7 +29,7 @@ def ring_seconds(job: Job, widths: Widths, causal_flops: float) -> tuple[float, 
     device, rates = job.cluster.device, rates_of(job.cluster)
     copy_bytes_per_s = device.memory_bytes_per_s * rates.loss
     if not is_masked(job):
-        peak = device.peak_flops_per_s(job.layout.precision)
+        peak = device.peak_flops_per_s(job.layout.plain_precision)
         forward, backward = rates.attention.get(job.trainer.attention, rates.attention["cudnn"])
         merged = [size / copy_bytes_per_s for size in merge_bytes(job, widths)]
         return (

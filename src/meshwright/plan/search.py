@@ -25,6 +25,7 @@ from meshwright.spec import (
     check_schedule,
     check_split,
 )
+from meshwright.spec.numbers import divisors
 
 # Larger microbatches fill no kernel better; gradient accumulation serves as well.
 LARGEST_MICROBATCH = 64
@@ -315,13 +316,12 @@ def divide_experts(search: Search, layout: Layout) -> list[Layout]:
 def axis_sizes(devices: int) -> list[int]:
     """Powers of two and divisors up to a number of devices."""
     powers = {1 << exponent for exponent in range(devices.bit_length()) if 1 << exponent <= devices}
-    divisors = {n for n in range(1, devices + 1) if devices % n == 0}
-    return sorted(powers | divisors)
+    return sorted(powers.union(divisors(devices)))
 
 
 def splits(layout: Layout, ranks: int) -> Iterator[Layout]:
     """Every division of `ranks` over replica and shard."""
-    for shard in (n for n in range(1, ranks + 1) if ranks % n == 0):
+    for shard in divisors(ranks):
         yield msgspec.structs.replace(layout, replica=ranks // shard, shard=shard)
 
 

@@ -16,9 +16,6 @@ from meshwright.spec import Job
 # The loss over a split vocabulary combines over ranks, fp32 a token: the maximum; then the sum of exponentials and the
 # target's logit together.
 LOSS_BYTES = (4, 8)
-# Of the transfers that async_tensor runs beside products, what it hides: torchtitan's published steps of an 8B model
-# with tensor 8 (arXiv:2410.06511) are 0.25 s shorter with it, of 0.58 s of transfers.
-ASYNC_HIDDEN = 0.45
 
 
 class TensorTransfers(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +63,7 @@ def block_transfers(job: Job, group: Group, products_s: tuple[float, float]) -> 
     whole_s = 2 * gather_s + 2 * scatter_s
     hidden_s = 0.0
     if job.layout.async_tensor:
-        hidden_s = ASYNC_HIDDEN * (min(2 * gather_s, products_s[0]) + min(2 * scatter_s, products_s[1]))
+        hidden_s = job.trainer.async_tensor * (min(2 * gather_s, products_s[0]) + min(2 * scatter_s, products_s[1]))
     # Backward a gather becomes a reduction, beside the product that gives its input's gradient: as long as forward's.
     exposed_s = whole_s - hidden_s
     return TensorTransfers(

@@ -94,8 +94,11 @@ def useful_seconds(job: Job) -> float:
     layout = job.layout
     sequences = job.data.global_batch / layout.data_size
     sharing = layout.pipeline * layout.context * layout.tensor
-    flops = sequences * count_flops(job.model, job.data.sequence).training() / sharing
-    return flops / job.cluster.device.peak_flops_per_s(layout.precision)
+    flops, device = count_flops(job.model, job.data.sequence), job.cluster.device
+    products = 3 * job.model.layers * flops.block_matmul
+    seconds = products / device.peak_flops_per_s(layout.precision)
+    seconds += (flops.training() - products) / device.peak_flops_per_s(layout.plain_precision)
+    return sequences * seconds / sharing
 
 
 def accumulation_of(job: Job) -> int:

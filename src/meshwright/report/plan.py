@@ -7,6 +7,7 @@ import msgspec
 
 from meshwright.account import MEANINGS
 from meshwright.plan import Plan, Rejected
+from meshwright.plan.cost import HOUR_S, Cost, Costs
 from meshwright.record import Prediction
 from meshwright.report.pipeline import blocks_held
 from meshwright.report.text import labelled, show
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
 BAR_CELLS = 20
+DAY_S = 24 * HOUR_S
 # More devices than these in one node are seldom meant.
 USUAL_NODE = 8
 # Buckets below this share of the step are summed into one line.
@@ -43,7 +45,46 @@ def headline(plan: Plan) -> "Table":
     tokens = plan.global_batch * plan.sequence
     node = "1 node of " if plan.cluster.nodes == 1 and plan.cluster.devices > USUAL_NODE else ""
     what = f"{plan.model} on {node}{plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
-    return labelled([("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)])
+    rows = [("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)]
+    return labelled([*rows, *cost_rows(plan.costs)])
+
+
+def cost_rows(costs: Costs | None) -> list[tuple[str, str]]:
+    """What the job's layout costs and how long its tokens take; the same of better layouts."""
+    if costs is None:
+        return []
+    named = [("the fastest", costs.first), ("the cheapest", costs.cheapest)]
+    if costs.first == costs.cheapest:
+        named = [("the fastest and cheapest", costs.first)]
+    lines = [f"this job: {cost_text(costs.own, costs.tokens)}"]
+    for word, cost in named:
+        if cost is not None and cost.layout != costs.own.layout:
+            lines.append(f"{word}, {cost.layout.label()}: {cost_text(cost, costs.tokens)}")
+    title = "Time" if costs.own.step is None else "Cost"
+    return [("" if number else title, line) for number, line in enumerate(lines)]
+
+
+def cost_text(cost: Cost, tokens: int | None) -> str:
+    """A layout's price and time in a few words."""
+    words: list[str] = []
+    if cost.step is not None and cost.million_tokens is not None:
+        words = [f"{price_text(cost.step)} a step", f"{price_text(cost.million_tokens)} a million tokens"]
+    if cost.run_s is not None:
+        price = f"{price_text(cost.run)} and " if cost.run is not None else ""
+        words.append(f"{price}{long_text(cost.run_s)} for {tokens:,} tokens")
+    return ", ".join(words)
+
+
+def price_text(price: float) -> str:
+    """An amount of money with three figures or whole units."""
+    return f"{price:,.0f}" if price >= 1000 else f"{price:.3g}"
+
+
+def long_text(seconds: float) -> str:
+    """Seconds, hours or days."""
+    if seconds < HOUR_S:
+        return seconds_text(seconds)
+    return f"{seconds / HOUR_S:.3g} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.3g} days"
 
 
 def job_table(plan: Plan) -> "Table":
@@ -68,9 +109,7 @@ def titled(title: str, inner: "Table") -> "Table":
 
 def step_table(prediction: Prediction) -> "Table":
     """Seconds and share of every bucket."""
-    low_s, high_s = prediction.step_interval_s
-    between = f" ({seconds_text(low_s)} to {seconds_text(high_s)})" if prediction.step_s else ""
-    table = new_table([f"step {seconds_text(prediction.step_s)}{between}"], ["time", "share", ""])
+    table = new_table([f"step {seconds_text(prediction.step_s)}"], ["time", "share", ""])
     rows = sorted(prediction.step.rows(), key=lambda row: -row[1])
     large = [(n, s) for n, s in rows if s > SMALL * prediction.step_s and s]
     small_s = sum(s for _, s in rows) - sum(s for _, s in large)
@@ -79,6 +118,8 @@ def step_table(prediction: Prediction) -> "Table":
         table.add_row(name, seconds_text(seconds), f"{share:.1%}", bar(share))
     if small_s > 0:
         table.add_row("the other buckets", seconds_text(small_s), f"{small_s / prediction.step_s:.1%}", "")
+    if prediction.step_s:
+        table.add_row("80% interval", *map(seconds_text, prediction.step_interval_s), style="bold")
     for purpose, seconds in prediction.overlapped.items():
         table.add_row(f"({purpose}, hidden)", seconds_text(seconds), "", "", style="dim")
     return table
@@ -87,15 +128,15 @@ def step_table(prediction: Prediction) -> "Table":
 def memory_table(plan: Plan) -> "Table":
     """Bytes of every term against the device's capacity."""
     memory, capacity_bytes = plan.job.memory, plan.capacity_bytes
-    total_bytes, (low_bytes, high_bytes) = memory.total(), plan.job.memory_interval_bytes
-    between = f" ({gb(low_bytes)} to {gb(high_bytes)})"
-    table = new_table([f"memory {gb(total_bytes)}{between} of {gb(capacity_bytes)}"], ["bytes", "of device"])
+    total_bytes = memory.total()
+    table = new_table([f"memory {gb(total_bytes)} of {gb(capacity_bytes)}"], ["bytes", "of device"])
     for name, size_bytes in sorted(memory.rows(), key=lambda row: -row[1]):
         if size_bytes:
             table.add_row(MEMORY_WORDS.get(name, name), gb(size_bytes), f"{size_bytes / capacity_bytes:.1%}")
     left_bytes = capacity_bytes - total_bytes
     word = "left" if left_bytes >= 0 else "missing"
     table.add_row(word, gb(abs(left_bytes)), f"{abs(left_bytes) / capacity_bytes:.1%}", style="bold")
+    table.add_row("80% interval", *map(gb, plan.job.memory_interval_bytes), style="bold")
     return table
 
 

@@ -1,6 +1,6 @@
 """Model, layout, cluster, job: frozen types, decoded and checked once at the edge. Loads no torch."""
 
-from meshwright.spec.cluster import Cluster, Device, Link
+from meshwright.spec.cluster import Cluster, Device, Link, Nodes
 from meshwright.spec.count import (
     Flops,
     block_shapes,
@@ -32,6 +32,8 @@ from meshwright.spec.job import (
     Source,
     TraceSettings,
     check_job,
+    check_kind,
+    check_trained,
 )
 from meshwright.spec.layout import (
     AXES,
@@ -110,6 +112,7 @@ __all__ = [
     "ModelSpec",
     "Moment",
     "NamedModel",
+    "Nodes",
     "Offload",
     "OptimizerSettings",
     "Pass",
@@ -133,10 +136,12 @@ __all__ = [
     "check_context",
     "check_expert",
     "check_job",
+    "check_kind",
     "check_layout",
     "check_model",
     "check_schedule",
     "check_split",
+    "check_trained",
     "closest",
     "count_flops",
     "count_parameters",

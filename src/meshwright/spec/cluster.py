@@ -4,34 +4,59 @@ from typing import Literal
 
 import msgspec
 
-from meshwright.spec.errors import SettingError
+from meshwright.spec.errors import SettingError, in_words
 from meshwright.spec.layout import Precision
 from meshwright.spec.numbers import check_range
 from meshwright.spec.rates import Measured, Rates, check_rates
 
-# Of each size. Far beyond any cluster, and a search over divisors still ends in a moment.
+# In all. Far beyond any cluster, and a search over divisors still ends in a moment.
 MOST_DEVICES = 2**20
 # Of bytes and of rates a second; it keeps what is divided by them finite.
 MOST = 1e21
+# Of an hour of a device, in any currency; and what is multiplied by it stays finite.
+MOST_PRICE = 1e9
+
+
+DeviceKind = Literal["cuda", "rocm", "tpu", "cpu"]
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One accelerator, or one CPU process's share of its machine. Peak rates are dense (no sparsity).
 
-    A peak of 0 means "not known": utilisation is then not reported.
+    A peak of 0 means "not known": utilisation is then not reported. Of fp16, fp8 and fp4 it means that the device has
+    none; fp16 is given where bf16 is missing. No plan uses fp4 yet.
     """
 
     name: str
-    kind: Literal["cuda", "cpu"]
+    kind: DeviceKind
     memory_bytes: float
     memory_bytes_per_s: float
     peak_bf16_flops_per_s: float
     peak_fp32_flops_per_s: float
+    peak_fp16_flops_per_s: float = 0.0
+    peak_fp8_flops_per_s: float = 0.0
+    peak_fp4_flops_per_s: float = 0.0
     source: str
 
+    @property
+    def is_gpu(self) -> bool:
+        """Whether it is what PyTorch calls a GPU, of NVIDIA or AMD."""
+        return self.kind in ("cuda", "rocm")
+
+    @property
+    def is_accelerator(self) -> bool:
+        """Whether blocks run compiled on it, beside a host that runs ahead: everything but a CPU."""
+        return self.kind != "cpu"
+
     def peak_flops_per_s(self, precision: Precision) -> float:
-        """Datasheet peak of matrix products in `precision`."""
-        return self.peak_bf16_flops_per_s if precision == "bf16" else self.peak_fp32_flops_per_s
+        """Datasheet peak of matrix products in `precision`; of bf16 on a device without it, that of fp16."""
+        match precision:
+            case "fp32":
+                return self.peak_fp32_flops_per_s
+            case "fp8":
+                return self.peak_fp8_flops_per_s
+            case "bf16":
+                return self.peak_bf16_flops_per_s or self.peak_fp16_flops_per_s
 
 
 class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,10 +68,27 @@ class Link(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     source: str
 
 
+class Nodes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Nodes that are alike, in a cluster in which not all are."""
+
+    device: Device
+    nodes: int = 1
+    devices_per_node: int
+    intra: Link
+
+    def label(self) -> str:
+        """In a few words: "2 nodes of 8 x h100"."""
+        node = f"{self.devices_per_node} x {self.device.name}"
+        return node if self.nodes == 1 else f"{self.nodes} nodes of {node}"
+
+
 class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`nodes` x `devices_per_node` equal devices; `intra` links them inside a node, `inter` between nodes.
 
-    rates: what `meshwright calibrate` measured of it; None for the built-in ones of its device. measured: when.
+    groups: what the nodes really are where they are not alike; the other fields then describe the even cluster that
+    they can be planned as (spec/uneven.py). price_per_device_hour: what an hour of one device costs, in any currency;
+    None where nobody said. rates: what `meshwright calibrate` measured; None for the built-in ones of the device.
+    measured: when and with what.
     """
 
     device: Device
@@ -54,6 +96,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     devices_per_node: int
     intra: Link
     inter: Link
+    groups: tuple[Nodes, ...] = ()
+    price_per_device_hour: float | None = None
     rates: Rates | None = None
     measured: Measured | None = None
 
@@ -64,26 +108,24 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def label(self) -> str:
         """The cluster in a few words: "2 nodes of 8 x h100"."""
-        node = f"{self.devices_per_node} x {self.device.name}"
-        return node if self.nodes == 1 else f"{self.nodes} nodes of {node}"
+        if not self.groups:
+            return self.plain().label()
+        return in_words([f"{'1 node of ' * (group.nodes == 1)}{group.label()}" for group in self.groups], "and")
+
+    def plain(self) -> Nodes:
+        """Its nodes as the plan takes them, all alike."""
+        return Nodes(device=self.device, nodes=self.nodes, devices_per_node=self.devices_per_node, intra=self.intra)
 
 
 def check_cluster(cluster: Cluster, world_size: int) -> None:
     """Raise SettingError where the cluster is empty, has impossible rates or is smaller than the layout."""
-    device = cluster.device
-    for setting, value, low, high in (
-        ("nodes", cluster.nodes, 1, MOST_DEVICES),
-        ("devices_per_node", cluster.devices_per_node, 1, MOST_DEVICES),
-        ("device.memory_bytes", device.memory_bytes, 1.0, MOST),
-        ("device.memory_bytes_per_s", device.memory_bytes_per_s, 1.0, MOST),
-        ("device.peak_bf16_flops_per_s", device.peak_bf16_flops_per_s, 0.0, MOST),
-        ("device.peak_fp32_flops_per_s", device.peak_fp32_flops_per_s, 0.0, MOST),
-        ("intra.bytes_per_s", cluster.intra.bytes_per_s, 1.0, MOST),
-        ("intra.latency_s", cluster.intra.latency_s, 0.0, 1e3),
-        ("inter.bytes_per_s", cluster.inter.bytes_per_s, 1.0, MOST),
-        ("inter.latency_s", cluster.inter.latency_s, 0.0, 1e3),
-    ):
-        check_range(f"cluster.{setting}", value, low, high)
+    for number, group in enumerate(cluster.groups):
+        check_nodes(group, f"cluster.groups[{number}]")
+    check_nodes(cluster.plain(), "cluster")
+    check_link(cluster.inter, "cluster.inter")
+    check_range("cluster.nodes x devices_per_node", cluster.devices, 1, MOST_DEVICES)
+    if cluster.price_per_device_hour is not None:
+        check_range("cluster.price_per_device_hour", cluster.price_per_device_hour, 0.0, MOST_PRICE)
     if cluster.rates is not None:
         check_rates(cluster.rates)
     if world_size > cluster.devices:
@@ -92,3 +134,27 @@ def check_cluster(cluster: Cluster, world_size: int) -> None:
             f"more ranks than devices: the cluster has {cluster.label()}",
             f"sizes that multiply to {cluster.devices}",
         )
+
+
+def check_nodes(nodes: Nodes, prefix: str) -> None:
+    """Raise SettingError where nodes are none, are empty or have impossible rates."""
+    device = nodes.device
+    for setting, value, low, high in (
+        ("nodes", nodes.nodes, 1, MOST_DEVICES),
+        ("devices_per_node", nodes.devices_per_node, 1, MOST_DEVICES),
+        ("device.memory_bytes", device.memory_bytes, 1.0, MOST),
+        ("device.memory_bytes_per_s", device.memory_bytes_per_s, 1.0, MOST),
+        ("device.peak_bf16_flops_per_s", device.peak_bf16_flops_per_s, 0.0, MOST),
+        ("device.peak_fp32_flops_per_s", device.peak_fp32_flops_per_s, 0.0, MOST),
+        ("device.peak_fp16_flops_per_s", device.peak_fp16_flops_per_s, 0.0, MOST),
+        ("device.peak_fp8_flops_per_s", device.peak_fp8_flops_per_s, 0.0, MOST),
+        ("device.peak_fp4_flops_per_s", device.peak_fp4_flops_per_s, 0.0, MOST),
+    ):
+        check_range(f"{prefix}.{setting}", value, low, high)
+    check_link(nodes.intra, f"{prefix}.intra")
+
+
+def check_link(link: Link, prefix: str) -> None:
+    """Raise SettingError for a link that moves nothing, or takes forever."""
+    check_range(f"{prefix}.bytes_per_s", link.bytes_per_s, 1.0, MOST)
+    check_range(f"{prefix}.latency_s", link.latency_s, 0.0, 1e3)

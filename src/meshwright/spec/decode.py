@@ -9,10 +9,11 @@ from typing import Any, cast, get_args
 import msgspec
 import tomli_w
 
-from meshwright.spec.cluster import Cluster, Device, check_cluster
+from meshwright.spec.cluster import Cluster, Device, Link, Nodes, check_cluster
 from meshwright.spec.convert import Table, convert, section_type
 from meshwright.spec.errors import Offer, SettingError, closest
-from meshwright.spec.hardware import cluster_of, expand_cluster, is_local
+from meshwright.spec.expand import expand_cluster, is_local, without_none
+from meshwright.spec.hardware import cluster_of
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis, Layout, check_axes
 from meshwright.spec.model import ModelSpec
@@ -31,6 +32,12 @@ NEEDED = {"run", "model", "data"}
 # come from one of two keys.
 WHOLE = ("cluster.gpus", "cluster.processes", "model.name", "model.config", "model.path", "trainer.name")
 RIVALS = {"data.path": "sources", "data.sources": "path"}
+WORDS: dict[type, dict[str, type]] = {
+    Cluster: {"gpus": str, "processes": int},
+    Nodes: {"gpus": str},
+    Link: {"gbit_per_s": float, "ports": int},
+    ModelSpec: {"config": str},
+}
 # What means something only where these axes have ranks: a --set that takes an axis away takes what the file says of it.
 ALONG = {
     "pipeline": ("schedule", "stages_per_rank", "stage_layers"),
@@ -46,25 +53,49 @@ def read_job(
     local: Callable[[int], Cluster],
     find: Callable[[str], Path] = no_hub,
     admit: Callable[[Cluster], None] = lambda _cluster: None,
+    cluster: Table | None = None,
 ) -> Job:
     """Decode a job file, apply `--set` settings, resolve what is left to the machine, check the whole.
 
     `local` describes this machine, given how many processes stand in for devices where it has no GPU; `find` says
     where the files of a hub's model are, given its name. Each is called only if the job asks for it. `admit` refuses
-    a cluster that the job cannot be run on, before anything is asked of how the job is spread over it.
+    a cluster that the job cannot be run on, before anything is asked of how the job is spread over it. `cluster`: a
+    [cluster] table that takes the place of the file's.
     """
+    table = read_toml(path, "a job file", lambda: nearby_job(path))
+    if cluster is not None:
+        table["cluster"] = cluster
+    apply_settings(table, settings)
+    return decode_job(table, local=local, find=find, admit=admit)
+
+
+def read_toml(path: Path, what: str, nearest: Callable[[], str]) -> Table:
+    """A file's table; raises SettingError where there is none, with what is `nearest`."""
     try:
         # Some editors put a byte order mark in front, which TOML does not know.
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise SettingError(str(path), f"cannot be read as a job file ({why})", nearby_job(path)) from None
+        raise SettingError(str(path), f"cannot be read as {what} ({why})", nearest()) from None
+    except ValueError as error:  # a name with a null byte
+        raise SettingError(repr(str(path)), f"cannot be read as {what} ({error})", nearest()) from None
     try:
-        table = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # more than TOMLDecodeError: endless digits, endless brackets
         raise SettingError(str(path), f"is not TOML ({error})", "see examples/quickstart.toml") from None
-    apply_settings(table, settings)
-    return decode_job(table, local=local, find=find, admit=admit)
+
+
+def read_cluster(word: str) -> Table:
+    """A [cluster] table from a file that has one, a job file too, or from the name of known devices ("8xh100")."""
+    path = Path(word)
+    if path.suffix != ".toml" and not path.is_file():
+        cluster_of(word, setting="--cluster")
+        return {"gpus": word}
+    table = read_toml(path, "a cluster file", lambda: "8xh100")
+    section = table.get("cluster")
+    if not isinstance(section, dict):
+        raise SettingError(str(path), "has no [cluster] section", 'a file with [cluster], or a name such as "8xh100"')
+    return cast(Table, section)
 
 
 def nearby_job(path: Path) -> str:
@@ -169,7 +200,9 @@ def decode_job(
         check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.
-        job = msgspec.structs.replace(job, cluster=local(job.layout.world_size))
+        price = job.cluster.price_per_device_hour
+        placed = msgspec.structs.replace(local(job.layout.world_size), price_per_device_hour=price)
+        job = msgspec.structs.replace(job, cluster=placed)
     return job
 
 
@@ -204,7 +237,7 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
     """Resolve what a job may leave open.
 
     `axis = "all"`: the devices that the other axes leave, as many as divide the batch; `microbatch = "all"`: a rank's
-    whole share of the batch; `precision = "auto"`: bf16 on GPUs, fp32 elsewhere.
+    whole share of the batch; `precision = "auto"`: fp32 on CPUs, bf16 elsewhere.
     """
     filled = dict(section)
     placed = convert(cluster, Cluster, "cluster")
@@ -228,7 +261,7 @@ def expand_layout(section: Table, cluster: Table, global_batch: object) -> Table
         whole = all(isinstance(size, int) and size > 0 for size in sizes)
         filled["microbatch"] = max(1, sizes[0] // (sizes[1] * sizes[2])) if whole else 1
     if filled.get("precision", "auto") == "auto":
-        filled["precision"] = "bf16" if placed.device.kind == "cuda" else "fp32"
+        filled["precision"] = "bf16" if placed.device.is_accelerator else "fp32"
     return filled
 
 
@@ -266,10 +299,7 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
     """
     fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     # What a job file may say instead of the numbers; expand_cluster and expand_pretrained read these words.
-    if kind is Cluster:
-        fields |= {"gpus": str, "processes": int}
-    if kind is ModelSpec:
-        fields |= {"config": str}
+    fields |= WORDS.get(kind, {})
     for key, value in table.items():
         name = f"{prefix}{key}"
         if key not in fields:
@@ -282,7 +312,7 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             if isinstance(value, dict):
                 check_keys(cast(Table, value), inner, f"{name}.")
-            elif not (inner is Device and isinstance(value, str)):
+            elif not (inner in (Device, Link) and isinstance(value, str)):
                 raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
         for item_kind in get_args(inner):
             # A list of sections, like data.sources.
@@ -307,20 +337,35 @@ def encode_job(job: Job) -> str:
     return tomli_w.dumps(table)
 
 
-def without_none(table: Table) -> Table:
-    """A table without the keys that stand for nothing, for which TOML has no word."""
-    kept = {key: value for key, value in table.items() if value is not None}
-    return {key: without_none(cast(Table, value)) if isinstance(value, dict) else value for key, value in kept.items()}
+def no_machine(processes: int) -> Cluster:
+    """For jobs that describe their cluster: raises SettingError where one asks for this machine instead."""
+    raise SettingError(f"cluster of {processes} processes", "this machine is not asked here", "cluster.gpus")
 
 
-def planning_job(*, model: str, gpus: str, sequence: int, global_batch: int, settings: Iterable[str] = ()) -> Job:
-    """A job for planning alone: a named model on a described cluster ("8xh100", "4x8xh100")."""
+def planning_job(
+    *,
+    model: str,
+    gpus: str | Table,
+    sequence: int,
+    global_batch: int,
+    settings: Iterable[str] = (),
+    local: Callable[[int], Cluster] = no_machine,
+) -> Job:
+    """A job for planning alone: a named model on a described cluster ("8xh100", "4x8xh100", or a [cluster] table)."""
     table: Table = {
         "run": {"name": "plan", "steps": 1},
         "model": {"name": model},
         "data": {"sequence": sequence, "global_batch": global_batch},
         "layout": {"shard": "all"},
-        "cluster": {"gpus": gpus},
+        "cluster": {"gpus": gpus} if isinstance(gpus, str) else gpus,
     }
     apply_settings(table, settings)
-    return decode_job(table, local=lambda processes: cluster_of(gpus))
+    return decode_job(table, local=local)
+
+
+def place_cluster(section: Table, local: Callable[[int], Cluster]) -> Cluster:
+    """The cluster that a [cluster] table describes, checked. local: as for read_job."""
+    check_keys({"cluster": section}, Job, "")
+    cluster = convert(expand_cluster(section, local), Cluster, "cluster")
+    check_cluster(cluster, 1)
+    return cluster

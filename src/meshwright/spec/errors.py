@@ -75,9 +75,9 @@ def nearest_choice(setting: str, word: object, known: Iterable[str], besides: st
     return f"{setting} = {in_words([*words, besides] if besides else words)}"
 
 
-def in_words(choices: list[str]) -> str:
+def in_words(choices: list[str], last: str = "or") -> str:
     """ "a", "a or b", "a, b or c"."""
-    return " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
+    return f" {last} ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else choices)
 
 
 def as_toml(value: Any) -> str:

@@ -5,17 +5,19 @@ from typing import Literal
 
 import msgspec
 
-from meshwright.spec.cluster import Cluster, check_cluster
+from meshwright.spec.cluster import Cluster, Device, DeviceKind, check_cluster
 from meshwright.spec.division import check_context, check_expert
 from meshwright.spec.errors import SettingError
 from meshwright.spec.layout import Layout, check_axes, check_layout, check_split
-from meshwright.spec.model import ModelSpec, check_model, check_sequence
+from meshwright.spec.model import ModelSpec, check_built, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
 from meshwright.spec.schedule import check_schedule
 from meshwright.spec.trainer import MESHWRIGHT, Trainer
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
+# What training has been built for, of the devices that can be planned for.
+TRAINED_KINDS: tuple[DeviceKind, ...] = ("cuda", "cpu")
 # Files of numbers, which no tokenizer has to make.
 TOKEN_FILES = {".npy", ".bin"}
 
@@ -178,19 +180,51 @@ def check_job(job: Job) -> None:
     # No other setting helps a layout that has too few devices.
     check_cluster(job.cluster, job.layout.world_size)
     check_layout(job.layout, job.data.global_batch)
+    check_precision(job)
     # Before what else it needs: no size of the tensor axis would help here.
-    if job.layout.async_tensor and job.cluster.device.kind != "cuda":
+    if job.layout.async_tensor and not job.cluster.device.is_gpu:
         raise SettingError("layout.async_tensor = true", "needs GPUs", "layout.async_tensor = false")
     check_split(job.layout, job.model, job.data.sequence)
     check_context(job.layout, job.model, job.data.sequence)
     check_expert(job.layout, job.model)
     microbatches, own = job.layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
     check_schedule(job.layout, microbatches, job.model.layers, short=not own)
-    if job.layout.offload != "none" and job.cluster.device.kind != "cuda":
-        reason = "devices are CPUs, whose memory is the host's"
+    if job.layout.offload != "none" and not job.cluster.device.is_gpu:
+        kind = job.cluster.device.kind
+        reason = "devices are CPUs, whose memory is the host's" if kind == "cpu" else "is known of GPUs alone"
         raise SettingError(f'layout.offload = "{job.layout.offload}"', reason, 'layout.offload = "none"')
     if job.layout.offload == "optimizer" and job.optimizer.name == "sgd":
         raise SettingError('layout.offload = "optimizer"', "sgd keeps no states", 'layout.offload = "none"')
+
+
+def check_precision(job: Job) -> None:
+    """Raise SettingError for products that the job's devices do not have."""
+    device = job.cluster.device
+    if job.layout.precision == "fp8" and not device.peak_fp8_flops_per_s:
+        near = "bf16" if device.is_accelerator else "fp32"
+        reason = f"no fp8 products are known of {device.name}"
+        raise SettingError('layout.precision = "fp8"', reason, f'layout.precision = "{near}"')
+
+
+def check_kind(device: Device) -> None:
+    """Raise SettingError for a device that can be planned for and not yet trained on."""
+    if device.kind not in TRAINED_KINDS:
+        reason = f"{device.name} can be planned for; training there is not built"
+        near = "a job without [cluster], which takes what is here"
+        raise SettingError(f'cluster.device.kind = "{device.kind}"', reason, near)
+
+
+def check_trained(job: Job) -> None:
+    """Raise SettingError for a job that can be planned and not yet trained."""
+    check_built(job.model)
+    check_kind(job.cluster.device)
+    device, precision = job.cluster.device, job.layout.precision
+    if precision == "fp8":
+        reason = "can be planned; training with it is not built yet"
+        raise SettingError('layout.precision = "fp8"', reason, 'layout.precision = "bf16"')
+    if precision == "bf16" and device.peak_fp16_flops_per_s and not device.peak_bf16_flops_per_s:
+        reason = f"{device.name} has none, and training in fp16, as it is planned there, is not built"
+        raise SettingError('layout.precision = "bf16"', reason, 'layout.precision = "fp32"')
 
 
 def check_data(data: DataSettings) -> None:

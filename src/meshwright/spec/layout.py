@@ -12,7 +12,7 @@ Axis = Literal["pipeline", "replica", "shard", "context", "tensor"]
 # The axes whose sizes multiply to the world, outermost first by default. `expert` is not among them: it reuses ranks.
 AXES: tuple[Axis, ...] = get_args(Axis)
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero-bubble", "zbv", "dualpipev"]
 ContextForm = Literal["ring", "all-to-all"]
@@ -41,7 +41,8 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     offload: what lies in the host's memory while the device does not need it: "optimizer", the optimizer's states; or
         "parameters", with their gradients and states, updated there by its cores.
     precision: of the model's matrix products and of parameter transfers; parameters, gradient
-        reductions and optimizer states are fp32 in both.
+        reductions and optimizer states are fp32 in each. "fp8": of the blocks' products alone, and the rest as in
+        bf16; it can be planned, and not yet trained.
     """
 
     pipeline: int = 1
@@ -86,6 +87,11 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def parameter_shards(self) -> int:
         """Number of ranks that parameters, gradients and optimizer states are divided over."""
         return self.shard * self.context
+
+    @property
+    def plain_precision(self) -> Precision:
+        """Of what is not a block's product with a matrix: attention, the head, and what is kept and sent."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along `axis`."""

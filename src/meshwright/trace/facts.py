@@ -51,6 +51,8 @@ def peak_flops_per_s(device: torch.device, dtype: str | None) -> float | None:
         return None
     if precision == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return None
+    if dtype == "bfloat16":
+        return row.device.peak_bf16_flops_per_s or None
     return row.device.peak_flops_per_s(precision) or None
 
 
