@@ -36,9 +36,10 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     overlaps: whether transfers run beside compute. contention: of the seconds that they do, what compute takes longer.
     block_host_s, group_host_s: what Python and the dispatcher take for one block, and for FSDP's hooks around one
         group, forward and backward of one microbatch. eager_host_s: for a block that is not compiled. tensor_host_s:
-        what the tensor axis adds for one block. routed_wait_s, sent_wait_s: what a device waits for its host in either pass
-        of a mixture's block, and more where tokens are sent to other ranks. handed_wait_s: in a pipeline, what the
-        device waits in either pass of a microbatch of an eager trainer.
+        what the tensor axis adds for one block.
+    routed_wait_s, sent_wait_s: what a device waits for its host in either pass of a mixture's block, and more where
+        tokens are sent to other ranks. handed_wait_s: in a pipeline, what the device waits in either pass of a
+        microbatch of an eager trainer.
     host_link_bytes_per_s: between a device and its host's memory. host_update_bytes_per_s: of a rank's cores on states
         that are offloaded.
     step_s: idle device per step outside the model (logging, syncs).
