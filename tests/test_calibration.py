@@ -1,5 +1,6 @@
 """From figures to rates: a machine that keeps exactly to the plan's model gives its own rates back."""
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -15,6 +16,7 @@ from meshwright.plan.part import cut_model
 from meshwright.plan.rates import rates_of
 from meshwright.record.calibration import Calibration, Figure, Place
 from meshwright.spec import MESHWRIGHT, Cluster, Collective, Layout, Rates
+from meshwright.spec.cluster import check_cluster
 from meshwright.spec.hardware import cluster_of, unknown_gpu
 
 RANKS = 8
@@ -100,9 +102,11 @@ def figures_of_links(machine: Cluster) -> list[Figure]:
     pair = Layout(pipeline=2)
     for size in SIZES:
         placed: dict[tuple[Collective, Place], float] = {}
-        for place, ranks in (("node", range(RANKS)), ("across", (0, RANKS))):
+        placements: tuple[tuple[Place, Sequence[int]], ...] = (("node", range(RANKS)), ("across", (0, RANKS)))
+        for place, ranks in placements:
             ring = place_ring(ranks, 2 * RANKS, machine)
-            for kind in ("all_reduce", "all_gather", "reduce_scatter"):
+            kinds: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+            for kind in kinds:
                 placed[kind, place] = predict_collective(kind, size, ring, rates)
             placed["all_to_all", place] = predict_exchange(size, ring, machine, rates)
         placed["send", "node"] = hop_seconds(pair, machine, (0, 1), size, rates)
@@ -171,6 +175,21 @@ def test_what_was_not_measured_is_as_much_faster_as_what_was() -> None:
         for way in (0, 1):
             ratio = found.attention[kernel][way] / found.attention["cudnn"][way]
             assert ratio == pytest.approx(old[kernel][way] / old["cudnn"][way], rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_figures_of_a_busy_machine_still_make_a_cluster(seed: int) -> None:
+    machine, draw = other_machine(), Random(seed)
+    figures = figures_of(machine)
+    # Other programs take the processor away, for any piece of work up to a hundred times as long.
+    late = tuple(
+        msgspec.structs.replace(one, seconds=one.seconds * 10 ** draw.uniform(0, 2)) for one in figures.figures
+    )
+    known = msgspec.structs.replace(machine, rates=None)
+    found = calibrate_cluster(msgspec.structs.replace(figures, figures=late), known, "2026-11-23")
+    check_cluster(found, RANKS)
+    job = job_of(found, model_of(1024, 8, 8, 128, feed_forward=4096), 1, 1024)
+    assert 0 < predict(job).step_s < float("inf")
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -28,6 +28,8 @@ from meshwright.spec.trainer import AttentionKernel
 
 # Of a block's measured seconds, what its element-wise part takes at least, however fast products seemed alone.
 LEAST_ELEMENTWISE = 0.02
+# Of the fastest product's seconds, what it would take at least without edges.
+LEAST_WHOLE = 0.5
 # A backward pass of attention is never faster than this share of its forward pass: repeats that were disturbed.
 LEAST_BACKWARD = 0.5
 # Passes over parameters of AdamW's update, and of the norm and clipping (plan/compute.py).
@@ -90,6 +92,11 @@ def fit_products(fit: Fit) -> Fit:
     edges = [sum(1 / side for side in product.sizes) for product in products]
     slowdowns = [product.seconds * peak / work for product, work in zip(products, flops, strict=True)]
     whole, edge = fit_line(edges, slowdowns)
+    if whole < LEAST_WHOLE * min(slowdowns):
+        # No product is mostly edges: repeats were disturbed, or the sizes are too few to tell.
+        edge = fit.rates.matmul_edge
+        whole = geometric_mean([slowdown / (1 + edge * x) for x, slowdown in zip(edges, slowdowns, strict=True)])
+        edge *= whole
     misfit = max(abs((whole + edge * x) / y - 1) for x, y in zip(edges, slowdowns, strict=True))
     return fit.with_rates("matmul", products, misfit, matmul=1 / whole, matmul_edge=edge / whole)
 
