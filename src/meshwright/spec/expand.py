@@ -116,7 +116,7 @@ def expand_numbers(section: Table) -> Table:
 
 def read_groups(given: object) -> tuple[Nodes, ...]:
     """The nodes of `[[cluster.groups]]`, checked."""
-    if not isinstance(given, list) or not all(isinstance(one, dict) for one in cast(list[Any], given)):
+    if not isinstance(given, list | tuple) or not all(isinstance(one, dict) for one in cast(list[Any], given)):
         raise SettingError("cluster.groups", "must be a list of sections", "[[cluster.groups]] with keys under it")
     groups: list[Nodes] = []
     for number, entry in enumerate(cast(list[Table], given)):
