@@ -1,4 +1,4 @@
-"""Devices, nodes and links: what a layout is placed on. The rows of known hardware are in spec/hardware.py."""
+"""Devices, nodes and links: what a layout is placed on. The rows of known hardware are in spec/devices.py."""
 
 from typing import Literal
 
