@@ -49,8 +49,8 @@ links = st.fixed_dictionaries(
         "source": st.just("s"),
     }
 )
-fabrics = mostly(st.one_of(st.sampled_from([*FABRICS]), links))
 ports = st.fixed_dictionaries({"gbit_per_s": mostly(st.floats(1, 1e4)), "ports": mostly(st.integers(1, 64))})
+fabrics = mostly(st.one_of(st.sampled_from([*FABRICS]), links), st.one_of(odd, ports))
 networks = mostly(
     st.one_of(
         st.sampled_from([*NETWORKS]),

@@ -123,6 +123,7 @@ def test_a_rack_of_gb200_is_one_node() -> None:
         ('gpus = "8xh100"\ninter = {gbit_per_s = 100, ports = -2}', "ports = -2", "between", "ports = 1"),
         ('gpus = "8xh100"\ninter = {gbit_per_s = 1, ports = 1, source = ""}', "source", "cannot stand", "one of"),
         ('gpus = "8xh100"\ninter = {bytes_per_s = 0}', "cluster.inter", "missing", "add"),
+        ('gpus = "8xh100"\nintra = {gbit_per_s = 1, ports = 1}', "intra.gbit_per_s", "between nodes", "bytes_per_s"),
         ('gpus = "8xh100"\nnodes = 2', "cluster.nodes", "cannot stand beside cluster.gpus", "one of the two"),
         ('gpus = "8xh100"\nprice_per_device_hour = -1', "price_per_device_hour", "between", "= 0.0"),
         ('gpus = "8xh100"\nprice_per_device_hour = nan', "price_per_device_hour", "between", "= 0.0"),
