@@ -55,6 +55,7 @@ def cli() -> None:
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
 @click.option("--tokens", type=float, help="To train on in all: how long it takes, and at what cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a page: plan.html.")
 @SET
 def plan(
     job: Path | None,
@@ -65,6 +66,7 @@ def plan(
     global_batch: int | None,
     tokens: float | None,
     as_json: bool,
+    html: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
@@ -86,6 +88,8 @@ def plan(
     if len(clusters) > 1:
         if gpus is not None:
             raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
+        if html is not None:
+            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(n, one, build_plan(one, tokens=budget), budget) for n, one in jobs.items()])
         if as_json:
@@ -97,6 +101,10 @@ def plan(
     if job is not None and budget is None and one.cluster.price_per_device_hour is not None:
         budget = one.run.steps * one.data.global_batch * one.data.sequence
     planned = build_plan(one, tokens=budget)
+    if html is not None:
+        from meshwright.report.plan_page import write_plan
+
+        write_plan(planned, html)
     if as_json:
         click.echo(plan_json(planned))
     else:
