@@ -182,11 +182,9 @@ def test_figures_of_a_busy_machine_still_make_a_cluster(seed: int) -> None:
     machine, draw = other_machine(), Random(seed)
     figures = figures_of(machine)
     # Other programs take the processor away, for any piece of work up to a hundred times as long.
-    late = tuple(
-        msgspec.structs.replace(one, seconds=one.seconds * 10 ** draw.uniform(0, 2)) for one in figures.figures
-    )
+    late = [msgspec.structs.replace(one, seconds=one.seconds * 10 ** draw.uniform(0, 2)) for one in figures.figures]
     known = msgspec.structs.replace(machine, rates=None)
-    found = calibrate_cluster(msgspec.structs.replace(figures, figures=late), known, "2026-11-23")
+    found = calibrate_cluster(msgspec.structs.replace(figures, figures=tuple(late)), known, "2026-11-23")
     check_cluster(found, RANKS)
     job = job_of(found, model_of(1024, 8, 8, 128, feed_forward=4096), 1, 1024)
     assert 0 < predict(job).step_s < float("inf")

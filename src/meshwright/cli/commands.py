@@ -45,39 +45,67 @@ def cli() -> None:
 @click.argument("job", required=False, type=click.Path(path_type=Path))
 @click.option("--model", help="A named model, without a job file: llama3-8b.")
 @click.option("--gpus", help="Its cluster: 8xh100, or 4x8xh100 for four nodes of eight.")
-@click.option("--cluster", metavar="FILE|NAME", help="A file with a [cluster] section, or 8xh100: in the JOB's place.")
+@click.option(
+    "--cluster",
+    "clusters",
+    multiple=True,
+    metavar="FILE|NAME",
+    help="A file with a [cluster] section, or 8xh100: in the JOB's place. Several: which one to take.",
+)
 @click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
 @click.option("--tokens", type=float, help="To train on in all: how long it takes, and at what cost.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a page: plan.html.")
 @SET
 def plan(
     job: Path | None,
     model: str | None,
     gpus: str | None,
-    cluster: str | None,
+    clusters: tuple[str, ...],
     sequence: int | None,
     global_batch: int | None,
     tokens: float | None,
     as_json: bool,
+    html: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
-    from meshwright.plan import build_plan
-    from meshwright.report.plan import plan_json, plan_text
+    from meshwright.plan import build_plan, decide, make_offer
+    from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
 
     if job is not None:
         given = {"--model": model, "--gpus": gpus, "--sequence": sequence, "--global-batch": global_batch}
         for option, value in given.items():
             if value is not None:
                 raise SettingError(option, "is for planning without a job file", f"--set, as in {as_setting(option)}")
-        wanted = read(job, settings, cluster)
-    else:
-        wanted = described(model, gpus, cluster, sequence, global_batch, settings)
+
+    def wanted(cluster: str | None) -> "Job":
+        if job is not None:
+            return read(job, settings, cluster)
+        return described(model, gpus, cluster, sequence, global_batch, settings)
+
     budget = None if tokens is None else whole_tokens(tokens)
-    if job is not None and budget is None and wanted.cluster.price_per_device_hour is not None:
-        budget = wanted.run.steps * wanted.data.global_batch * wanted.data.sequence
-    planned = build_plan(wanted, tokens=budget)
+    if len(clusters) > 1:
+        if gpus is not None:
+            raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
+        if html is not None:
+            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
+        jobs = {name: wanted(name) for name in clusters}
+        decision = decide([make_offer(n, one, build_plan(one, tokens=budget), budget) for n, one in jobs.items()])
+        if as_json:
+            click.echo(decision_json(decision))
+        else:
+            decision_text(decision, console())
+        return
+    one = wanted(clusters[0] if clusters else None)
+    if job is not None and budget is None and one.cluster.price_per_device_hour is not None:
+        budget = one.run.steps * one.data.global_batch * one.data.sequence
+    planned = build_plan(one, tokens=budget)
+    if html is not None:
+        from meshwright.report.plan_page import write_plan
+
+        write_plan(planned, html)
     if as_json:
         click.echo(plan_json(planned))
     else:

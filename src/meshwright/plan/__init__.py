@@ -1,5 +1,6 @@
 """Predict what a layout needs and how fast it is, and search for the best. Loads no torch."""
 
+from meshwright.plan.decision import Decision, Offer, decide, make_offer
 from meshwright.plan.fit import Rejected
 from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
@@ -8,10 +9,14 @@ from meshwright.plan.plan import Plan, build_plan, predict
 from meshwright.plan.time import predict_step, share_machine
 
 __all__ = [
+    "Decision",
+    "Offer",
     "Plan",
     "Rejected",
     "build_plan",
+    "decide",
     "local_cluster",
+    "make_offer",
     "predict",
     "predict_memory",
     "predict_states",

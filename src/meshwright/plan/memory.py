@@ -38,6 +38,17 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     )
 
 
+def predict_memories(job: Job, frame: Frame) -> tuple[MemoryAccount, ...]:
+    """Bytes of every rank along pipeline, at its own peak."""
+    accounts = [held_bytes(job, part, frame.timetable.alive[part.rank]) for part in frame.parts]
+    return tuple(
+        msgspec.structs.replace(
+            account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
+        )
+        for account in accounts
+    )
+
+
 def tell_apart(job: Job, frame: Frame) -> list[Part]:
     """The parts that could be the fullest: ranks in the middle of a pipeline differ by the microbatches alive alone."""
     again, apart = job.layout.recomputed_layers(job.model.layers), list(frame.parts[:1])

@@ -5,12 +5,13 @@ from functools import partial
 
 import msgspec
 
+from meshwright.account import MemoryAccount
 from meshwright.plan.compute import has_known_peak
 from meshwright.plan.cost import Costs, predict_costs
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.interval import memory_interval, step_interval
-from meshwright.plan.memory import predict_memory
+from meshwright.plan.memory import predict_memories, predict_memory
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
 from meshwright.plan.search import axes_in_use, search_layouts
@@ -55,8 +56,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
     it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
     of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
-    the job's own number of ranks. alone: where nodes are not alike, each kind without the others. costs: where there
-    is a price, or a number of tokens to train on.
+    the job's own number of ranks. memories: of each of the job's ranks along pipeline. alone: where nodes are not
+    alike, each kind without the others. costs: where there is a price, or a number of tokens to train on.
     """
 
     verdict: str
@@ -65,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
     global_batch: int
     capacity_bytes: float
+    memories: tuple[MemoryAccount, ...]
     job: Prediction
     job_fits: bool
     one_device: Prediction | None
@@ -139,7 +141,8 @@ def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
     own = predict(job)
     ranked = rank_predictions(found)
     one = next((p for p in ranked if p.layout.world_size == 1), None)
-    capacity_bytes = share_machine(job).cluster.device.memory_bytes
+    shared = share_machine(job)
+    capacity_bytes = shared.cluster.device.memory_bytes
     alone = plan_alone(job, best_layout)
     uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
@@ -149,6 +152,7 @@ def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
         sequence=job.data.sequence,
         global_batch=job.data.global_batch,
         capacity_bytes=capacity_bytes,
+        memories=predict_memories(shared, build_frame(shared)),
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,

@@ -24,7 +24,10 @@ def cluster_toml(cluster: Cluster, calibration: Calibration) -> str:
         "the 10th and the 90th hundredth of its repeats, over their median; misfit: how far a measured size is at most",
         "from what the plan reckons of it. Rates that have no spread are built-in ones. Every figure is at the end.",
     ]
-    table = tomli_w.dumps({"cluster": without_none(msgspec.to_builtins(cluster))})
+    section = without_none(msgspec.to_builtins(cluster))
+    # Lists of nodes that are not alike, which were not measured, and versions of what was not there.
+    section["measured"] = {name: value for name, value in section["measured"].items() if value != ""}
+    table = tomli_w.dumps({"cluster": {name: value for name, value in section.items() if value != []}})
     tail = [f"not measured: {line}" for line in calibration.missing]
     return "".join([*comments(head), "\n", table, "\n", *comments([*tail, *figure_lines(calibration.figures)])])
 

@@ -1,9 +1,7 @@
 """report.html: an explanation as one self-contained page that opens offline."""
 
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 
 import msgspec
@@ -20,6 +18,7 @@ from meshwright.report.charts import (
     run_figure,
 )
 from meshwright.report.details import grids
+from meshwright.report.page import page_html
 from meshwright.report.parts import chart, grid_section, numbers, section, table, text, word
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
@@ -43,8 +42,6 @@ from meshwright.report.words import (
     yield_line,
 )
 
-# Even if a later change let a reference to a network slip in, a browser would refuse to follow it.
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; font-src data:"
 # A blame row below this share of the step is noise.
 WORTH_A_ROW = 0.001
 BLAMED_RANKS = 8
@@ -58,38 +55,10 @@ def write_report(explanation: Explanation, path: Path) -> None:
 
 
 def report_html(explanation: Explanation) -> str:
-    """The page. Text from the run is escaped; figures travel as JSON in which no tag can open."""
-    from plotly.offline import get_plotlyjs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
-
+    """The page."""
     figures: dict[str, Figure] = {}
     body = "\n".join(sections(explanation, figures))
-    data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
-    title = text(explanation.name)
-    script = f"<script>{get_plotlyjs()}</script>\n<script>{asset('page.js')}</script>" if figures else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{title} · Meshwright</title>
-<style>
-{asset("page.css")}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script type="application/json" id="figures">{data}</script>
-{script}
-</body>
-</html>
-"""
-
-
-def asset(name: str) -> str:
-    """A file that lies beside this one."""
-    return files("meshwright.report").joinpath(name).read_text(encoding="utf-8")
+    return page_html(explanation.name, body, figures)
 
 
 def sections(explanation: Explanation, figures: dict[str, Figure]) -> Iterable[str]:

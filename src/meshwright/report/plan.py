@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from meshwright.account import MEANINGS
-from meshwright.plan import Plan, Rejected
+from meshwright.plan import Decision, Offer, Plan, Rejected
 from meshwright.plan.cost import HOUR_S, Cost, Costs
 from meshwright.record import Prediction
 from meshwright.report.pipeline import blocks_held
@@ -32,6 +32,40 @@ MEMORY_WORDS = {"optimizer_states": "optimizer states", "communication_buffers":
 def plan_json(plan: Plan) -> str:
     """The whole plan as JSON."""
     return msgspec.json.format(msgspec.json.encode(plan)).decode()
+
+
+def decision_json(decision: Decision) -> str:
+    """The whole comparison as JSON."""
+    return msgspec.json.format(msgspec.json.encode(decision)).decode()
+
+
+def decision_text(decision: Decision, console: "Console") -> None:
+    """Print the offers side by side, and which to take."""
+    table = new_table(["offer"], ["devices", "step", "80% interval", "tokens/s", "days", "cost", "1M tokens", "kept"])
+    for offer in decision.offers:
+        table.add_row(*offer_cells(offer), style="bold" if offer.name == decision.taken else "")
+    layouts = [(o.name, o.best.layout.label() if o.best is not None else "nothing fits") for o in decision.offers]
+    lines = [("Decision" if not number else "", line) for number, line in enumerate(decision.lines)]
+    show([table, labelled(layouts), labelled(lines)], console)
+
+
+def offer_cells(offer: Offer) -> list[str]:
+    """A row of the comparison; what nobody said, a price or a number of tokens, leaves its cells empty."""
+    best, found = offer.best, offer.interruptions
+    if best is None or found is None:
+        return [offer.name, f"{offer.devices:,}"]
+    low_s, high_s = best.step_interval_s
+    return [
+        offer.name,
+        f"{offer.devices:,}",
+        seconds_text(best.step_s),
+        f"{seconds_text(low_s)} - {seconds_text(high_s)}",
+        f"{offer.tokens_per_s:,.0f}",
+        f"{offer.days[1]:,.1f}" if offer.days else "",
+        f"{offer.cost[1]:,.0f}" if offer.cost else "",
+        f"{offer.million_tokens:,.3g}" if offer.million_tokens is not None else "",
+        f"{found.productive:.1%}",
+    ]
 
 
 def plan_text(plan: Plan, console: "Console") -> None:

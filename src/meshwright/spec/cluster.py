@@ -86,9 +86,9 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """`nodes` x `devices_per_node` equal devices; `intra` links them inside a node, `inter` between nodes.
 
     groups: what the nodes really are where they are not alike; the other fields then describe the even cluster that
-    they can be planned as (spec/uneven.py). price_per_device_hour: what an hour of one device costs, in any currency;
-    None where nobody said. rates: what `meshwright calibrate` measured; None for the built-in ones of the device.
-    measured: when and with what.
+    they can be planned as (spec/uneven.py). None where nobody said: price_per_device_hour, what an hour of one device
+    costs, in any currency; device_hours_per_failure, of one device between what interrupts training. rates: what
+    `meshwright calibrate` measured; None for the built-in ones of the device. measured: when and with what.
     """
 
     device: Device
@@ -98,6 +98,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     inter: Link
     groups: tuple[Nodes, ...] = ()
     price_per_device_hour: float | None = None
+    device_hours_per_failure: float | None = None
     rates: Rates | None = None
     measured: Measured | None = None
 
@@ -126,6 +127,8 @@ def check_cluster(cluster: Cluster, world_size: int) -> None:
     check_range("cluster.nodes x devices_per_node", cluster.devices, 1, MOST_DEVICES)
     if cluster.price_per_device_hour is not None:
         check_range("cluster.price_per_device_hour", cluster.price_per_device_hour, 0.0, MOST_PRICE)
+    if cluster.device_hours_per_failure is not None:
+        check_range("cluster.device_hours_per_failure", cluster.device_hours_per_failure, 1.0, MOST)
     if cluster.rates is not None:
         check_rates(cluster.rates)
     if world_size > cluster.devices:

@@ -12,7 +12,7 @@ import tomli_w
 from meshwright.spec.cluster import Cluster, Device, Link, Nodes, check_cluster
 from meshwright.spec.convert import Table, convert, section_type
 from meshwright.spec.errors import Offer, SettingError, closest
-from meshwright.spec.expand import expand_cluster, is_local, without_none
+from meshwright.spec.expand import TOLD, expand_cluster, is_local, without_none
 from meshwright.spec.hardware import cluster_of
 from meshwright.spec.job import Job, check_job
 from meshwright.spec.layout import AXES, Axis, Layout, check_axes
@@ -200,8 +200,8 @@ def decode_job(
         check_weights(job.model)
     if is_local(section) and job.cluster.device.kind == "cpu" and job.layout.world_size < job.cluster.devices:
         # Processes share the machine: fewer of them have more of it each.
-        price = job.cluster.price_per_device_hour
-        placed = msgspec.structs.replace(local(job.layout.world_size), price_per_device_hour=price)
+        told = {name: getattr(job.cluster, name) for name in TOLD}
+        placed = msgspec.structs.replace(local(job.layout.world_size), **told)
         job = msgspec.structs.replace(job, cluster=placed)
     return job
 

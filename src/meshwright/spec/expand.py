@@ -16,8 +16,10 @@ from meshwright.spec.links import FABRICS, NETWORK_LATENCY_S, NETWORK_LATENCY_SO
 from meshwright.spec.numbers import check_range
 from meshwright.spec.uneven import check_joined, join_nodes
 
-# What may stand beside `gpus`: links other than the usual ones, and a price.
-BESIDE_GPUS = {"intra", "inter", "price_per_device_hour"}
+# What only its owner knows of a cluster.
+TOLD = ("price_per_device_hour", "device_hours_per_failure")
+# What may stand beside `gpus`: that, and links other than the usual ones.
+BESIDE_GPUS = {"intra", "inter", *TOLD}
 # Of a port in Gb/s, and of ports in a node: far beyond any that is sold.
 MOST_GBIT = 1e6
 MOST_PORTS = 2**16
@@ -33,7 +35,7 @@ class Ports(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def is_local(section: Table) -> bool:
     """Whether a job's [cluster] table asks for this machine."""
-    return set(section) <= {"processes", "price_per_device_hour"}
+    return set(section) <= {"processes", *TOLD}
 
 
 def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
@@ -45,7 +47,7 @@ def expand_cluster(section: Table, local: Callable[[int], Cluster]) -> Table:
     """
     if is_local(section):
         found = local(count_processes(section.get("processes", 1)))
-        return without_none(msgspec.to_builtins(found)) | pick(section, "price_per_device_hour")
+        return without_none(msgspec.to_builtins(found)) | pick(section, *TOLD)
     if "processes" in section:
         other = "cluster.gpus" if "gpus" in section else "a cluster given by numbers"
         raise SettingError("cluster.processes", f"cannot stand beside {other}", "one of the two")
@@ -79,7 +81,7 @@ def expand_named(section: Table) -> Table:
         link = convert(expand_network(inter, most_devices(groups), "cluster.inter"), Link, "cluster.inter")
         cluster = msgspec.structs.replace(cluster, inter=link)
     joined = join_nodes(groups, cluster.inter, setting="cluster.gpus")
-    return without_none(msgspec.to_builtins(joined)) | pick(section, "price_per_device_hour")
+    return without_none(msgspec.to_builtins(joined)) | pick(section, *TOLD)
 
 
 def check_groups(groups: tuple[Nodes, ...]) -> None:
@@ -110,7 +112,7 @@ def expand_numbers(section: Table) -> Table:
     inter = convert(filled["inter"], Link, "cluster.inter")
     check_link(inter, "cluster.inter")
     meant = join_nodes(groups, inter, setting="cluster.groups")
-    table = without_none(msgspec.to_builtins(meant)) | pick(filled, "price_per_device_hour")
+    table = without_none(msgspec.to_builtins(meant)) | pick(filled, *TOLD)
     # A job that was written out has both.
     check_joined(convert(table | filled | pick(table, "groups"), Cluster, "cluster"), meant)
     return table

@@ -1,0 +1,153 @@
+"""plan.html: a plan as one self-contained page."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from meshwright.plan import Plan
+from meshwright.record import Prediction, replace_text
+from meshwright.report.charts import AXES_HEIGHT, DRAWN_RANKS, Figure, stacked
+from meshwright.report.details import Grid
+from meshwright.report.page import page_html
+from meshwright.report.parts import chart, grid_section, section, text
+from meshwright.report.pipeline import pipeline_figure, pipeline_words
+from meshwright.report.plan import gb, layout_cells, seconds_text
+from meshwright.report.words import memory_unit, time_unit
+
+# Layouts drawn beside each other, and those listed.
+DRAWN_LAYOUTS, LISTED_LAYOUTS, LISTED_REJECTIONS = 8, 20, 30
+# Characters of a layout's name that fit beside its bar.
+NAME_LENGTH = 60
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Write the page whole or not at all."""
+    figures: dict[str, Figure] = {}
+    body = "\n".join(sections(plan, figures))
+    replace_text(path, page_html(f"{plan.model} on {plan.cluster.label()}", body, figures))
+
+
+def sections(plan: Plan, figures: dict[str, Figure]) -> Iterable[str]:
+    """The page from top to bottom."""
+    tokens = plan.global_batch * plan.sequence
+    under = f"{plan.global_batch:,} sequences of {plan.sequence:,} tokens, {tokens:,} tokens a step"
+    yield f'<h1>{text(plan.model)} on {text(plan.cluster.label())}</h1>\n<p class="soft">{text(under)}</p>'
+    yield tiles(plan)
+    yield section("Verdict", plan.verdict)
+    if plan.job.step_s:
+        yield step_section(plan, figures)
+    yield memory_section(plan, figures)
+    if plan.job.pipeline is not None:
+        unit = time_unit(max(passes[-1].end_s for passes in plan.job.pipeline.ranks))
+        figures["pipeline"] = pipeline_figure(plan.job.pipeline, unit)
+        yield section("The pipeline over time", pipeline_words(plan.job.pipeline), chart("pipeline"))
+    yield grid_section(layouts_grid(plan))
+    if plan.rejected:
+        yield grid_section(rejections_grid(plan))
+    notes = "".join(f"<li>{text(note)}</li>" for note in plan.job.notes)
+    yield section("How far to trust it", "", f"<ul>{notes}</ul>")
+    yield '<footer class="soft">planned by Meshwright; this page needs no network</footer>'
+
+
+def tiles(plan: Plan) -> str:
+    """The headline numbers of the job's own layout."""
+    job, cells = plan.job, list[tuple[str, str, str]]()
+    if job.step_s:
+        low_s, high_s = job.step_interval_s
+        cells.append(("Step", seconds_text(job.step_s), f"80%: {seconds_text(low_s)} to {seconds_text(high_s)}"))
+        cells.append(("Tokens per second", f"{job.tokens_per_s:,.0f}", f"MFU {job.step.useful / job.step_s:.1%}"))
+    low, high = job.memory_interval_bytes
+    cells.append(("Memory", gb(job.memory.total()), f"80%: {gb(low)} to {gb(high)}, of {gb(plan.capacity_bytes)}"))
+    cells.append(("Layout", f"{job.layout.world_size:,} ranks", job.layout.label()))
+    return '<div class="tiles">' + "".join(tile(*cell) for cell in cells) + "</div>"
+
+
+def tile(name: str, value: str, beside: str) -> str:
+    """One headline number."""
+    return (
+        f'<div class="tile"><div class="name">{text(name)}</div><div class="value">{text(value)}</div>'
+        f'<div class="beside">{text(beside)}</div></div>'
+    )
+
+
+def compared(plan: Plan) -> list[tuple[str, Prediction]]:
+    """The job's own layout, if it fits, and the first in rank."""
+    others = [p for p in plan.ranked[:DRAWN_LAYOUTS] if p.layout != plan.job.layout]
+    own = [(f"this job: {short(plan.job)}", plan.job)] if plan.job_fits else []
+    return own + [(f"{place}. {short(p)}", p) for place, p in enumerate(others, 1)]
+
+
+def short(prediction: Prediction) -> str:
+    """A layout's name, cut to what fits beside a bar."""
+    name = prediction.layout.label()
+    return name if len(name) <= NAME_LENGTH else f"{name[: NAME_LENGTH - 3]}..."
+
+
+def step_section(plan: Plan, figures: dict[str, Figure]) -> str:
+    """Seconds by bucket, layout beside layout."""
+    drawn = compared(plan) or [(short(plan.job), plan.job)]
+    unit = time_unit(max(p.step_s for _, p in drawn))
+    rows = [dict(p.step.rows()) for _, p in drawn]
+    names = [name for name in rows[0] if any(row[name] > 0 for row in rows)]
+    figures["step"] = stacked(
+        {name: [row[name] / unit.size for row in rows] for name in names},
+        [name for name, _ in drawn],
+        f"time of a step, {unit.name}",
+    )
+    figures["step"]["layout"] |= {"showlegend": True, "legend": {"orientation": "h", "y": -0.25}}
+    figures["step"]["layout"]["height"] += AXES_HEIGHT
+    return section("Where a step's time would go", "By bucket; the fastest layouts that fit.", chart("step"))
+
+
+def memory_section(plan: Plan, figures: dict[str, Figure]) -> str:
+    """Bytes by term, rank beside rank along the pipeline, against what a device has."""
+    accounts = plan.memories[:DRAWN_RANKS]
+    unit = memory_unit(max(plan.capacity_bytes, *(account.total() for account in accounts)))
+    rows = [dict(account.rows()) for account in accounts]
+    bars = [f"pipeline rank {place}" for place in range(len(rows))] if len(rows) > 1 else ["every rank"]
+    figure = stacked(
+        {name: [row[name] / unit.size for row in rows] for name in rows[0] if any(row[name] > 0 for row in rows)},
+        bars,
+        f"peak memory, {unit.name}",
+    )
+    limit = plan.capacity_bytes / unit.size
+    line: Figure = {"color": "#d9483b", "dash": "dot", "width": 1.5}
+    figure["layout"] |= {
+        "shapes": [{"type": "line", "x0": limit, "x1": limit, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": -0.35},
+    }
+    figure["layout"]["height"] += AXES_HEIGHT
+    figures["memory"] = figure
+    more = f"; the first {DRAWN_RANKS} of {len(plan.memories)}" if len(plan.memories) > DRAWN_RANKS else ""
+    under = f"Of this job's layout, at the step's peak{more}. The dotted line is what a device has."
+    return section("Memory by stage", under, chart("memory"))
+
+
+def layouts_grid(plan: Plan) -> Grid:
+    """The ranking, with intervals."""
+    rows: list[tuple[str, ...]] = []
+    for prediction in plan.ranked[:LISTED_LAYOUTS]:
+        cells = layout_cells(prediction, own=prediction.layout == plan.job.layout)
+        between = " - ".join(map(seconds_text, prediction.step_interval_s)) if prediction.step_s else "-"
+        rows.append((cells[0], *cells[1:6], between, *cells[6:]))
+    return Grid(
+        title="Layouts that fit",
+        under=f"The first {len(rows)} of {plan.considered}; within 1% of each other the simpler first.",
+        words=("layout",),
+        numbers=("zero", "micro", "recompute", "ranks", "step", "80% interval", "tokens/s", "MFU", "memory"),
+        rows=tuple(rows),
+    )
+
+
+def rejections_grid(plan: Plan) -> Grid:
+    """What cannot run, why, and what nearest can."""
+    listed: Sequence[tuple[str, ...]] = [
+        (r.layout.label(), r.reason, r.nearest or "none found") for r in plan.rejected[:LISTED_REJECTIONS]
+    ]
+    return Grid(
+        title="Layouts that do not",
+        under=f"{len(listed)} of {len(plan.rejected)}.",
+        words=("layout", "why", "nearest that works"),
+        numbers=(),
+        rows=tuple(listed),
+    )
