@@ -25,7 +25,7 @@ def cluster_toml(cluster: Cluster, calibration: Calibration) -> str:
         "from what the plan reckons of it. Rates that have no spread are built-in ones. Every figure is at the end.",
     ]
     section = without_none(msgspec.to_builtins(cluster))
-    # Lists of nodes that are not alike, which were not measured, and versions of what was not there.
+    # There are no nodes that are not alike, and no versions of what was not there.
     section["measured"] = {name: value for name, value in section["measured"].items() if value != ""}
     table = tomli_w.dumps({"cluster": {name: value for name, value in section.items() if value != []}})
     tail = [f"not measured: {line}" for line in calibration.missing]

@@ -312,7 +312,7 @@ def check_keys(table: Table, kind: type[msgspec.Struct], prefix: str) -> None:
         if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
             if isinstance(value, dict):
                 check_keys(cast(Table, value), inner, f"{name}.")
-            elif not (inner in (Device, Link) and isinstance(value, str)):
+            elif value is not None and not (inner in (Device, Link) and isinstance(value, str)):
                 raise SettingError(f"{name} = {value}", "is a section, not a value", f"[{name}] with keys under it")
         for item_kind in get_args(inner):
             # A list of sections, like data.sources.
