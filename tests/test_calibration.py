@@ -59,6 +59,7 @@ def figures_of(machine: Cluster) -> Calibration:
     for rows, inner, columns in ((8192, 4096, 4096), (8192, 4096, 14336), (2048, 1024, 4096), (1024, 1024, 1024)):
         job = job_of(machine, model_of(inner, 1, 1, inner), 1, rows)
         add("product", (rows, inner, columns), product_seconds(job, (columns, inner)))
+    add("product.fp32", (4096, 4096, 4096), 2 * 4096**3 / 50e12)
     for name, kernel in (("attention", "cudnn"), ("attention.flash", "flash")):
         trainer = msgspec.structs.replace(MESHWRIGHT, attention=kernel)
         job = job_of(machine, model_of(4096, 32, 32, 128), 2, 4096, trainer=trainer)
@@ -161,6 +162,7 @@ def test_a_device_that_no_table_has_can_be_planned_for_once_it_is_measured() -> 
     job = msgspec.structs.replace(job, cluster=msgspec.structs.replace(found, devices_per_node=1))
     assert predict(job).step_s > 0
     assert "calibrated on 2026-11-23" in predict(job).notes[0]
+    assert found.device.peak_fp32_flops_per_s == pytest.approx(50e12)
 
 
 def test_what_was_not_measured_is_as_much_faster_as_what_was() -> None:
@@ -175,6 +177,15 @@ def test_what_was_not_measured_is_as_much_faster_as_what_was() -> None:
         for way in (0, 1):
             ratio = found.attention[kernel][way] / found.attention["cudnn"][way]
             assert ratio == pytest.approx(old[kernel][way] / old["cudnn"][way], rel=1e-3)
+
+
+@pytest.mark.parametrize(("spread", "said"), [(0.03, False), (0.9, True)])
+def test_a_plan_says_if_the_machine_was_busy(spread: float, said: bool) -> None:
+    machine = other_machine()
+    figures = tuple(msgspec.structs.replace(one, spread=spread) for one in figures_of(machine).figures)
+    found = calibrate_cluster(msgspec.structs.replace(figures_of(machine), figures=figures), machine, "2026-11-23")
+    job = job_of(found, model_of(1024, 8, 8, 128, feed_forward=4096), 1, 1024)
+    assert ("other programs ran too" in predict(job).notes[0]) == said
 
 
 @pytest.mark.parametrize("seed", range(20))

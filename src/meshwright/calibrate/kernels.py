@@ -13,12 +13,18 @@ from meshwright.models import Block, attend, rotary_tables, token_loss
 from meshwright.record.calibration import Figure
 from meshwright.spec import ModelSpec
 
+# Of the one product outside the precision that blocks compute in.
+FP32_SIDE = 4096
+
 
 def measure_products(clock: Clock, sizes: Sizes) -> Iterator[Figure]:
     """Activations times a weight, as a block's matrices are applied."""
     for rows, inner, columns in sizes.products:
         x, weight = clock.normal(rows, inner), clock.normal(columns, inner)
         yield clock.measure("product", (rows, inner, columns), lambda x=x, weight=weight: F.linear(x, weight))
+    if clock.device.type == "cuda":
+        x, weight = (clock.normal(FP32_SIDE, FP32_SIDE, dtype=torch.float32) for _ in range(2))
+        yield clock.measure("product.fp32", (FP32_SIDE,) * 3, lambda: F.linear(x, weight))
 
 
 def measure_attention(clock: Clock, sizes: Sizes) -> Iterator[Figure]:

@@ -38,9 +38,8 @@ def measure_machine(request: Request, device: torch.device) -> Calibration:
     """What this rank and all others measure together; each of them has all of it."""
     torch.manual_seed(0)
     cluster = request.cluster
-    if device.type == "cpu":
-        # As training shares the cores.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.devices_per_node))
+    # As training shares the cores, on a GPU's host those of parameters that are offloaded.
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.devices_per_node))
     sizes = sizes_for(device.type, quick=request.quick)
     clock = Clock(device=device, share_s=sizes.share_s, begun_s=time.monotonic())
     figures: list[Figure] = []

@@ -31,6 +31,7 @@ def calibrate(out: Path, processes: int | None, quick: bool) -> None:
     Under torchrun on every node of a cluster: the links between nodes too.
     """
     from meshwright import launch
+    from meshwright.plan.plan import UNSTEADY_NOTE
 
     began_s = time.monotonic()
     if processes is not None and not 1 <= processes <= MOST_PROCESSES:
@@ -57,6 +58,8 @@ def calibrate(out: Path, processes: int | None, quick: bool) -> None:
         except launch.CalibrationEnded as ended:
             sys.exit(ended.code)
     cluster = launch.write_cluster(out, request, calibration)
+    if cluster.measured is not None and not cluster.measured.is_steady:
+        click.echo(f"warning: {UNSTEADY_NOTE}", err=True)
     for line in calibration.missing:
         click.echo(f"not measured: {line}", err=True)
     click.echo(f"measured {cluster.label()} in {time.monotonic() - began_s:.0f} s; written: {out}")

@@ -3,6 +3,8 @@
 Each rate is the built-in one times what was predicted with it over what was measured, in the plan's own formulas.
 """
 
+from math import prod
+
 import msgspec
 
 from meshwright.plan.calibration_links import fit_contention, fit_links
@@ -82,11 +84,14 @@ def fit_memory(fit: Fit) -> Fit:
 def fit_products(fit: Fit) -> Fit:
     """A share of the peak, and what short sides cost. Where no datasheet gives a peak, the fastest product is it."""
     products, device = fit.of("product"), fit.cluster.device
-    flops = [2.0 * rows * inner * columns for rows, inner, columns in (product.sizes for product in products)]
+    flops = [2.0 * prod(product.sizes) for product in products]
     if device.peak_flops_per_s(precision_of(fit.cluster)) == 0:
         fastest = max(work / product.seconds for work, product in zip(flops, products, strict=True))
-        source = f"{device.source}; peak in bf16: the fastest product measured on {fit.date}"
+        source = f"{device.source}; peaks: the fastest products measured on {fit.date}"
         device = msgspec.structs.replace(device, peak_bf16_flops_per_s=rounded(fastest, DIGITS), source=source)
+        if plain := fit.of("product.fp32"):
+            slowest = 2.0 * prod(plain[0].sizes) / plain[0].seconds
+            device = msgspec.structs.replace(device, peak_fp32_flops_per_s=rounded(slowest, DIGITS))
         fit = fit.placed(device=device)
     peak = device.peak_flops_per_s(precision_of(fit.cluster))
     edges = [sum(1 / side for side in product.sizes) for product in products]

@@ -33,9 +33,7 @@ PRECISION_NOTE = {
         "meshwright calibrate measures yours"
     ),
 }
-# Repeats of a calibration that lie so far apart, over their median.
-UNSTEADY = 0.5
-UNSTEADY_NOTE = "its repeats lay far apart, so other programs ran too: calibrate again when the machine is idle"
+UNSTEADY_NOTE = "repeats lay far apart, so other programs ran too: calibrate again when the machine is idle"
 UNKNOWN_PEAK_NOTE = "the device's peak is not known: memory is predicted, time is not"
 EXPERTS_NOTE = (
     "mixtures of experts: products and the host's waits as in one small model's run; uneven loads are assumed, not "
@@ -122,7 +120,7 @@ def precision_note(cluster: Cluster) -> str:
     if cluster.rates is None or measured is None:
         return PRECISION_NOTE[cluster.device.kind]
     together = f"{measured.processes} processes" if measured.processes > 1 else "one process"
-    steady = "" if max(measured.spread.values(), default=0.0) < UNSTEADY else f"; {UNSTEADY_NOTE}"
+    steady = "" if measured.is_steady else f"; {UNSTEADY_NOTE}"
     return f"constants calibrated on {measured.date} with {together} and PyTorch {measured.torch}{steady}"
 
 

@@ -19,6 +19,10 @@ MOST_SECONDS = 1e3
 MOST_EDGE = 1e6
 
 
+# Repeats of a figure that lie so far apart, over their median, were disturbed.
+UNSTEADY = 0.5
+
+
 class Rates(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shares of a device's peak FLOP rate, memory bandwidth and link bandwidth; and seconds that the host takes.
 
@@ -89,6 +93,12 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     nccl: str = ""
     spread: dict[str, float] = {}
     misfit: dict[str, float] = {}
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether most figures' repeats lay near each other, as on a machine that does nothing else."""
+        spreads = sorted(self.spread.values())
+        return not spreads or spreads[len(spreads) // 2] < UNSTEADY
 
 
 def check_rates(rates: Rates) -> None:
