@@ -50,28 +50,38 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         before, after: what goes around each repeat, untimed. on_host: until the call returns, whatever the device
         still has to do then.
         """
-        self.repeat(run, 1, before, after, on_host=True)
+        # What one thread computes is timed by the processor that it had, not by what others left of it.
+        alone = self.device.type == "cpu" and ranks == 1
+        timer = time.process_time if alone and torch.get_num_threads() == 1 else time.perf_counter
+        self.repeat(run, 1, before, after, timer, on_host=True)
         # The second time nothing is compiled, loaded or allocated any more.
         spent_s = time.monotonic() - self.begun_s
-        once_s, spent_s = self.agree([min(self.repeat(run, TRIALS, before, after, on_host=False)), spent_s])
+        once_s, spent_s = self.agree([min(self.repeat(run, TRIALS, before, after, timer, on_host=on_host)), spent_s])
         share_s = self.share_s if spent_s < ENOUGH_S else 0.0
         inner = 1
         if self.device.type == "cuda" and before is None and after is None and not on_host:
             inner = min(MOST_INNER, ceil(INNER_S / max(once_s, 1e-9)))
         repeats = min(MOST_REPEATS, max(FEWEST_REPEATS, int(share_s / (inner * max(once_s, 1e-9)))))
-        seconds = sorted(self.repeat(run, repeats, before, after, on_host=on_host, inner=inner))
+        seconds = sorted(self.repeat(run, repeats, before, after, timer, on_host=on_host, inner=inner))
         # What else runs on a CPU can only lengthen a kernel. A collective is waited for by whoever comes first, and in
         # training too.
-        shortest = self.device.type == "cpu" and place is None
-        figure_s, spread = self.agree([seconds[0 if shortest else repeats // 2], spread_of(seconds)])
+        figure_s, spread = self.agree([seconds[0 if alone else repeats // 2], spread_of(seconds)])
         return Figure(
             work=work, sizes=sizes, seconds=figure_s, spread=spread, repeats=repeats * inner, ranks=ranks, place=place
         )
 
     def repeat(
-        self, run: Work, repeats: int, before: Work | None, after: Work | None, *, on_host: bool, inner: int = 1
+        self,
+        run: Work,
+        repeats: int,
+        before: Work | None,
+        after: Work | None,
+        timer: Callable[[], float],
+        *,
+        on_host: bool,
+        inner: int = 1,
     ) -> list[float]:
-        """Seconds of each repeat."""
+        """Seconds of each repeat; on the host, as `timer` counts them."""
         if self.device.type == "cuda" and not on_host:
             return self.repeat_on_gpu(run, repeats, before, after, inner)
         seconds: list[float] = []
@@ -79,10 +89,10 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
             self.settle()
             if before is not None:
                 before()
-            start_s = time.perf_counter()
+            start_s = timer()
             for _ in range(inner):
                 run()
-            seconds.append((time.perf_counter() - start_s) / inner)
+            seconds.append((timer() - start_s) / inner)
             if after is not None:
                 after()
         self.settle()
