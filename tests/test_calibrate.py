@@ -40,6 +40,7 @@ def read_table(path: Path) -> dict[str, Any]:
 def test_the_file_is_a_cluster_and_says_how_sure_it_is(calibrated: Path) -> None:
     table = read_table(calibrated)
     assert set(table) == {"cluster"}
+    assert "groups" not in table["cluster"]
     cluster = msgspec.convert(expand_cluster(table["cluster"], no_machine), Cluster)
     assert (cluster.devices, cluster.device.kind) == (2, "cpu")
     rates, measured = cluster.rates, cluster.measured
