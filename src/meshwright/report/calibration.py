@@ -27,7 +27,7 @@ def cluster_toml(cluster: Cluster, calibration: Calibration) -> str:
     section = without_none(msgspec.to_builtins(cluster))
     # There are no nodes that are not alike, and no versions of what was not there.
     section["measured"] = {name: value for name, value in section["measured"].items() if value != ""}
-    table = tomli_w.dumps({"cluster": {name: value for name, value in section.items() if value != []}})
+    table = tomli_w.dumps({"cluster": {name: value for name, value in section.items() if name != "groups"}})
     tail = [f"not measured: {line}" for line in calibration.missing]
     return "".join([*comments(head), "\n", table, "\n", *comments([*tail, *figure_lines(calibration.figures)])])
 
