@@ -9,12 +9,15 @@ from typing import Any
 import msgspec
 import pytest
 import tomli_w
+import torch
 from commands import nothing_left, run, running, wait_until, write_job
 
 from meshwright.plan import predict
 from meshwright.spec import Cluster, SettingError
 from meshwright.spec.decode import decode_job, encode_job
 from meshwright.spec.expand import expand_cluster
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="about GPUs")
 
 
 def no_machine(processes: int) -> Cluster:
@@ -116,7 +119,7 @@ def test_rates_that_no_machine_has_are_refused(
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def empty(tmp_path: Path) -> Path:
     """An empty folder that commands run in."""
     here = tmp_path / "empty"
     here.mkdir()
@@ -133,21 +136,21 @@ def folder(tmp_path: Path) -> Path:
         (["--out", "taken.toml"], "exists already"),
     ],
 )
-def test_what_cannot_be_done_is_refused_at_once(folder: Path, arguments: list[str], reason: str) -> None:
-    (folder / "taken.toml").write_text("[cluster]\n")
+def test_what_cannot_be_done_is_refused_at_once(empty: Path, arguments: list[str], reason: str) -> None:
+    (empty / "taken.toml").write_text("[cluster]\n")
     if arguments[0] == "--out":
-        arguments = ["--out", str(folder / arguments[1])]
+        arguments = ["--out", str(empty / arguments[1])]
     done = run("calibrate", "--quick", *arguments)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
-    assert reason in done.stderr.replace(f"{folder}/", "")
-    assert [path.name for path in folder.iterdir()] == ["taken.toml"]
+    assert reason in done.stderr.replace(f"{empty}/", "")
+    assert [path.name for path in empty.iterdir()] == ["taken.toml"]
 
 
 @pytest.mark.timeout(120)
-def test_an_interrupt_leaves_nothing_behind(folder: Path) -> None:
-    out = folder / "cluster.toml"
-    scratch = folder.parent / "scratch"
+def test_an_interrupt_leaves_nothing_behind(empty: Path) -> None:
+    out = empty / "cluster.toml"
+    scratch = empty.parent / "scratch"
     scratch.mkdir()
     with running("calibrate", "--out", out, TMPDIR=str(scratch)) as process:
         wait_until(lambda: any(scratch.glob("*/request.json")), process)
@@ -156,9 +159,33 @@ def test_an_interrupt_leaves_nothing_behind(folder: Path) -> None:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped; nothing was written" in said
-    assert list(folder.iterdir()) == []
+    assert list(empty.iterdir()) == []
     assert list(scratch.glob("meshwright-calibrate-*")) == []
     nothing_left(scratch)
+
+
+@needs_gpu
+@pytest.mark.timeout(300)
+def test_a_gpu_is_measured_with_what_only_it_has(empty: Path, tmp_path: Path) -> None:
+    out = empty / "cluster.toml"
+    with running("calibrate", "--quick", "--out", out, CUDA_VISIBLE_DEVICES="0") as process:
+        _, said = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    table = read_table(out)
+    cluster = msgspec.convert(expand_cluster(table["cluster"], no_machine), Cluster)
+    assert cluster.measured is not None
+    assert cluster.measured.device == torch.cuda.get_device_name(0)
+    assert cluster.measured.cuda == torch.version.cuda
+    assert {"elementwise", "host_link_bytes_per_s", "host_update_bytes_per_s"} <= set(cluster.measured.spread)
+    job = decode_job(read_table(write_job(tmp_path, layout={"shard": 1})) | table, local=no_machine)
+    assert "calibrated on" in predict(job).notes[0]
+
+
+@needs_gpu
+def test_processes_are_not_counted_where_there_are_gpus(empty: Path) -> None:
+    done = run("calibrate", "--processes", 2, "--out", empty / "cluster.toml", CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 2
+    assert "counts CPU processes" in done.stderr
 
 
 def test_a_calibration_is_of_nodes_that_are_alike(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def measure_machine(request: Request, device: torch.device) -> Calibration:
     cluster = request.cluster
     # As training shares the cores, on a GPU's host those of parameters that are offloaded.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.devices_per_node))
-    sizes = sizes_for(device.type, quick=request.quick)
+    sizes = sizes_for(cluster.device, quick=request.quick)
     clock = Clock(device=device, share_s=sizes.share_s, begun_s=time.monotonic())
     figures: list[Figure] = []
     missing: list[str] = []

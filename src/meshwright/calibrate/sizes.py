@@ -2,6 +2,8 @@
 
 import msgspec
 
+from meshwright.spec import Device
+
 KIB, MIB = 2**10, 2**20
 
 
@@ -125,8 +127,23 @@ QUICK_CPU = msgspec.structs.replace(
 )
 
 
-def sizes_for(kind: str, *, quick: bool) -> Sizes:
-    """Of a kind of device."""
-    if kind == "cpu":
+# A GPU with less than this has not room for all of them; the largest take 5 GB beside what CUDA and NCCL do.
+SMALL_GPU_BYTES = 20e9
+SMALL_GPU = msgspec.structs.replace(
+    GPU,
+    blocks=GPU.blocks[1:],
+    logits=GPU.logits[:1],
+    copies=GPU.copies[:1],
+    parameters=2**26,
+    collectives=GPU.collectives[:-1],
+    beside_bytes=128 * MIB,
+)
+
+
+def sizes_for(device: Device, *, quick: bool) -> Sizes:
+    """Of a device."""
+    if device.kind == "cpu":
         return QUICK_CPU if quick else CPU
-    return QUICK_GPU if quick else GPU
+    if quick:
+        return QUICK_GPU
+    return SMALL_GPU if device.memory_bytes < SMALL_GPU_BYTES else GPU
