@@ -141,7 +141,13 @@ def read_model(cells: dict[str, str]) -> ModelSpec:
     gated, experts = cells["act"] in ("swiglu", "silu"), whole(cells, "n_experts", 0)
     if experts:
         raise Unread("mixtures are not read yet")
-    sequence = whole(cells, "seq_len")
+    if "Mamba" in cells["arch"]:
+        raise Unread("blocks that are no transformer's are not read")
+    sequence, vocabulary = whole(cells, "seq_len"), vocabulary_of(cells["vocab"])
+    if "megatron" in cells["framework"].lower():
+        # Megatron rounds up so that ranks of the tensor axis divide it (--make-vocab-size-divisible-by, 128).
+        multiple = 128 * whole(cells, "tp")
+        vocabulary = -(-vocabulary // multiple) * multiple
     return ModelSpec(
         name="custom",
         family="llama" if gated else "gpt2",
@@ -151,7 +157,7 @@ def read_model(cells: dict[str, str]) -> ModelSpec:
         kv_heads=whole(cells, "n_kv_heads", heads),
         head_dim=d_model // heads,
         feed_forward=whole(cells, "ffn", 4 * d_model),
-        vocabulary=vocabulary_of(cells["vocab"]),
+        vocabulary=vocabulary,
         max_positions=0 if gated else sequence,
         tied_embeddings=cells["tied_emb"] == "1",
     )
@@ -171,13 +177,18 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
         changes["attention"] = "flash"
     elif kernel.startswith("torch"):
         changes["attention"] = "plain"
+    elif "impl=local" in cells["arch"]:
+        # Megatron-Core's blocks without Transformer Engine.
+        changes["attention"] = "fused-softmax"
     if cells["act"] in ("swiglu", "silu"):
         # LLaMA has no dropout; norms are one kernel where the row says so, or where all is compiled.
         changes |= {"dropout": False, "fused_norms": trainer.compiled or "rms kernel" in kernel}
-    if cells["sp"] == "1":
-        changes["sequence_parallel"] = True
+    if not zero_of(cells["zero"]):
+        changes["splits_states"] = False
+    if whole(cells, "tp") > 1:
+        changes["sequence_parallel"] = cells["sp"] == "1"
     if "eager" in cells["precision"]:
-        changes |= {"compiled": False, "fused_norms": True}
+        changes |= {"compiled": False, "fused_norms": True, "loss": "plain"}
     return msgspec.structs.replace(trainer, **changes)
 
 
@@ -185,6 +196,7 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
     """The row's layout. Data-parallel ranks share states as `zero` says; a chain of stages may be interleaved."""
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
     pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
+    stages = pipeline * held if pipeline > 1 else 1
     recompute = cells["recompute"].lower()
     return Layout(
         pipeline=pipeline,
@@ -204,6 +216,8 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
         else "none",
         async_tensor="asynctp" in cells["precision"].lower(),
         schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
+        # Blocks lie evenly unless they cannot.
+        stage_layers=(model.layers // stages,) * stages if stages > 1 and model.layers % stages == 0 else (),
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
         precision="bf16",
     )

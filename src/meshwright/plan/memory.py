@@ -7,7 +7,7 @@ from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.held import state_bytes
+from meshwright.plan.held import state_bytes, whole_bytes
 from meshwright.plan.kept import BYTES
 from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
 from meshwright.spec import Job, Moment
@@ -70,11 +70,15 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount
     """What a rank along pipeline holds but for the framework and fragmentation."""
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
-    states = state_bytes(job, part.local, part.tensors)
     groups = part.groups
     activations, logits = peak_bytes(job, part, alive)
     routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
-    buffers = gathered_bytes(job, groups) + reduction_bytes(job, groups) + context_buffer_bytes(job, part.cut)
+    buffers = context_buffer_bytes(job, part.cut)
+    if job.trainer.gathers:
+        states = state_bytes(job, part.local, part.tensors)
+        buffers += gathered_bytes(job, groups) + reduction_bytes(job, groups)
+    else:
+        states = whole_bytes(job, groups)
     return msgspec.structs.replace(
         states,
         activations=activations,

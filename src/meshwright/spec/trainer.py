@@ -9,6 +9,9 @@ from meshwright.spec.errors import SettingError, closest
 # How attention's scores are treated: never whole in memory; whole, with masking and softmax as one kernel; or whole,
 # an operator at a time.
 AttentionKernel = Literal["flash", "fused-softmax", "plain"]
+# How cross entropy treats logits: compiled, in compute precision; by torch's operators, in fp32; or by Megatron's over
+# a vocabulary that ranks divide, which turns one fp32 copy into the gradient in place.
+LossKernel = Literal["compiled", "plain", "in-place"]
 
 
 class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +26,8 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
+    splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
+    loss: the kernel of cross entropy.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
     source: where all this is written down.
@@ -36,6 +41,8 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_parallel: bool = True
     gathers: bool = False
     overlaps: bool = True
+    splits_states: bool = True
+    loss: LossKernel = "plain"
     gradient_bytes: int = 4
     one_port: bool = False
     source: str
@@ -45,6 +52,7 @@ MESHWRIGHT = Trainer(
     name="meshwright",
     compiled=True,
     gathers=True,
+    loss="compiled",
     source="src/meshwright/parallel",
 )
 TRAINERS: dict[str, Trainer] = {
@@ -55,6 +63,7 @@ TRAINERS: dict[str, Trainer] = {
             name="torchtitan",
             compiled=True,
             gathers=True,
+            loss="compiled",
             source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard",
         ),
         Trainer(
@@ -78,6 +87,7 @@ TRAINERS: dict[str, Trainer] = {
             dropout=True,
             sequence_parallel=False,
             overlaps=False,
+            loss="in-place",
             gradient_bytes=2,
             source="arXiv:2104.04473, arXiv:2205.05198: fused softmax, gradients reduced after the last backward pass",
         ),
@@ -87,12 +97,15 @@ TRAINERS: dict[str, Trainer] = {
             dropout=True,
             sequence_parallel=False,
             overlaps=False,
+            loss="in-place",
             gradient_bytes=2,
             source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass",
         ),
         Trainer(
             name="megatron-core",
             compiled=True,
+            dropout=True,
+            loss="in-place",
             overlaps=True,
             source="NVIDIA Megatron-Core with Transformer Engine: fused kernels, distributed optimizer overlapped",
         ),
