@@ -1,4 +1,4 @@
-"""Published measurements (CSV rows) as jobs that the planner can be asked about: one reading for every row and source."""
+"""Published measurements (CSV rows) as jobs that the planner can be asked about: one reading for all rows."""
 
 import csv
 import re
@@ -10,7 +10,6 @@ from meshwright.spec import (
     TRAINERS,
     Cluster,
     DataSettings,
-    Experts,
     Job,
     Layout,
     Link,
@@ -45,6 +44,7 @@ FRAMEWORKS = (
     ("megatron-deepspeed", "megatron-deepspeed"),
     ("megatron", "megatron-lm"),
     ("fsdp", "fsdp"),
+    ("aa-scaling", "aleph-alpha-scaling"),
     ("1f1b", "megatron-deepspeed"),
 )
 # Where a row does not say how many tokens its model knows.

@@ -169,10 +169,13 @@ def logits_bytes(job: Job) -> float:
     an H200 the allocated peak of benchmarks/training_gpu.py less everything else leaves 3.8 bytes a logit.
     In place: the logits and their fp32 copy, or the copy turned into the gradient and that in compute precision.
     """
+    size = BYTES[job.layout.precision]
+    # Logits that ranks gather are there as they are sent, and as they came, beside what the loss makes of them.
+    gathered = (size if job.layout.tensor == 1 else 2 * size) if job.trainer.whole_logits else 0
     return vocabulary_elements(job) * {
-        "plain": 3 * 4.0,
-        "compiled": 2.0 * BYTES[job.layout.precision],
-        "in-place": BYTES[job.layout.precision] + 4.0,
+        "plain": 3 * 4.0 + gathered,
+        "compiled": 2.0 * size,
+        "in-place": size + 4.0,
     }[loss_of(job)]
 
 
@@ -183,7 +186,8 @@ def loss_of(job: Job) -> LossKernel:
 
 def vocabulary_elements(job: Job) -> int:
     """Logits of a microbatch. The first ranks of a vocabulary that does not divide have a row more."""
-    return tokens_of(job) * -(-job.model.vocabulary // job.layout.tensor)
+    ranks = 1 if job.trainer.whole_logits else job.layout.tensor
+    return tokens_of(job) * -(-job.model.vocabulary // ranks)
 
 
 def waiting_logits_bytes(job: Job) -> float:

@@ -36,11 +36,12 @@ def keep_kernels(job: Job, cut: Cut, *, dense: bool, selective: bool) -> float:
 
 
 def norm_bytes(job: Job, cut: Cut) -> float:
-    """A token's, of one norm: its input and output, mean and root; an operator at a time, the input in fp32, once as
-    it is and once scaled, and the scaled one in compute precision as well."""
+    """A token's, of one norm: its input and output, mean and root; an operator at a time also the input in fp32, and
+    scaled in compute precision. The output may have to be kept gathered."""
     size, width = BYTES[job.layout.precision], residual_width(job, cut)
-    apart = 0.0 if job.trainer.fused_norms or job.trainer.compiled else 2 * WIDE + size
-    return width * (2 * size + apart) + 2 * WIDE * width / cut.model.d_model
+    apart = 0.0 if job.trainer.fused_norms or job.trainer.compiled else WIDE + size
+    output = width if job.trainer.regathers else cut.model.d_model
+    return width * (size + apart) + output * size + 2 * WIDE * width / cut.model.d_model
 
 
 def attention_bytes(job: Job, cut: Cut) -> float:
@@ -102,5 +103,5 @@ def passing_bytes(job: Job, cut: Cut) -> float:
     columns = (3 if model.parts.gated else 2) * model.feed_forward / cut.tensor
     most = size * columns
     if job.trainer.attention != "flash":
-        most = max(most, 2 * size * local_sequence(job) * model.heads / cut.tensor)
+        most = max(most, (2 if job.trainer.attention == "fused-softmax" else 3) * size * local_sequence(job) * model.heads / cut.tensor)
     return tokens_of(job) * (most + 2 * size * model.d_model)

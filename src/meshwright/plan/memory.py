@@ -16,6 +16,9 @@ from meshwright.spec import Job, Moment
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
+# The same, of programs on A100s: 1.3 to 1.6 GiB beside the allocator's (bigscience-workshop/bigscience, chronicles of
+# tr11-176B-ml's layouts).
+PROCESS_BYTES = 1.5e9
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
 # examples/first-run.toml, 95 MB in the quickstart.
@@ -122,6 +125,8 @@ def framework_bytes(job: Job) -> float:
     """What the process holds outside the model."""
     if job.cluster.device.kind == "cpu":
         return CPU_PROCESS_BYTES
+    if not job.trainer.gathers:
+        return PROCESS_BYTES
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 

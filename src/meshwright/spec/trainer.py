@@ -23,11 +23,14 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     attention: its kernel.
     dropout: blocks drop activations, of attention's scores too, and keep what they dropped.
     sequence_parallel: along tensor, norms and residuals lie split over the sequence; else all ranks do all of them.
+    regathers: what lies split over the sequence and is gathered for a product is gathered once more in the backward
+        pass; else it is kept whole.
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
     splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
     loss: the kernel of cross entropy.
+    whole_logits: ranks of the tensor axis gather their parts of the logits, and each of them computes the whole loss.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
     source: where all this is written down.
@@ -39,10 +42,12 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     attention: AttentionKernel = "flash"
     dropout: bool = False
     sequence_parallel: bool = True
+    regathers: bool = True
     gathers: bool = False
     overlaps: bool = True
     splits_states: bool = True
     loss: LossKernel = "plain"
+    whole_logits: bool = False
     gradient_bytes: int = 4
     one_port: bool = False
     source: str
@@ -100,6 +105,16 @@ TRAINERS: dict[str, Trainer] = {
             loss="in-place",
             gradient_bytes=2,
             source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass",
+        ),
+        Trainer(
+            name="aleph-alpha-scaling",
+            fused_norms=False,
+            sequence_parallel=False,
+            regathers=False,
+            overlaps=False,
+            gradient_bytes=2,
+            whole_logits=True,
+            source="Aleph-Alpha/scaling: bf16 gradients, ZeRO-1 after the last backward pass, logits gathered (all_concat)",
         ),
         Trainer(
             name="megatron-core",
