@@ -62,7 +62,8 @@ def scores_bytes(job: Job, cut: Cut) -> float:
     if job.trainer.attention == "flash":
         return WIDE * heads
     row = job.data.sequence * heads
-    return row * (size + (1 + size if job.trainer.dropout else 0))
+    softmax = size if job.trainer.attention == "fused-softmax" else WIDE + size
+    return row * (softmax + (1 + size if job.trainer.dropout else 0))
 
 
 def dropped_bytes(job: Job, cut: Cut) -> float:
