@@ -144,8 +144,9 @@ def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:
 
 def around_bytes(job: Job, cut: Cut, stage: Stage) -> float:
     """The same of a program that brings its own kernels: which numbers of the embedding were dropped, and the final
-    norm, whose output the head keeps. What a stage has sent on is freed."""
-    kept = 8.0 + (residual_width(job, cut) if job.trainer.dropout else 0.0) if stage.root else 0.0
+    norm, whose output the head keeps; or what the stage has sent on, where that is not freed."""
+    sent = 0 if stage.head or not job.trainer.keeps_sent else BYTES[job.layout.precision] * residual_width(job, cut)
+    kept = sent + (8.0 + (residual_width(job, cut) if job.trainer.dropout else 0.0) if stage.root else 0.0)
     return kept + (norm_bytes(job, cut) if stage.head else 0.0)
 
 

@@ -10,15 +10,12 @@ from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes, whole_bytes
 from meshwright.plan.kept import BYTES
 from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
-from meshwright.spec import Job, Moment
+from meshwright.spec import AXES, Job, Moment
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
-# The same, of programs on A100s: 1.3 to 1.6 GiB beside the allocator's (bigscience-workshop/bigscience, chronicles of
-# tr11-176B-ml's layouts).
-PROCESS_BYTES = 1.5e9
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
 # examples/first-run.toml, 95 MB in the quickstart.
@@ -126,7 +123,8 @@ def framework_bytes(job: Job) -> float:
     if job.cluster.device.kind == "cpu":
         return CPU_PROCESS_BYTES
     if not job.trainer.gathers:
-        return PROCESS_BYTES
+        # A communicator, with channels of its own, for each axis in use.
+        return CONTEXT_BYTES + NCCL_BYTES * sum(job.layout.size(axis) > 1 for axis in AXES)
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 

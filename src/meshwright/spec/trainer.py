@@ -31,6 +31,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
     loss: the kernel of cross entropy.
     whole_logits: ranks of the tensor axis gather their parts of the logits, and each of them computes the whole loss.
+    keeps_sent: what a pipeline's stage has sent on stays until its gradient comes back.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
     source: where all this is written down.
@@ -48,6 +49,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     splits_states: bool = True
     loss: LossKernel = "plain"
     whole_logits: bool = False
+    keeps_sent: bool = False
     gradient_bytes: int = 4
     one_port: bool = False
     source: str
@@ -103,8 +105,10 @@ TRAINERS: dict[str, Trainer] = {
             sequence_parallel=False,
             overlaps=False,
             loss="in-place",
+            keeps_sent=True,
             gradient_bytes=2,
-            source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass",
+            source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass; "
+            "DeepSpeed's pipeline keeps outputs",
         ),
         Trainer(
             name="aleph-alpha-scaling",
@@ -114,6 +118,7 @@ TRAINERS: dict[str, Trainer] = {
             overlaps=False,
             gradient_bytes=2,
             whole_logits=True,
+            keeps_sent=True,
             source="Aleph-Alpha/scaling: bf16 gradients, ZeRO-1 after the last backward pass, logits gathered (all_concat)",
         ),
         Trainer(
