@@ -188,7 +188,7 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     if whole(cells, "tp") > 1:
         changes["sequence_parallel"] = cells["sp"] == "1"
     if "eager" in cells["precision"]:
-        changes |= {"compiled": False, "fused_norms": True, "loss": "plain"}
+        changes |= {"compiled": False, "fused_norms": True}
     return msgspec.structs.replace(trainer, **changes)
 
 

@@ -12,6 +12,9 @@ AttentionKernel = Literal["flash", "fused-softmax", "plain"]
 # How cross entropy treats logits: compiled, in compute precision; by torch's operators, in fp32; or by Megatron's over
 # a vocabulary that ranks divide, which turns one fp32 copy into the gradient in place.
 LossKernel = Literal["compiled", "plain", "in-place"]
+# What selective recomputing keeps: the results of matrix products, attention and transfers; of attention and of every
+# second product; or all but attention's scores.
+Selective = Literal["products", "half-products", "all-but-scores"]
 
 
 class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,6 +34,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
     loss: the kernel of cross entropy.
     whole_logits: ranks of the tensor axis gather their parts of the logits, and each of them computes the whole loss.
+    selective: what of a block selective recomputing keeps.
     keeps_sent: what a pipeline's stage has sent on stays until its gradient comes back.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
@@ -49,6 +53,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     splits_states: bool = True
     loss: LossKernel = "plain"
     whole_logits: bool = False
+    selective: Selective = "all-but-scores"
     keeps_sent: bool = False
     gradient_bytes: int = 4
     one_port: bool = False
@@ -60,6 +65,7 @@ MESHWRIGHT = Trainer(
     compiled=True,
     gathers=True,
     loss="compiled",
+    selective="products",
     source="src/meshwright/parallel",
 )
 TRAINERS: dict[str, Trainer] = {
@@ -70,8 +76,9 @@ TRAINERS: dict[str, Trainer] = {
             name="torchtitan",
             compiled=True,
             gathers=True,
-            loss="compiled",
-            source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard",
+            selective="half-products",
+            source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard; selective recomputing of each second product, "
+            "and the loss in fp32 by itself, as in pytorch/torchtitan of December 2024",
         ),
         Trainer(
             name="fsdp",
