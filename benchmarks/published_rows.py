@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+
 from meshwright.spec import (
     TRAINERS,
     Cluster,
     DataSettings,
+    Experts,
     Job,
     Layout,
     Link,
@@ -138,9 +140,7 @@ def vocabulary_of(text: str) -> int:
 def read_model(cells: dict[str, str]) -> ModelSpec:
     """The row's model; GPT is GPT-2's family, and LLaMA is llama's."""
     d_model, heads = whole(cells, "hidden"), whole(cells, "n_heads")
-    gated, experts = cells["act"] in ("swiglu", "silu"), whole(cells, "n_experts", 0)
-    if experts:
-        raise Unread("mixtures are not read yet")
+    gated, experts = cells["act"] in ("swiglu", "silu"), read_experts(cells)
     if "Mamba" in cells["arch"]:
         raise Unread("blocks that are no transformer's are not read")
     sequence, vocabulary = whole(cells, "seq_len"), vocabulary_of(cells["vocab"])
@@ -150,7 +150,7 @@ def read_model(cells: dict[str, str]) -> ModelSpec:
         vocabulary = -(-vocabulary // multiple) * multiple
     return ModelSpec(
         name="custom",
-        family="llama" if gated else "gpt2",
+        family=("mixtral" if gated else "gpt2-moe") if experts else "llama" if gated else "gpt2",
         layers=whole(cells, "n_layers"),
         d_model=d_model,
         heads=heads,
@@ -160,6 +160,25 @@ def read_model(cells: dict[str, str]) -> ModelSpec:
         vocabulary=vocabulary,
         max_positions=0 if gated else sequence,
         tied_embeddings=cells["tied_emb"] == "1",
+        experts=experts,
+    )
+
+
+def read_experts(cells: dict[str, str]) -> Experts | None:
+    """A mixture's numbers: "MoE: expert_ffn=2048 shared=512 layer_freq=1 MLA=False"."""
+    if not whole(cells, "n_experts", 0):
+        return None
+    told = dict(re.findall(r"(\w+)=(\S+)", cells["arch"]))
+    if told.get("MLA") == "True":
+        raise Unread("latent attention's ranks are not told")
+    width, shared = int(told.get("expert_ffn", cells["ffn"])), told.get("shared", "")
+    if told.get("layer_freq", "1") != "1" or (shared.isdigit() and int(shared) % width):
+        raise Unread("layers, or shared experts, that are not like the others")
+    return Experts(
+        count=whole(cells, "n_experts"),
+        per_token=whole(cells, "topk"),
+        feed_forward=width,
+        shared=int(shared) // width if shared.isdigit() else 0,
     )
 
 
@@ -172,7 +191,9 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     trainer = TRAINERS[name]
     changes: dict[str, object] = {}
     if "not flash" in kernel or "no flash" in kernel or kernel.startswith(("fused", "unfused")):
-        changes["attention"] = "plain" if kernel.startswith("unfused") else "fused-softmax"
+        # Transformer Engine's unfused attention has a kernel for softmax all the same.
+        plain = kernel.startswith("unfused") and not trainer.compiled
+        changes["attention"] = "plain" if plain else "fused-softmax"
     elif "flash" in kernel:
         changes["attention"] = "flash"
     elif kernel.startswith("torch"):
@@ -187,6 +208,9 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
         changes["splits_states"] = False
     if whole(cells, "tp") > 1:
         changes["sequence_parallel"] = cells["sp"] == "1"
+    if "fp32 grad-accum" in cells["precision"]:
+        # Added up in fp32 beside those of one microbatch.
+        changes["gradient_bytes"] = trainer.gradient_bytes + 4
     if "eager" in cells["precision"]:
         changes |= {"compiled": False, "fused_norms": True}
     return msgspec.structs.replace(trainer, **changes)
@@ -197,14 +221,18 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
     pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
     stages = pipeline * held if pipeline > 1 else 1
-    recompute = cells["recompute"].lower()
+    recompute, tensor = cells["recompute"].lower(), whole(cells, "tp")
+    # Ranks that divide experts, and each expert's matrices where those lie along tensor as well.
+    along = re.search(r"ETP=(\d+)", cells["notes"])
+    expert = whole(cells, "ep", 1) * (int(along[1]) if along else tensor) if model.experts else 1
+    divided = bool(zero) or expert > whole(cells, "cp", 1) * tensor
     return Layout(
         pipeline=pipeline,
-        replica=1 if zero else data,
-        shard=data if zero else 1,
+        replica=1 if divided else data,
+        shard=data if divided else 1,
         context=whole(cells, "cp", 1),
-        tensor=whole(cells, "tp"),
-        expert=1,
+        tensor=tensor,
+        expert=expert,
         microbatch=whole(cells, "mbs"),
         zero=zero or 3,
         recompute="full"

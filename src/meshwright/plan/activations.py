@@ -2,8 +2,8 @@
 
 import msgspec
 
-from meshwright.plan.kernels import has_kernels, keep_kernels, norm_bytes, passing_bytes, residual_width
 from meshwright.plan.kept import BYTES, is_compiled, keep_block, keep_load, local_sequence, tokens_of, widths_of
+from meshwright.plan.kernels import has_kernels, keep_kernels, norm_bytes, passing_bytes, residual_width
 from meshwright.plan.part import Cut, Group, Part, Stage
 from meshwright.spec import SPLIT_BACKWARD, Job, LossKernel, Moment
 
@@ -173,11 +173,14 @@ def logits_bytes(job: Job) -> float:
     size = BYTES[job.layout.precision]
     # Logits that ranks gather are there as they are sent, and as they came, beside what the loss makes of them.
     gathered = (size if job.layout.tensor == 1 else 2 * size) if job.trainer.whole_logits else 0
-    return vocabulary_elements(job) * {
-        "plain": 3 * 4.0 + gathered,
-        "compiled": 2.0 * size,
-        "in-place": size + 4.0,
-    }[loss_of(job)]
+    return (
+        vocabulary_elements(job)
+        * {
+            "plain": 3 * 4.0 + gathered,
+            "compiled": 2.0 * size,
+            "in-place": size + 4.0,
+        }[loss_of(job)]
+    )
 
 
 def loss_of(job: Job) -> LossKernel:

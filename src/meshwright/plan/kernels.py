@@ -104,5 +104,12 @@ def passing_bytes(job: Job, cut: Cut) -> float:
     columns = (3 if model.parts.gated else 2) * model.feed_forward / cut.tensor
     most = size * columns
     if job.trainer.attention != "flash":
-        most = max(most, (2 if job.trainer.attention == "fused-softmax" else 3) * size * local_sequence(job) * model.heads / cut.tensor)
+        most = max(
+            most,
+            (2 if job.trainer.attention == "fused-softmax" else 3)
+            * size
+            * local_sequence(job)
+            * model.heads
+            / cut.tensor,
+        )
     return tokens_of(job) * (most + 2 * size * model.d_model)

@@ -8,7 +8,8 @@ from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import state_bytes, whole_bytes
-from meshwright.plan.kept import BYTES
+from meshwright.plan.kept import BYTES, tokens_of
+from meshwright.plan.kernels import residual_width
 from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
 from meshwright.spec import AXES, Job, Moment
 
@@ -16,6 +17,10 @@ from meshwright.spec import AXES, Job, Moment
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
+# Of programs with kernels of their own, cuBLAS's, 32 MiB each for the threads of forward and backward passes, and as much
+# for Transformer Engine's: what Megatron-Core's functional tests hold beside their states on Hopper and later, to the
+# MiB (its golden values, mem-allocated-bytes).
+WORKSPACE_BYTES = 3 * 32 * 2**20
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
 # examples/first-run.toml, 95 MB in the quickstart.
@@ -79,6 +84,7 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount
         buffers += gathered_bytes(job, groups) + reduction_bytes(job, groups)
     else:
         states = whole_bytes(job, groups)
+        buffers += boundary_bytes(job, part)
     return msgspec.structs.replace(
         states,
         activations=activations,
@@ -118,13 +124,25 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
     return float(in_flight + STATE_BYTES * kept)
 
 
+def boundary_bytes(job: Job, part: Part) -> float:
+    """What came last over each of a rank's stages' two ends: states and gradients of one microbatch.
+
+    Megatron-Core holds them from one step to the next: its functional tests' mem-allocated-bytes grow by so much with
+    each stage that a rank has.
+    """
+    if job.layout.pipeline == 1:
+        return 0.0
+    state = tokens_of(job) * residual_width(job, part.cut) * BYTES[job.layout.precision]
+    return 2 * len(part.stages) * state
+
+
 def framework_bytes(job: Job) -> float:
     """What the process holds outside the model."""
     if job.cluster.device.kind == "cpu":
         return CPU_PROCESS_BYTES
     if not job.trainer.gathers:
         # A communicator, with channels of its own, for each axis in use.
-        return CONTEXT_BYTES + NCCL_BYTES * sum(job.layout.size(axis) > 1 for axis in AXES)
+        return WORKSPACE_BYTES + CONTEXT_BYTES + NCCL_BYTES * sum(job.layout.size(axis) > 1 for axis in AXES)
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
