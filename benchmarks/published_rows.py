@@ -139,7 +139,8 @@ def vocabulary_of(text: str) -> int:
 
 def read_model(cells: dict[str, str]) -> ModelSpec:
     """The row's model; GPT is GPT-2's family, and LLaMA is llama's."""
-    d_model, heads = whole(cells, "hidden"), whole(cells, "n_heads")
+    d_model = whole(cells, "hidden")
+    heads = whole(cells, "n_heads", usual_heads(d_model, whole(cells, "tp")))
     gated, experts = cells["act"] in ("swiglu", "silu"), read_experts(cells)
     if "Mamba" in cells["arch"]:
         raise Unread("blocks that are no transformer's are not read")
@@ -162,6 +163,12 @@ def read_model(cells: dict[str, str]) -> ModelSpec:
         tied_embeddings=cells["tied_emb"] == "1",
         experts=experts,
     )
+
+
+def usual_heads(d_model: int, tensor: int) -> int:
+    """How many heads make a state of this width, each as near to 128 numbers as can be, where ranks divide them."""
+    counts = [heads for heads in range(tensor, d_model + 1, tensor) if d_model % heads == 0]
+    return min(counts, key=lambda heads: abs(d_model / heads - 128), default=1)
 
 
 def read_experts(cells: dict[str, str]) -> Experts | None:

@@ -42,17 +42,21 @@ def state_bytes(job: Job, held: int, tensors: int) -> MemoryAccount:
 def whole_bytes(job: Job, groups: Groups) -> MemoryAccount:
     """The same of a program that keeps parameters whole in compute precision: with gradients as whole, and masters
     and moments in fp32 that ranks divide."""
-    layout, whole = job.layout, groups.whole()
-    plain, routed = whole - groups.routed, groups.routed
-    if job.trainer.splits_states:
-        # A flat row of numbers, cut evenly wherever a parameter ends.
-        plain, routed = plain / layout.parameter_shards, routed / layout.expert_shard
+    whole = groups.whole()
     moments = 2 if job.optimizer.name == "adamw" else 0
     return MemoryAccount(
-        parameters=float(BYTES[layout.precision] * whole),
+        parameters=float(BYTES[job.layout.precision] * whole),
         gradients=float(job.trainer.gradient_bytes * whole),
-        optimizer_states=(1 + moments) * STATE_BYTES * (plain + routed),
+        optimizer_states=(1 + moments) * STATE_BYTES * divided_elements(job, groups),
     )
+
+
+def divided_elements(job: Job, groups: Groups) -> float:
+    """Parameters that a rank's optimizer updates: of a flat row of numbers, cut evenly wherever a parameter ends."""
+    plain, routed = groups.whole() - groups.routed, groups.routed
+    if not job.trainer.splits_states:
+        return plain + routed
+    return plain / job.layout.parameter_shards + routed / job.layout.expert_shard
 
 
 def stage_shapes(model: ModelSpec, start: int, stop: int, *, pipeline: int) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.held import state_bytes, whole_bytes
+from meshwright.plan.held import divided_elements, state_bytes, whole_bytes
 from meshwright.plan.kept import BYTES, tokens_of
 from meshwright.plan.kernels import residual_width
 from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
@@ -85,6 +85,12 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount
     else:
         states = whole_bytes(job, groups)
         buffers += boundary_bytes(job, part)
+    update = update_bytes(job, groups)
+    if update > activations + logits:
+        # The step is fullest where its optimizer runs, and activations are gone.
+        return msgspec.structs.replace(
+            states, gradients=states.gradients + update, communication_buffers=boundary_bytes(job, part)
+        )
     return msgspec.structs.replace(
         states,
         activations=activations,
@@ -122,6 +128,15 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
         kept += groups.whole() - groups.routed if holds_whole(layout, layout.parameter_shards) else 0
         kept += groups.routed if holds_whole(layout, layout.expert_shard) else 0
     return float(in_flight + STATE_BYTES * kept)
+
+
+def update_bytes(job: Job, groups: Groups) -> float:
+    """Gradients that an optimizer of fp32 masters copies from those in compute precision: a rank's part, in one row, and
+    that in fp32 (ZeRO-1 of DeepSpeed, stage_1_and_2.py)."""
+    size = BYTES[job.layout.precision]
+    if job.trainer.gathers or job.trainer.gradient_bytes > size:
+        return 0.0
+    return divided_elements(job, groups) * (size + STATE_BYTES)
 
 
 def boundary_bytes(job: Job, part: Part) -> float:
