@@ -211,6 +211,8 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     if cells["act"] in ("swiglu", "silu"):
         # LLaMA has no dropout; norms are one kernel where the row says so, or where all is compiled.
         changes |= {"dropout": False, "fused_norms": trainer.compiled or "rms kernel" in kernel}
+    if expert_tensor(cells) > 1:
+        changes["splits_experts"] = True
     if not zero_of(cells["zero"]):
         changes["splits_states"] = False
     if whole(cells, "tp") > 1:
@@ -229,14 +231,15 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
     pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
     stages = pipeline * held if pipeline > 1 else 1
     recompute, tensor = cells["recompute"].lower(), whole(cells, "tp")
-    # Ranks that divide experts, and each expert's matrices where those lie along tensor as well.
-    along = re.search(r"ETP=(\d+)", cells["notes"])
-    expert = whole(cells, "ep", 1) * (int(along[1]) if along else tensor) if model.experts else 1
+    # Ranks that divide experts, and each expert's matrices.
+    expert = whole(cells, "ep", 1) * expert_tensor(cells) if model.experts else 1
     divided = bool(zero) or expert > whole(cells, "cp", 1) * tensor
+    # Megatron-Core's --num-distributed-optimizer-instances: so many groups of ranks have all states, each.
+    copies = 2 if zero and "multi_dist_optimizer_instances" in cells["model"] else 1
     return Layout(
         pipeline=pipeline,
-        replica=1 if divided else data,
-        shard=data if divided else 1,
+        replica=copies if divided else data,
+        shard=data // copies if divided else 1,
         context=whole(cells, "cp", 1),
         tensor=tensor,
         expert=expert,
@@ -256,6 +259,12 @@ def read_layout(cells: dict[str, str], model: ModelSpec) -> Layout:
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
         precision="bf16",
     )
+
+
+def expert_tensor(cells: dict[str, str]) -> int:
+    """Ranks along tensor that divide each expert: Megatron-Core's ETP, which is tensor's size where it is not told."""
+    told = re.search(r"ETP=(\d+)", cells["notes"])
+    return int(told[1]) if told else whole(cells, "tp")
 
 
 def zero_of(text: str) -> int:

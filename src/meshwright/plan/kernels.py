@@ -88,12 +88,11 @@ def plain_bytes(job: Job, cut: Cut) -> float:
 def mixture_bytes(job: Job, cut: Cut, experts: Experts) -> float:
     """A token's, of a mixture with its norm: the router's probabilities, and of each of its copies what is sent to an
     expert, its products, and what comes back."""
-    model, size = cut.model, BYTES[job.layout.precision]
-    along = cut.tensor
-    copies = experts.per_token / along
-    kept = norm_bytes(job, cut) + dropped_bytes(job, cut) + 2 * WIDE * experts.count / along
-    kept += copies * (2 * size * model.d_model + products_bytes(job, cut, experts.feed_forward))
-    shared = experts.shared * experts.feed_forward / along
+    copies, size = experts.per_token, BYTES[job.layout.precision]
+    kept = norm_bytes(job, cut) + dropped_bytes(job, cut) + 2 * WIDE * experts.count / cut.tensor
+    kept += copies * 2 * size * cut.model.d_model / (1 if job.trainer.splits_experts else cut.tensor)
+    kept += copies * products_bytes(job, cut, experts.feed_forward / cut.tensor)
+    shared = experts.shared * experts.feed_forward / cut.tensor
     return kept + (products_bytes(job, cut, shared) if shared else 0.0)
 
 

@@ -28,6 +28,8 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     sequence_parallel: along tensor, norms and residuals lie split over the sequence; else all ranks do all of them.
     regathers: what lies split over the sequence and is gathered for a product is gathered once more in the backward
         pass; else it is kept whole.
+    splits_experts: along tensor, ranks of an expert divide its matrices and are given all of its tokens; else each has
+        whole experts and its own tokens' copies.
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
@@ -48,6 +50,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     dropout: bool = False
     sequence_parallel: bool = True
     regathers: bool = True
+    splits_experts: bool = False
     gathers: bool = False
     overlaps: bool = True
     splits_states: bool = True
@@ -126,7 +129,7 @@ TRAINERS: dict[str, Trainer] = {
             gradient_bytes=2,
             whole_logits=True,
             keeps_sent=True,
-            source="Aleph-Alpha/scaling: bf16 gradients, ZeRO-1 after the last backward pass, logits gathered (all_concat)",
+            source="Aleph-Alpha/scaling: gradients in bf16, ZeRO-1 after the last backward pass, logits gathered whole",
         ),
         Trainer(
             name="megatron-core",
