@@ -17,9 +17,9 @@ from meshwright.spec import AXES, Job, Moment
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
-# Of programs with kernels of their own, cuBLAS's, 32 MiB each for the threads of forward and backward passes, and as much
-# for Transformer Engine's: what Megatron-Core's functional tests hold beside their states on Hopper and later, to the
-# MiB (its golden values, mem-allocated-bytes).
+# Of programs with kernels of their own: cuBLAS's, 32 MiB each for the threads of forward and backward passes, and as
+# much for Transformer Engine's. Megatron-Core's functional tests hold so much beside their states on Hopper and later
+# (its golden values, mem-allocated-bytes).
 WORKSPACE_BYTES = 3 * 32 * 2**20
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
@@ -28,6 +28,9 @@ CPU_PROCESS_BYTES = 289e6
 CPU_SCRATCH_BYTES = 80e6
 # Reserved by the caching allocator and not in use: 6 to 11% of the rest in the six runs of benchmarks/training_gpu.py.
 FRAGMENTATION_SHARE = 0.08
+# The same where states are allocated once and for all, and only the rest comes and goes: up to three quarters of those
+# runs. The upper end of what was measured, since one bad step is enough to run out.
+CHURN_SHARE = 0.15
 
 
 def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
@@ -39,7 +42,7 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     alive = frame.timetable.alive
     account = max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
     return msgspec.structs.replace(
-        account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
+        account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, account)
     )
 
 
@@ -161,8 +164,10 @@ def framework_bytes(job: Job) -> float:
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
-def fragmentation_bytes(job: Job, held: float) -> float:
+def fragmentation_bytes(job: Job, held: MemoryAccount) -> float:
     """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
     if job.cluster.device.kind == "cpu":
         return CPU_SCRATCH_BYTES
-    return FRAGMENTATION_SHARE * held
+    if not job.trainer.gathers:
+        return CHURN_SHARE * (held.activations + held.logits + held.communication_buffers)
+    return FRAGMENTATION_SHARE * sum_held(held)
