@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -215,7 +216,7 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
         changes["splits_experts"] = True
     if not zero_of(cells["zero"]):
         changes["splits_states"] = False
-    if whole(cells, "tp") > 1:
+    if cells["sp"] in ("0", "1") and whole(cells, "tp") > 1:
         changes["sequence_parallel"] = cells["sp"] == "1"
     if "fp32 grad-accum" in cells["precision"]:
         # Added up in fp32 beside those of one microbatch.
@@ -267,7 +268,7 @@ def expert_tensor(cells: dict[str, str]) -> int:
     return int(told[1]) if told else whole(cells, "tp")
 
 
-def zero_of(text: str) -> int:
+def zero_of(text: str) -> Literal[0, 1, 2, 3]:
     """1, 2 or 3; 0 where states are not shared."""
     text = text.lower()
     if "grad_op" in text or text.startswith("2"):

@@ -9,6 +9,8 @@ from meshwright.plan.kept import BYTES, local_sequence, tokens_of, widths_of
 from meshwright.plan.part import Cut
 from meshwright.spec import Experts, Job
 
+# Of attention's kernels, those that have its scores whole in memory.
+WHOLE_SCORES = ("fused-softmax", "plain")
 # fp32: log-sum-exp of a row of scores, mean and reciprocal root of a norm, probabilities of a router.
 WIDE = 4
 
@@ -19,7 +21,7 @@ def has_kernels(job: Job) -> bool:
     trainer = job.trainer
     if job.cluster.device.kind != "cuda":
         return False
-    return not trainer.gathers or trainer.dropout or trainer.attention != "flash" or not trainer.sequence_parallel
+    return not (trainer.gathers and trainer.sequence_parallel) or trainer.dropout or trainer.attention in WHOLE_SCORES
 
 
 def residual_width(job: Job, cut: Cut) -> float:
@@ -59,9 +61,10 @@ def scores_bytes(job: Job, cut: Cut) -> float:
     """A token's, of attention's scores: their log-sum-exp, or the whole row after softmax, and where scores are dropped
     also which ones, and the row without them."""
     heads, size = cut.model.heads / cut.tensor, BYTES[job.layout.precision]
-    if job.trainer.attention == "flash":
+    if job.trainer.attention not in WHOLE_SCORES:
         return WIDE * heads
     row = job.data.sequence * heads
+    # Operator by operator softmax is in fp32, and cast.
     softmax = size if job.trainer.attention == "fused-softmax" else WIDE + size
     return row * (softmax + (1 + size if job.trainer.dropout else 0))
 
@@ -100,15 +103,9 @@ def passing_bytes(job: Job, cut: Cut) -> float:
     """Gradients on their way through one block of a microbatch, at their most: of its widest product's results, or of
     scores on either side of softmax."""
     model, size = cut.model, BYTES[job.layout.precision]
-    columns = (3 if model.parts.gated else 2) * model.feed_forward / cut.tensor
-    most = size * columns
-    if job.trainer.attention != "flash":
-        most = max(
-            most,
-            (2 if job.trainer.attention == "fused-softmax" else 3)
-            * size
-            * local_sequence(job)
-            * model.heads
-            / cut.tensor,
-        )
-    return tokens_of(job) * (most + 2 * size * model.d_model)
+    most = (3 if model.parts.gated else 2) * model.feed_forward
+    if job.trainer.attention in WHOLE_SCORES:
+        # Operator by operator also those before the mask.
+        tensors = 2 if job.trainer.attention == "fused-softmax" else 3
+        most = max(most, tensors * local_sequence(job) * model.heads)
+    return tokens_of(job) * size * (most / cut.tensor + 2 * model.d_model)

@@ -134,8 +134,8 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
 
 
 def update_bytes(job: Job, groups: Groups) -> float:
-    """Gradients that an optimizer of fp32 masters copies from those in compute precision: a rank's part, in one row, and
-    that in fp32 (ZeRO-1 of DeepSpeed, stage_1_and_2.py)."""
+    """What an optimizer of fp32 masters copies of gradients in compute precision: a rank's part in one row, and that in
+    fp32 (ZeRO-1 of DeepSpeed, stage_1_and_2.py)."""
     size = BYTES[job.layout.precision]
     if job.trainer.gathers or job.trainer.gradient_bytes > size:
         return 0.0
