@@ -16,7 +16,7 @@ from meshwright.explain.case import build_case
 from meshwright.explain.steps import resolve_steps
 from meshwright.record import Gap, GroupTransfers, HostCause, KernelGroup, Step, StepDetail
 from meshwright.spec import Device
-from meshwright.spec.hardware import NODES
+from meshwright.spec.devices import NODES
 
 WORLD = 4
 WORK_S = 0.27

@@ -81,7 +81,7 @@ RESOLVED = {
     "model.head_dim": "`model.d_model` / `model.heads`",
     "layout.precision": '`"auto"`',
 }
-SHORTHANDS = {"cluster.gpus", "cluster.processes", "model.config"}
+SHORTHANDS = {"cluster.gpus", "cluster.processes", "cluster.intra", "cluster.inter", "model.config"}
 
 
 def test_the_job_page_has_every_key_and_no_other() -> None:

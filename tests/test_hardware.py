@@ -1,34 +1,69 @@
 """Every row of the hardware table is reached, sourced and sound; this machine is described without crashing."""
 
+import re
 import subprocess
 
 import pytest
 
 from meshwright.plan import local_cluster, machine
 from meshwright.spec import SettingError
-from meshwright.spec.hardware import GPU_WORDS, NODES, cluster_of, match_gpu, unknown_gpu
+from meshwright.spec.devices import NODES
+from meshwright.spec.hardware import GPU_WORDS, cluster_of, match_gpu, unknown_gpu
 
-# Datasheet, dense: memory GB, memory TB/s, bf16 TFLOP/s, fp32 TFLOP/s, link inside a node GB/s one way.
+# Datasheet, dense: memory GB, memory TB/s, 16 bits TFLOP/s, fp32 TFLOP/s, fp8 TFLOP/s, link inside a node GB/s one way.
 DATASHEET = {
-    "a100-40": (40, 1.555, 312, 19.5, 300),
-    "a100-80": (80, 2.039, 312, 19.5, 300),
-    "h100": (80, 3.35, 989.4, 66.9, 450),
-    "h100-pcie": (80, 2.0, 756, 51.2, 63),
-    "h200": (141, 4.8, 989.4, 66.9, 450),
-    "b200": (180, 8.0, 2250, 80, 900),
-    "l40s": (48, 0.864, 362.05, 91.6, 31.5),
-    "rtx4090": (24, 1.008, 165.2, 82.6, 31.5),
+    "v100-16": (16, 0.9, 125, 15.7, 0, 150),
+    "v100-32": (32, 0.9, 125, 15.7, 0, 150),
+    "v100-pcie-16": (16, 0.9, 112, 14, 0, 15.75),
+    "v100-pcie-32": (32, 0.9, 112, 14, 0, 15.75),
+    "a100-40": (40, 1.555, 312, 19.5, 0, 300),
+    "a100-80": (80, 2.039, 312, 19.5, 0, 300),
+    "a100-80-pcie": (80, 1.935, 312, 19.5, 0, 31.5),
+    "h100": (80, 3.35, 989.4, 66.9, 1978.9, 450),
+    "h100-pcie": (80, 2.0, 756, 51.2, 1513, 63),
+    "h100-nvl": (94, 3.9, 835.5, 60, 1670.5, 63),
+    "h200": (141, 4.8, 989.4, 66.9, 1978.9, 450),
+    "h200-nvl": (141, 4.8, 835.5, 60, 1670.5, 63),
+    "b200": (180, 8.0, 2250, 80, 4500, 900),
+    "gb200": (186, 8.0, 2500, 80, 5000, 900),
+    "b300": (270, 7.7, 2250, 75, 4500, 900),
+    "gb300": (279, 8.0, 2500, 80, 5000, 900),
+    "l40s": (48, 0.864, 362.05, 91.6, 733, 31.5),
+    "rtx4090": (24, 1.008, 165.2, 82.6, 330.3, 31.5),
+    "mi300x": (192, 5.3, 1307.4, 163.4, 2614.9, 448),
+    "mi325x": (256, 6.0, 1307.4, 163.4, 2614.9, 448),
+    "mi355x": (288, 8.0, 2516.6, 157.3, 5033.2, 537.6),
+    "tpu-v5e": (16, 0.819, 197, 32.8, 0, 100),
+    "tpu-v5p": (95, 2.765, 459, 76.5, 459, 200),
+    "tpu-v6e": (32, 1.638, 918, 153, 0, 200),
 }
-# As nvidia-smi prints them.
+KINDS = {"mi": "rocm", "tpu": "tpu"}
+# As nvidia-smi, PyTorch on ROCm and JAX print them.
 PRINTED = {
+    "Tesla V100-SXM2-16GB": "v100-16",
+    "Tesla V100-SXM2-32GB": "v100-32",
+    "Tesla V100-PCIE-16GB": "v100-pcie-16",
+    "Tesla V100-PCIE-32GB": "v100-pcie-32",
     "NVIDIA A100-SXM4-40GB": "a100-40",
     "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80-pcie",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H100 PCIe": "h100-pcie",
+    "NVIDIA H100 NVL": "h100-nvl",
     "NVIDIA H200": "h200",
+    "NVIDIA H200 NVL": "h200-nvl",
     "NVIDIA B200": "b200",
+    "NVIDIA GB200": "gb200",
+    "NVIDIA B300 SXM6 AC": "b300",
+    "NVIDIA GB300": "gb300",
     "NVIDIA L40S": "l40s",
     "NVIDIA GeForce RTX 4090": "rtx4090",
+    "AMD Instinct MI300X": "mi300x",
+    "AMD Instinct MI325X": "mi325x",
+    "AMD Instinct MI355X": "mi355x",
+    "TPU v5 lite": "tpu-v5e",
+    "TPU v5p": "tpu-v5p",
+    "TPU v6 lite": "tpu-v6e",
 }
 
 
@@ -41,16 +76,22 @@ def test_every_row_is_in_the_datasheets_table() -> None:
 def test_row(name: str) -> None:
     cluster = cluster_of(f"2x8x{name}")
     device, figures = cluster.device, DATASHEET[name]
-    assert (cluster.devices, device.name, device.kind) == (16, name, "cuda")
+    kind = next((kind for start, kind in KINDS.items() if name.startswith(start)), "cuda")
+    assert (cluster.devices, device.name, device.kind) == (16, name, kind)
     assert device.memory_bytes == pytest.approx(figures[0] * 1e9)
     assert device.memory_bytes_per_s == pytest.approx(figures[1] * 1e12)
     assert device.peak_flops_per_s("bf16") == pytest.approx(figures[2] * 1e12)
-    assert device.peak_flops_per_s("fp32") == pytest.approx(figures[3] * 1e12)
-    assert cluster.intra.bytes_per_s == pytest.approx(figures[4] * 1e9)
+    assert device.peak_flops_per_s("fp32") == pytest.approx(figures[3] * 1e12, rel=2e-3)
+    assert device.peak_flops_per_s("fp8") == pytest.approx(figures[4] * 1e12)
+    # One of them at most, and fp4 is faster than fp8 where there is any.
+    assert not (device.peak_bf16_flops_per_s and device.peak_fp16_flops_per_s)
+    assert device.peak_fp4_flops_per_s == 0 or device.peak_fp4_flops_per_s >= 1.9 * device.peak_fp8_flops_per_s
+    assert cluster.intra.bytes_per_s == pytest.approx(figures[5] * 1e9)
     assert cluster.inter.bytes_per_s < cluster.intra.bytes_per_s
     assert 0 < cluster.intra.latency_s < cluster.inter.latency_s
     for source in (device.source, cluster.intra.source, cluster.inter.source):
         assert len(source) > 10
+    assert re.search(r"20[12]\d", device.source)
 
 
 @pytest.mark.parametrize(("printed", "row"), PRINTED.items())
@@ -60,7 +101,10 @@ def test_names_of_the_driver(printed: str, row: str) -> None:
     assert node.device.name == row
 
 
-@pytest.mark.parametrize("printed", ["NVIDIA H100 NVL", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4", "NVIDIA L40"])
+@pytest.mark.parametrize(
+    "printed",
+    ["NVIDIA GH200 480GB", "NVIDIA A100-PCIE-40GB", "NVIDIA GeForce RTX 4090 Laptop GPU", "Tesla T4", "NVIDIA L40"],
+)
 def test_a_gpu_that_is_not_in_the_table_is_not_taken_for_one_that_is(printed: str) -> None:
     assert match_gpu(printed) is None
     device = unknown_gpu(printed, 16e9).device

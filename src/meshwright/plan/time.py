@@ -142,6 +142,8 @@ def share_machine(job: Job) -> Job:
         memory_bytes_per_s=device.memory_bytes_per_s * more,
         peak_bf16_flops_per_s=device.peak_bf16_flops_per_s * more,
         peak_fp32_flops_per_s=device.peak_fp32_flops_per_s * more,
+        peak_fp16_flops_per_s=device.peak_fp16_flops_per_s * more,
+        peak_fp8_flops_per_s=device.peak_fp8_flops_per_s * more,
     )
     cluster = msgspec.structs.replace(cluster, device=device, devices_per_node=ranks)
     return msgspec.structs.replace(job, cluster=cluster)

@@ -47,6 +47,9 @@ def explain_uneven(job: Job, first: Prediction | None, alone: Sequence[Alone]) -
     how = [f"{cluster.plain().label()} joined by the network"] if cut else []
     how += ["every rank as fast as the slowest device, with the least memory of any"] if mixed else []
     text = f"Nodes are not alike; planned for: {', and '.join(how) or 'the slower links'}."
+    if first is not None and not first.step_s:
+        # Without known peaks nothing is faster than anything.
+        return text
     better = [one for one in alone if one.best is not None and is_better(one.best, first)]
     if better:
         best = max(better, key=lambda one: one.best.tokens_per_s if one.best is not None else 0.0)

@@ -1,4 +1,4 @@
-"""Devices, nodes and links: what a layout is placed on. The rows of known hardware are in spec/hardware.py."""
+"""Devices, nodes and links: what a layout is placed on. The rows of known hardware are in spec/devices.py."""
 
 from typing import Literal
 
@@ -141,13 +141,19 @@ def check_nodes(nodes: Nodes, prefix: str) -> None:
         ("devices_per_node", nodes.devices_per_node, 1, MOST_DEVICES),
         ("device.memory_bytes", device.memory_bytes, 1.0, MOST),
         ("device.memory_bytes_per_s", device.memory_bytes_per_s, 1.0, MOST),
-        ("device.peak_bf16_flops_per_s", device.peak_bf16_flops_per_s, 0.0, MOST),
-        ("device.peak_fp32_flops_per_s", device.peak_fp32_flops_per_s, 0.0, MOST),
-        ("device.peak_fp16_flops_per_s", device.peak_fp16_flops_per_s, 0.0, MOST),
-        ("device.peak_fp8_flops_per_s", device.peak_fp8_flops_per_s, 0.0, MOST),
-        ("device.peak_fp4_flops_per_s", device.peak_fp4_flops_per_s, 0.0, MOST),
     ):
         check_range(f"{prefix}.{setting}", value, low, high)
+    for precision, value in (
+        ("bf16", device.peak_bf16_flops_per_s),
+        ("fp32", device.peak_fp32_flops_per_s),
+        ("fp16", device.peak_fp16_flops_per_s),
+        ("fp8", device.peak_fp8_flops_per_s),
+        ("fp4", device.peak_fp4_flops_per_s),
+    ):
+        setting = f"{prefix}.device.peak_{precision}_flops_per_s"
+        check_range(setting, value, 0.0, MOST)
+        if 0 < value < 1:
+            raise SettingError(f"{setting} = {value}", "must be at least 1, or 0 for none", f"{setting} = 0.0")
     check_link(nodes.intra, f"{prefix}.intra")
 
 

@@ -118,7 +118,7 @@ def expand_numbers(section: Table) -> Table:
 
 def read_groups(given: object) -> tuple[Nodes, ...]:
     """The nodes of `[[cluster.groups]]`, checked."""
-    if not isinstance(given, list) or not all(isinstance(one, dict) for one in cast(list[Any], given)):
+    if not isinstance(given, list | tuple) or not all(isinstance(one, dict) for one in cast(list[Any], given)):
         raise SettingError("cluster.groups", "must be a list of sections", "[[cluster.groups]] with keys under it")
     groups: list[Nodes] = []
     for number, entry in enumerate(cast(list[Table], given)):
@@ -148,7 +148,10 @@ def most_devices(groups: tuple[Nodes, ...]) -> int:
 def expand_fabric(given: Any, setting: str) -> Any:
     """A link inside a node from its word; numbers as they are."""
     if not isinstance(given, str):
-        return given
+        table = cast(Table, given) if isinstance(given, dict) else {}
+        if ports := sorted({"gbit_per_s", "ports"} & set(table)):
+            raise SettingError(f"{setting}.{ports[0]}", "is of a network between nodes", f"{setting}.bytes_per_s")
+        return cast(Any, given)
     if given.lower() not in FABRICS:
         reason = "no such link inside a node"
         if given.lower() in NETWORKS:

@@ -9,7 +9,7 @@ from meshwright.spec.model import ModelSpec
 from meshwright.spec.schedule import held_stages, stage_count
 
 # What a byte costs that the embedding moves, in FLOPs that a device does meanwhile: an H100's 989.4 TFLOP/s in bf16
-# over its 3.35 TB/s (datasheets in spec/hardware.py). An A100's is 153, an H200's 206; it is a small part in each.
+# over its 3.35 TB/s (datasheets in spec/devices.py). An A100's is 153, an H200's 206; it is a small part in each.
 EMBEDDING_FLOPS_PER_BYTE = 295
 # Seconds of the head's FLOPs, its loss with them, against as many of a block's: one large product reaches 750 TFLOP/s
 # where blocks reach 500 with all that is around their products (llama-1b-untied in two stages of 10 and 6 blocks, two
