@@ -15,7 +15,7 @@ from synthetic import a_run, a_step
 import meshwright as mw
 from meshwright.explain import Explanation, explain_run
 from meshwright.explain.details import mean_detail
-from meshwright.explain.reading import RankTrace
+from meshwright.explain.reading import RankTrace, Told
 from meshwright.explain.steps import measure_steps
 from meshwright.explain.traces import Useful, explain_traces, traces_in
 from meshwright.explain.words import kernel_text
@@ -167,9 +167,9 @@ def test_kernels_are_called_by_what_tells_them_apart(name: str, text: str) -> No
 # --- Traces -----------------------------------------------------------------------------------------------------------
 
 
-def reader(*traces: RankTrace) -> Callable[[Path, float], RankTrace]:
+def reader(*traces: RankTrace) -> Callable[[Path, Told], tuple[RankTrace, ...]]:
     by_path = {trace.path: trace for trace in traces}
-    return lambda path, useful_s: by_path[path]
+    return lambda path, told: (by_path[path],)
 
 
 def explained(*traces: RankTrace) -> Explanation:
@@ -248,9 +248,9 @@ def test_traces_of_different_steps_have_no_account_together() -> None:
 def test_what_is_useful_is_known_where_it_is_told() -> None:
     seen: list[float] = []
 
-    def read(path: Path, useful_s: float) -> RankTrace:
-        seen.append(useful_s)
-        return a_trace(path)
+    def read(path: Path, told: Told) -> tuple[RankTrace]:
+        seen.append(told.useful_s)
+        return (a_trace(path),)
 
     useful = Useful(flops_per_step=989.4e12 * 0.1, gpu="h200")
     found = explain_traces([Path("t/a.json")], useful, read=read)

@@ -23,7 +23,8 @@ NAMED_GAPS = 2
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One run. account, detail: means over its steps and ranks. memory: the fullest rank's. device: None where neither
-    the record nor the hardware table knows it. precision: of most matrix products, where it is known.
+    the record nor the hardware table knows it. precision: of most matrix products, where it is known. jax: the program
+    is of JAX, whose cures have other names than PyTorch's.
     """
 
     steps: list[list[RankStep]]
@@ -36,6 +37,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     precision: str | None
     memory: MemoryAccount | None
     job: Job | None
+    jax: bool
     pipeline: bool
 
     def gain(self, cause: str) -> float:
@@ -62,6 +64,7 @@ def build_case(
     precision: str | None = None,
     memory: MemoryAccount | None = None,
     job: Job | None = None,
+    jax: bool = False,
 ) -> Case:
     """The case of profiled steps, of which there is at least one."""
     ones = [one for ranks in steps for one in ranks]
@@ -77,6 +80,7 @@ def build_case(
         precision=precision,
         memory=memory,
         job=job,
+        jax=jax,
         pipeline=any("pipeline" in one.resolved.waited or one.resolved.account.comm_pipeline > 0 for one in ones),
     )
 

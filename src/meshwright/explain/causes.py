@@ -36,7 +36,8 @@ PARTS = {
 def late_input(case: Case) -> Advice:
     """The next batch was not there when it was needed."""
     lost = case.lost_by("input")
-    what = f"Batches come late{on_ranks(lost)}: more workers that load data, more batches fetched ahead, pinned memory."
+    ahead = "put on the devices ahead (jax.device_put)" if case.jax else "pinned memory"
+    what = f"Batches come late{on_ranks(lost)}: more workers that load data, more batches fetched ahead, {ahead}."
     return advise(case, "input", case.gain("input"), what, compared(lost), idle_words(case.detail.gaps, ["input"]))
 
 
@@ -58,6 +59,12 @@ def launching(case: Case) -> Advice:
     detail, lost = case.detail, case.lost_by("launch")
     gain = case.gain("launch")
     evidence = [compared(lost), launch_words(case), idle_words(detail.gaps, ["host"])]
+    if case.jax:
+        what = (
+            "The device waits for programs to be called: one jax.jit around the whole step, several steps in one "
+            "program (jax.lax.scan), arguments that lie on the devices already."
+        )
+        return advise(case, "launch", gain, what, evidence[0], evidence[2])
     if case.kind == "cpu":
         what = (
             "Python runs between operators, and nothing computes: larger microbatches, torch.compile, fewer operators."
@@ -122,10 +129,8 @@ def allocating(case: Case) -> Advice:
 
 def saving(case: Case) -> Advice:
     """A step stood still while a checkpoint was written."""
-    what = (
-        "Steps stand still while a checkpoint is saved: save in the background "
-        "(torch.distributed.checkpoint.async_save), or less often."
-    )
+    background = "orbax's AsyncCheckpointer" if case.jax else "torch.distributed.checkpoint.async_save"
+    what = f"Steps stand still while a checkpoint is saved: save in the background ({background}), or less often."
     return advise(case, "checkpoint", case.gain("checkpoint"), what, compared(case.lost_by("checkpoint")))
 
 
@@ -178,7 +183,8 @@ def unexplained(case: Case) -> Advice | None:
     each = {rank: sum(seconds[rank] for seconds in lost) for rank in lost[0]}
     what = (
         f"Time is lost{on_ranks(each)}, and nothing recorded says why: mark what the program does there with "
-        "torch.profiler.record_function, or sample its Python stack."
+        f"{'jax.profiler.TraceAnnotation' if case.jax else 'torch.profiler.record_function'}, or sample its Python "
+        "stack."
     )
     evidence = (" and ".join(parts), compared(each), idle_words(case.detail.gaps, ["host", "other"]))
     return advise(case, "unexplained", sum(seconds for seconds, _ in found.values()), what, *evidence)

@@ -140,6 +140,8 @@ def imprecise(case: Case) -> Advice | None:
         "Matrix products run in single precision: bf16 (autocast, or the model's dtype), or TF32 "
         '(torch.set_float32_matmul_precision("high")).'
     )
+    if case.jax:
+        what = "Matrix products take single precision: bf16 for what they multiply."
     share, known = 0.0, device is not None and device.peak_fp32_flops_per_s > 0
     if device is not None and device.peak_bf16_flops_per_s > 0:
         share = 1 - device.peak_fp32_flops_per_s / device.peak_bf16_flops_per_s

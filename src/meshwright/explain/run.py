@@ -8,7 +8,7 @@ from meshwright.explain.case import Case, build_case, has_details
 from meshwright.explain.explanation import Explanation, MeasuredSteps, MemoryComparison, RankFault, RunLife
 from meshwright.explain.findings import find_in_losses, find_in_memory, find_in_step
 from meshwright.explain.life import mean_mfu, run_account, yield_of
-from meshwright.explain.program import notes_on_program, program_device, program_mfu, program_of, program_world
+from meshwright.explain.program import is_jax, notes_on_program, program_device, program_mfu, program_of, program_world
 from meshwright.explain.steps import (
     RankStep,
     poor_account,
@@ -107,6 +107,7 @@ def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | Non
         precision=job.layout.precision if job is not None else program.precision if program is not None else None,
         memory=memory.measured,
         job=job,
+        jax=is_jax(program),
     )
 
 
