@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from programs import DETAIL, PROGRAM, a_pipeline_step, a_program_run, a_trace
+from programs import DETAIL, PROGRAM, a_pipeline_step, a_program_run, a_trace, kineto_trace
 from rich.console import Console
 from synthetic import a_run, a_step
 
@@ -306,6 +306,18 @@ def test_what_is_no_trace_is_refused_in_a_line(tmp_path: Path, name: str, text: 
     assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
     with pytest.raises(SettingError, match="does not exist"):
         mw.explain([path, tmp_path / "gone.json"])
+
+
+def test_a_trace_of_a_gpu_is_told_from_one_of_a_cpu(tmp_path: Path) -> None:
+    found = mw.explain(write_trace(tmp_path / "rank-0.json", json.dumps(kineto_trace(0))))
+    assert found.program is not None and found.program.kind == "cuda"
+    assert "Kernels by purpose" in printed(found)
+
+
+def test_words_of_the_account_are_set_apart_in_a_note_and_nothing_else_is_markup(tmp_path: Path) -> None:
+    found = explain_run(a_program_run(tmp_path / "run"))
+    page = report_html(msgspec.structs.replace(found, notes=("it is `bubble` <b>`<i>`</b>",)))
+    assert "it is <code>bubble</code> &lt;b&gt;<code>&lt;i&gt;</code>&lt;/b&gt;" in page
 
 
 def test_json_of_traces_names_the_files() -> None:

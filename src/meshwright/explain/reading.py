@@ -8,6 +8,7 @@ import msgspec
 from meshwright.account import Purpose
 from meshwright.record import Step
 from meshwright.record.kineto import Trace, measure_trace, read_trace
+from meshwright.record.kineto.measure import clock_s
 from meshwright.record.kineto.xla import measure_xla_trace
 
 # Whose profiler writes what the reader calls "kineto" and "xla".
@@ -56,7 +57,8 @@ def rank_of(trace: Trace, path: Path, told: Told) -> RankTrace:
     """A file of PyTorch's profiler, which is one rank's."""
     steps, notes = measure_trace(trace, purposes=told.purposes, useful_s=told.useful_s)
     # One step tells: all of a large trace's kernels at once would fill the memory.
-    on_gpu = any(trace.within(one.measured.start_s, one.measured.end_s, ("kernel",)) for one in steps[:1])
+    from_s, kernels = clock_s(trace), ("kernel",)
+    on_gpu = any(trace.within(one.measured.start_s - from_s, one.measured.end_s - from_s, kernels) for one in steps[:1])
     return RankTrace(
         path=path,
         rank=trace.rank,

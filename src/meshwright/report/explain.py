@@ -97,6 +97,9 @@ def grid_table(grid: Grid) -> "Table":
     from rich.text import Text
 
     table = new_table(grid.title, grid.words, grid.numbers)
+    for column in table.columns[: len(grid.words)]:
+        # Names that are long tell enough by their begin.
+        column.no_wrap, column.overflow = True, "ellipsis"
     for row in grid.rows:
         # Names come from the program: never markup.
         table.add_row(*(Text(plain(cell)) for cell in row))

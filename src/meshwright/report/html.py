@@ -20,7 +20,7 @@ from meshwright.report.charts import (
     run_figure,
 )
 from meshwright.report.details import grids
-from meshwright.report.parts import chart, grid_section, numbers, section, table, text, word
+from meshwright.report.parts import chart, grid_section, numbers, prose, section, table, text, word
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
     Row,
@@ -163,7 +163,7 @@ def found(explanation: Explanation) -> str:
     if not items:
         return section("What stands out", "Nothing: no cause takes enough of the step to be worth a sentence.")
     lines = "".join(
-        f'<li class="{kind}">{text(what)}<span class="soft">{text(evidence)}</span></li>'
+        f'<li class="{kind}">{prose(what)}<span class="soft">{text(evidence)}</span></li>'
         for what, evidence, kind in items
     )
     return section("What stands out", "", f"<ul>{lines}</ul>")
@@ -197,9 +197,8 @@ def loss_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
         nothing = "No loss was recorded." if explanation.metrics else "No step has been recorded yet."
         return section("Loss", nothing)
     figures["loss"] = figure
-    return section(
-        "Loss", "Training loss of each step, and held-out loss on documents never trained on.", chart("loss")
-    )
+    held_out = ", and held-out loss on documents never trained on" if explanation.evaluations else ""
+    return section("Loss", f"Training loss of each step{held_out}.", chart("loss"))
 
 
 def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:

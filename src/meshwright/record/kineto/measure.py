@@ -35,6 +35,11 @@ TWICE = "Gradients of gradients are taken: what a backward pass computes again b
 NO_LEAD = "The trace holds one step alone, so that what the device still had to do before it counts as its own."
 
 
+def clock_s(trace: Trace) -> float:
+    """What measured steps' times are later by than the trace's own."""
+    return trace.base_s % CLOCK_S
+
+
 def measure_trace(
     trace: Trace,
     *,
@@ -76,7 +81,7 @@ def measure_trace(
         )
         detail = msgspec.structs.replace(detail, groups=group_transfers(reader.sent, measured))
         measured = msgspec.structs.replace(measured, expert_rows=rows)
-        steps.append(Step(measured=later(measured, trace.base_s % CLOCK_S), detail=detail))
+        steps.append(Step(measured=later(measured, clock_s(trace)), detail=detail))
     return steps, [*notes, *sorted(reader.notes)]
 
 
