@@ -130,7 +130,7 @@ def comparison(title: str, kind: str, rows: Sequence[Row], unit: Unit, beside: S
         table.add_row(row.name, row.meaning, *cells, style=style)
 
     for row in rows:
-        add(row, f"{row.measured / whole:.1%}" if row.measured is not None and whole > 0 else "-")
+        add(row, f"{row.measured / whole:z.1%}" if row.measured is not None and whole > 0 else "-")
     predicted = total(rows, "predicted") if rows[0].predicted is not None else None
     measured = whole if rows[0].measured is not None else None
     add(Row("total", "all of the above", predicted, measured), "100%" if measured else "-", "bold")
@@ -203,7 +203,7 @@ def new_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> "Tabl
     for word in words:
         table.add_column(word, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -225,7 +225,8 @@ def transferring(account: StepAccount) -> float:
 
 def number(value: float | None, unit: Unit) -> str:
     """A value in the table's unit."""
-    return f"{value / unit.size:,.1f}" if value is not None else "-"
+    # Without the sign of what rounds to zero.
+    return f"{value / unit.size:z,.1f}" if value is not None else "-"
 
 
 def gap(row: Row, unit: Unit) -> str:
