@@ -53,7 +53,7 @@ def kernel_grid(detail: StepDetail, things: str, unit: Unit, most: int, wall_s: 
         f"{things.capitalize()} by purpose",
         "Mean of ranks and steps; what runs at the same time counts for each.",
         ("purpose", "the one that takes most"),
-        (f"{unit.name} a step", "of a step", things),
+        (f"{unit.name} a step", "of a step", "count"),
         tuple(
             (
                 group.purpose,

@@ -325,7 +325,7 @@ def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequenc
     )
     for row, kind_of_row in [*((row, "") for row in rows), (ends, "total"), *((row, "beside") for row in beside)]:
         known = row.measured is not None and whole > 0 and kind_of_row != "beside"
-        share = f"{(row.measured or 0.0) / whole:.1%}" if known else ""
+        share = f"{(row.measured or 0.0) / whole:z.1%}" if known else ""
         both = row.predicted is not None and row.measured is not None
         gap = f"{((row.predicted or 0.0) - (row.measured or 0.0)) / unit.size:+,.1f}" if both else "-"
         sides = (row.predicted, row.measured) if planned else (row.measured,)

@@ -32,7 +32,7 @@ def word(name: str) -> str:
 
 def numbers(values: Sequence[float | None]) -> str:
     """Cells of numbers, a dash where there is none."""
-    return "".join(f'<td class="n">{"-" if value is None else f"{value:,.1f}"}</td>' for value in values)
+    return "".join(f'<td class="n">{"-" if value is None else f"{value:z,.1f}"}</td>' for value in values)
 
 
 def section(title: str, under: str, inner: str = "") -> str:
