@@ -190,11 +190,12 @@ def new_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> "Tabl
     """An empty table: words to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=title,
+        # A title may be longer than its table is wide.
+        title=Text(title, style="bold", no_wrap=True, overflow="ignore"),
         title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
