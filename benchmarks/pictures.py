@@ -31,7 +31,9 @@ OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f
 def with_sections(page: str, titles: list[str]) -> str:
     """The page with those of its sections that have such a title, in the page's order."""
     sections = re.findall(r"<section>.*?</section>", page, re.DOTALL)
-    known = {html.unescape(match[1]): section for section in sections if (match := re.search(r"<h2>(.*?)</h2>", section))}
+    known = {
+        html.unescape(match[1]): section for section in sections if (match := re.search(r"<h2>(.*?)</h2>", section))
+    }
     for title in titles:
         if title not in known:
             sys.exit(f"the page has no section {title!r}; it has {', '.join(known)}")
