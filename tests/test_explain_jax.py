@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from programs import kineto_trace
 from rich.console import Console
-from xla_traces import NAMES, Raw, gpu_events, host, tpu_events
+from xla_traces import NAMES, Raw, event, gpu_events, host, named, tpu_events
 
 import meshwright as mw
 from meshwright.cli.commands import cli
@@ -80,14 +80,37 @@ def test_files_of_several_hosts_do_not_collide(tmp_path: Path) -> None:
     assert named.step.account.comm_replica == pytest.approx((0.010 + 0.005) / 2)
 
 
-def test_devices_that_are_numbered_throughout_keep_their_numbers(tmp_path: Path) -> None:
-    late = [dict(event) for event in tpu_events([0, 50, 100])]
-    late[0] = {**late[0], "args": {"name": "/device:TPU:4"}}
-    write(tmp_path / "b.trace.json.gz", [*NAMES, *late])
-    write(tmp_path / "a.trace.json.gz", [*NAMES, *tpu_events([0, 50, 100])])
-    found = mw.explain(tmp_path)
-    assert found.ranks == (0, 4) and found.missing_ranks == (1, 2, 3)
-    assert not any("file by file" in note for note in found.notes)
+def test_devices_are_in_the_order_of_their_numbers_without_gaps(tmp_path: Path) -> None:
+    later = [dict(event) for event in tpu_events([0, 50, 100])]
+    later[0] = {**later[0], "args": {"name": "/device:TPU:2048"}}
+    write(tmp_path / "a" / "vm.trace.json.gz", [*NAMES, *later])
+    write(tmp_path / "b" / "vm.trace.json.gz", [*NAMES, *tpu_events([0, 50, 100])])
+    found = mw.explain([tmp_path / "a", tmp_path / "b"])
+    assert found.ranks == (0, 1) and found.missing_ranks == ()
+    paths = [str(tmp_path / name / "vm.trace.json.gz") for name in ("b", "a")]
+    assert found.traces == tuple(paths)
+    assert f"rank 0 of {paths[0]}; rank 1 of {paths[1]}." in found.notes[0]
+
+
+def test_a_late_batch_of_one_host_is_the_cause_of_what_others_wait_inside_of_the_program(tmp_path: Path) -> None:
+    """One host waits 30 ms for its batch, and the other's device as long in the collective."""
+    for number, (input_ms, start_ms) in enumerate(((40, 40), (10, 10))):
+        raw = [*NAMES, named("process_name", 3, f"/device:TPU:{number}")]
+        raw += [named("thread_name", 3, line, tid) for tid, line in {2: "XLA Modules", 3: "XLA Ops"}.items()]
+        for step in range(3):
+            at = 100.0 * step
+            raw += [host("train", at, at + 100, step_num=step), host("input", at, at + input_ms)]
+            raw.append(host("TfrtTpuExecute", at + input_ms, at + input_ms, run_id=70 + step))
+            raw.append(event("jit_train_step(123)", 3, 2, at + start_ms, at + 100, run_id=70 + step))
+            raw.append(event("fusion.4", 3, 3, at + start_ms, at + start_ms + 50, hlo_op="fusion.4"))
+            raw.append(event("all-reduce.1", 3, 3, at + start_ms + 50, at + 100, hlo_op="all-reduce.1"))
+        write(tmp_path / f"{number}.trace.json.gz", raw)
+    for purposes in ({}, {"all-reduce": "replica"}):
+        found = mw.explain(tmp_path, purposes=purposes)
+        assert found.step is not None and found.step.closes
+        first = found.advice[0]
+        assert (first.cause, first.gain_s) == ("input", pytest.approx(0.04))
+        assert "rank 0" in first.what
 
 
 def test_the_folders_that_jax_makes_are_searched_from_any_of_them(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def exposed(purpose: Purpose, case: Case) -> Advice:
     hidden = fmean(one.resolved.overlapped.get(purpose, 0.0) for ranks in case.steps for one in ranks)
     groups = [group for group in case.detail.groups if group.purpose == purpose][:NAMED_GROUPS]
     carried = [
-        f"{group.count} a step in {group.group or 'a group'} of {len(group.ranks)} ranks"
+        (f"{group.count} a step in {group.group or 'a group'} of {len(group.ranks)} ranks" if group.ranks else "")
         + (f", {bytes_text(group.sent_bytes)} sent by each" if group.sent_bytes is not None else "")
         for group in groups
     ]

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from meshwright.account import StepAccount
 from meshwright.account.waits import TICK_S
 from meshwright.explain.steps import RankStep
 
@@ -57,8 +58,10 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
         return max(max(0.0, own.get(rank, 0.0) - (most - rest[rank])) + waited.get(rank, 0.0) for rank in rest)
 
 
-def losses_of(ranks: Sequence[RankStep]) -> Losses:
+def losses_of(ranks: Sequence[RankStep], *, alike: bool = False) -> Losses:
     """Charge one step's waits to what made the ranks late that were waited for.
+
+    alike: all ranks run one program, in which their waits cannot be told from the rest of it.
 
     A rank is late by what it lost more of than the rank that waited longest for it: first by the named causes; what
     they leave makes it a slow rank.
@@ -89,6 +92,10 @@ def losses_of(ranks: Sequence[RankStep]) -> Losses:
     kept = {one.resolved.rank: one.resolved.wall_s for one in ranks}
     for rank, account in accounts.items():
         kept[rank] -= account.straggler + account.imbalance
+    if alike:
+        # What one of them was longer in it than the one that was in it shortest, it waited for others.
+        inside = {rank: account.unseen + moving(account) for rank, account in accounts.items()}
+        kept = {rank: seconds - (inside[rank] - min(inside.values())) for rank, seconds in kept.items()}
     return Losses(own=own, waited=waited, longer=longer, kept=kept)
 
 
@@ -98,6 +105,11 @@ def why_slower(more: Mapping[str, float], late_s: float) -> dict[str, float]:
     explained = min(late_s, total)
     found = {part: seconds * explained / total for part, seconds in more.items() if seconds > TICK_S and explained > 0}
     return {**found, "": late_s - explained}
+
+
+def moving(account: StepAccount) -> float:
+    """Seconds of exposed transfers."""
+    return sum(seconds for name, seconds in account.rows() if name.startswith("comm."))
 
 
 def parts_of(one: RankStep) -> dict[str, float]:
@@ -124,6 +136,6 @@ def parts_of(one: RankStep) -> dict[str, float]:
         "compute": account.compute,
         "recompute": account.recompute,
         "optimizer": account.optimizer,
-        "transfers": sum(seconds for name, seconds in account.rows() if name.startswith("comm.")),
+        "transfers": moving(account),
         "other": account.other,
     }

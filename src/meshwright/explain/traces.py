@@ -199,19 +199,21 @@ def ranked(traces: Iterable[RankTrace]) -> tuple[dict[int, RankTrace], list[str]
 
 
 def devices_ranked(traces: Sequence[RankTrace]) -> tuple[dict[int, RankTrace], list[str]]:
-    """Every device of every file: by its own number, or, where files have the same ones, file by file, with a note."""
-    files: dict[Path, list[RankTrace]] = {}
-    for trace in traces:
-        files.setdefault(trace.path, []).append(trace)
+    """Every device of every file, in the order of their numbers, or, where files have the same ones, file by file.
+
+    With a note where a rank is not the device's number: JAX leaves gaps between those of two processes.
+    """
     if len({trace.place for trace in traces}) == len(traces):
-        return {trace.place: trace for trace in sorted(traces, key=lambda trace: trace.place)}, []
-    found: dict[int, RankTrace] = {}
-    told: list[str] = []
-    for path, own in files.items():
-        first = len(found)
-        found |= {first + number: trace for number, trace in enumerate(sorted(own, key=lambda trace: trace.place))}
-        told.append(f"{ranks_text(range(first, len(found)))} of {path.name}")
-    return found, [f"Traces of JAX do not say their ranks; devices are numbered file by file: {'; '.join(told)}."]
+        traces = sorted(traces, key=lambda trace: trace.place)
+    found = dict(enumerate(traces))
+    if all(rank == trace.place for rank, trace in found.items()):
+        return found, []
+    files: dict[Path, list[int]] = {}
+    for rank, trace in found.items():
+        files.setdefault(trace.path, []).append(rank)
+    alike = len({path.name for path in files}) < len(files)
+    told = [f"{ranks_text(ranks)} of {path if alike else path.name}" for path, ranks in files.items()]
+    return found, [f"Traces of JAX do not say their ranks, so devices are numbered in turn: {'; '.join(told)}."]
 
 
 def world_of(traces: Mapping[int, RankTrace]) -> int:
