@@ -138,8 +138,10 @@ def test_a_purpose_is_given_by_name_and_refused_where_it_would_do_nothing(tmp_pa
             mw.explain(trace, purposes=given)
 
 
-def test_traces_of_two_frameworks_are_refused(tmp_path: Path) -> None:
-    jax_trace = write(tmp_path / "vm.trace.json.gz", [*gpu_events(), host("input", 400, 410)])
+def test_traces_that_cannot_be_taken_together_are_refused(tmp_path: Path) -> None:
+    jax_trace = write(tmp_path / "vm.trace.json.gz", gpu_events())
+    with pytest.raises(SettingError, match="is given twice"):
+        mw.explain([jax_trace, jax_trace])
     other = tmp_path / "rank-0.json"
     other.write_text(json.dumps(kineto_trace(0)))
     with pytest.raises(SettingError, match=r"rank-0.json: is of PyTorch profiler, and .* of JAX profiler"):

@@ -203,6 +203,11 @@ def devices_ranked(traces: Sequence[RankTrace]) -> tuple[dict[int, RankTrace], l
 
     With a note where a rank is not the device's number: JAX leaves gaps between those of two processes.
     """
+    own: set[tuple[Path, int]] = set()
+    for trace in traces:
+        if (trace.path, trace.place) in own:
+            raise SettingError(str(trace.path), "is given twice", "each trace once")
+        own.add((trace.path, trace.place))
     if len({trace.place for trace in traces}) == len(traces):
         traces = sorted(traces, key=lambda trace: trace.place)
     found = dict(enumerate(traces))
