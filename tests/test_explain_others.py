@@ -20,6 +20,7 @@ from meshwright.explain.steps import measure_steps
 from meshwright.explain.traces import Useful, explain_traces, traces_in
 from meshwright.explain.words import kernel_text
 from meshwright.record import Fault, LineWriter, Step
+from meshwright.report.charts import stacked
 from meshwright.report.explain import explain_json, explain_text
 from meshwright.report.html import report_html
 from meshwright.spec import SettingError
@@ -312,6 +313,11 @@ def test_a_trace_of_a_gpu_is_told_from_one_of_a_cpu(tmp_path: Path) -> None:
     found = mw.explain(write_trace(tmp_path / "rank-0.json", json.dumps(kineto_trace(0))))
     assert found.program is not None and found.program.kind == "cuda"
     assert "Kernels by purpose" in printed(found)
+
+
+def test_a_bar_begins_at_zero_whatever_rounding_leaves() -> None:
+    figure = stacked({"useful": [80.0], "inefficiency": [-3.0], "other": [-2e-14]}, ["rank 0"], "ms")
+    assert [trace["x"] for trace in figure["data"]] == [[80.0], [-3.0], [0.0]]
 
 
 def test_words_of_the_account_are_set_apart_in_a_note_and_nothing_else_is_markup(tmp_path: Path) -> None:
