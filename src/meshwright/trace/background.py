@@ -41,7 +41,11 @@ class Background:
         self._lines.append((path, line))
 
     def do(self, name: str, job: Callable[[], None]) -> None:
-        """Do something that takes long, in a thread of its own."""
+        """Do something that takes long, in a thread of its own. Waits where another and one before it of its name are
+        not done: who asks for more than this machine can do is slowed down, and jobs do not pile up.
+        """
+        for thread in [thread for thread in self._jobs if thread.name == name][:-1]:
+            thread.join()
         self._jobs = [thread for thread in self._jobs if thread.is_alive()]
         thread = threading.Thread(target=job, name=name, daemon=True)
         self._jobs.append(thread)

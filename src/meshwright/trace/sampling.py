@@ -161,7 +161,8 @@ class Sampling:
             self.samples.charge(paused_s)
             return 0.0
         excess_s = self.samples.excess(steps_s)
-        self.samples.spent(self._number, paused_s + excess_s)
+        # By how much a GPU is behind must not decide which step is next, or ranks would disagree.
+        self.samples.spent(max(self._number, self._last + 1 + self._lead), paused_s + excess_s)
         return excess_s
 
 

@@ -84,9 +84,7 @@ def run_program(run: Path, options: Mapping[str, Any], program: Sequence[str]) -
     """
     module = program[1:2] if program[:1] == ["-m"] else []
     if not program or program == ["-m"]:
-        raise SettingError(
-            "meshwright.trace", "is given no program", "--record runs/mine train.py, or -m package.train"
-        )
+        raise SettingError("meshwright.trace", "is given no program", "--record runs/mine train.py")
     check_options(RunFolder(run), options)
     check_folder(RunFolder(run))
     if not module and not Path(program[0]).is_file():
