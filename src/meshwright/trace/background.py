@@ -51,9 +51,9 @@ class Background:
         self._jobs.append(thread)
         thread.start()
 
-    def busy(self, name: str) -> bool:
-        """Whether such a job is not done yet."""
-        return any(thread.name == name and thread.is_alive() for thread in self._jobs)
+    def busy(self, *names: str) -> bool:
+        """Whether a job of one of these names is not done yet."""
+        return any(thread.name in names and thread.is_alive() for thread in self._jobs)
 
     def settle(self, patience_s: float) -> None:
         """Wait until the jobs are done, or this long."""

@@ -317,7 +317,7 @@ class Recording:
         self._resolve()
 
     def _stepped(self, moment: Moment, step_s: float, at_s: float) -> None:
-        self._sampling.samples.took(step_s, profiled=moment.profiled)
+        self._sampling.samples.took(step_s, profiled=moment.profiled, beside=self._background.busy("count", "sample"))
         if self.rank != 0 or moment.told is None:
             return
         line = moment.told.line(

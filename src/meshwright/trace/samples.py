@@ -20,8 +20,8 @@ USUAL_STEPS = 32
 class Samples:
     """The plan of one rank. `next` is the number of the next step to be profiled, -1 for none yet.
 
-    every: a sample each so many steps, or None: as often as `budget` (a share of the steps' time) allows. Then rank 0 decides,
-    by what its samples cost, and the others hear of it; one who hears of it too late leaves that sample out.
+    every: a sample each so many steps, or None: as often as `budget` (a share of the steps' time) allows. Then rank 0
+    decides, by what its samples cost, and the others hear of it; one who hears of it too late leaves that sample out.
     """
 
     def __init__(self, meeting: Meeting, *, first: int, every: int | None, budget: float, lead: int) -> None:
@@ -46,10 +46,12 @@ class Samples:
         half = self._every // 2
         return half + self._every * max(0, math.ceil((at_least - half) / self._every))
 
-    def took(self, step_s: float, *, profiled: bool) -> None:
-        """A step took so long."""
+    def took(self, step_s: float, *, profiled: bool, beside: bool) -> None:
+        """A step took so long; profiled, or beside the reading of a sample, which may slow it."""
         self._trained_s += step_s
-        if not profiled:
+        if beside and not profiled and self._usual:
+            self._spent_s += step_s - median(self._usual)
+        elif not profiled:
             self._usual.append(step_s)
 
     def excess(self, steps_s: list[float]) -> float:
