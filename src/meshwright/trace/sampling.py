@@ -62,6 +62,8 @@ class Sampling:
         # Of the profilers that were stopped, whose steps the device may still be at: whether they counted.
         self._stopped: deque[bool] = deque()
         self._told_busy = False
+        # Whether the sample that is due was begun once and could not be finished.
+        self._dropped = False
 
     def open(self) -> None:
         """Take turns with the program's own profiler from now on; use ours once, for that may take seconds."""
@@ -120,6 +122,8 @@ class Sampling:
         counting, self._counting = self._counting, False
         if counting:
             self._counted = -1
+        else:
+            self._dropped = False
         self._stopped.append(counting)
         self._read(profiling, self._last, counting)
         return True
@@ -133,7 +137,11 @@ class Sampling:
         self._turns.ours(profiling.stop)
         if self._counting:
             self._counting, self._counted = False, self._number + 1
+        elif not self._dropped:
+            # Trainers evaluate when a step has ended: the next one is as good. Once, for some do so after each.
+            self._dropped, self.samples.next = True, self._number + 1 + self._lead
         else:
+            self._dropped = False
             self.samples.spent(self._number, 0.0)
 
     def step_begins(self) -> None:
