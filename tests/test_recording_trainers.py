@@ -150,7 +150,7 @@ def train_by_lightning(run: Path, scratch: Path, failing: int) -> None:
                 raise ValueError("mine")
             return self.inner(batch).square().mean()
 
-        def validation_step(self, batch: Tensor, number: int) -> None:
+        def validation_step(self, batch: Tensor) -> None:
             self.inner(batch)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:

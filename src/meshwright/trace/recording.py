@@ -227,7 +227,7 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._fault(f"{type(error).__name__}: {error}")
+            self._fault(f"{type(error).__name__}: {error}".removesuffix(": "))
         self._close("finished" if kind is None else "")
 
     def _begin(self, name: str = "") -> None:
