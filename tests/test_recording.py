@@ -1,10 +1,12 @@
 """A program that is not ours records itself, by three lines in its loop, and the record is whole and true."""
 
+import gc
 import os
 import re
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,11 +19,13 @@ from loops import ROWS, WIDTH, Read, batches, build, step_flops, update
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from meshwright.explain import explain_run
 from meshwright.record import Ended, Memory, Span, Step
 from meshwright.spec import SettingError
 from meshwright.trace import record, samples
@@ -89,8 +93,56 @@ def test_two_ranks_record_one_run(tmp_path: Path, split: Callable[[nn.Sequential
         assert held == memory.account.gradients == memory.account.optimizer_states
         # Biases of what is multiplied row by row are whole on each.
         assert held == 4 * whole if split is split_data else 4 * whole / 2 <= held < 4 * whole
+    explained(run, {split_data: "replica", split_parameters: "shard", split_matrices: "tensor"}[split])
     spans = sorted((s for s in run.of(Span) if s.name != "measurement"), key=lambda s: s.start_s)
     assert all(a.end_s <= b.start_s + 1e-6 for a, b in pairwise(spans))
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["stages", "flattened"])
+def test_parts_of_one_model_add_up(tmp_path: Path, flat: bool) -> None:
+    """Stages of a pipeline, which hold different parameters; FSDP1 flattens and cuts them, so that none can be told."""
+    run_ranks(2, train_flattened if flat else train_stages, tmp_path / "run")
+    run = Read(tmp_path / "run")
+    assert set(run.ranks) == {0, 1} and run.faults() == [] and len(run.metrics) == 12
+    whole = sum(p.numel() for p in build().parameters())
+    assert run.program.parameters == (None if flat else whole)
+    if not flat:
+        # The first stage's first product needs no gradient of its input: the mean of both ranks is half of the whole.
+        assert run.program.flops_per_step == step_flops() / 2
+    purpose = "shard" if flat else "pipeline"
+    for rank in run.ranks:
+        (step,) = run.of(Step, rank)
+        assert purpose in {transfer.purpose for transfer in step.measured.transfers}
+    explained(run, purpose)
+
+
+def explained(run: Read, purpose: str) -> None:
+    """The record is enough to explain the run by."""
+    found = explain_run(run.folder)
+    assert found.step is not None and found.step.closes and found.life.account.total() > 0
+    sent = {group.purpose for group in found.detail.groups} if found.detail else set()
+    assert purpose in sent
+
+
+def train_stages(run: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    # By the names that its parameters have in the whole model.
+    stage = nn.Sequential(OrderedDict({str(rank): build()[rank]}))
+    optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
+    parts = PipelineStage(stage, rank, 2, torch.device("cpu"))
+    schedule = Schedule1F1B(parts, 2, loss_fn=lambda made, _: made.square().mean())
+    recorder = record(run, stage, optimizer)
+    for batch in recorder.steps(batches(12)):
+        schedule.step(*([batch] if rank == 0 else []), **({"target": batch} if rank else {}))
+        optimizer.step()
+        optimizer.zero_grad()
+    recorder.close()
+    dist.destroy_process_group()
+
+
+def train_flattened(run: Path) -> None:
+    train(run, lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")), 12)
 
 
 def test_all_ranks_sample_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +263,22 @@ def test_the_programs_own_profiler_goes_first(tmp_path: Path) -> None:
     assert any(step < 8 for step in sampled) and any(step > 12 for step in sampled)
     assert not {9, 10} & set(sampled)
     assert any("own profiler" in fault for fault in run.faults())
+
+
+def test_samples_at_a_set_distance_are_all_taken_and_let_go_of(tmp_path: Path) -> None:
+    """However long it takes to read them; also where garbage is never collected."""
+    gc.disable()
+    try:
+        model, optimizer, recorder = record_alone(tmp_path / "run", every_steps=4)
+        for batch in recorder.steps(batches(30)):
+            update(model, optimizer, batch)
+        recorder.close()
+        held = [one for one in gc.get_objects() if type(one) is torch.autograd.profiler.profile]
+    finally:
+        gc.enable()
+    run = Read(tmp_path / "run")
+    assert sorted(line.measured.step for line in run.of(Step)) == list(range(2, 30, 4)) and run.faults() == []
+    assert held == []
 
 
 def test_a_word_that_cannot_be_kept_is_a_fault_and_no_more(tmp_path: Path) -> None:
