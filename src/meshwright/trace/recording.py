@@ -290,14 +290,10 @@ class Recording:
 
     def _begin_step(self, mark: Mark) -> None:
         """At a mark that has been noted."""
-        # One profiler may be stopped and the next one started between two steps.
-        while self._sampling.due(self.number):
+        if self._sampling.due(self.number):
             self._moments.append(Moment("leave", mark, self.number))
             closed = self._sampling.turn()
-            mark = self._clock.mark()
-            self._moments.append(Moment("begin", mark, self.number, "measurement", closed))
-            if not closed:
-                break
+            self._moments.append(Moment("begin", self._clock.mark(), self.number, "measurement", closed))
         if self.number == self._watched_step:
             self._holdings.open()
         self._sampling.step_begins()

@@ -105,7 +105,11 @@ class Sampling:
         return False
 
     def turn(self) -> bool:
-        """Open the profiler, or close it; whether it was closed."""
+        """Open the profiler, or close it; whether it was closed.
+
+        Never both between two steps. An annotation of the program's that one profiler saw begin, torch.profiler's own of
+        its steps for one, must not end under the next: torch then writes into memory that it has freed (2.13).
+        """
         profiling = self._profiling
         if profiling is None:
             if self._counting:
@@ -125,6 +129,8 @@ class Sampling:
         else:
             self._dropped = False
         self._stopped.append(counting)
+        if self.samples.next - self._lead == self._number:
+            self.samples.next += 1
         self._read(profiling, self._last, counting)
         return True
 
