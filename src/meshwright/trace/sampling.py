@@ -107,8 +107,8 @@ class Sampling:
     def turn(self) -> bool:
         """Open the profiler, or close it; whether it was closed.
 
-        Never both between two steps. An annotation of the program's that one profiler saw begin, torch.profiler's own of
-        its steps for one, must not end under the next: torch then writes into memory that it has freed (2.13).
+        Never both between two steps. An annotation that one profiler saw begin, such as torch.profiler's own of a
+        step, must not end under the next: torch then writes into memory that it has freed (2.13).
         """
         profiling = self._profiling
         if profiling is None:
