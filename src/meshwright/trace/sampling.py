@@ -141,6 +141,7 @@ class Sampling:
             return
         self._end_annotation()
         self._turns.ours(profiling.stop)
+        profiling.let_go()
         if self._counting:
             self._counting, self._counted = False, self._number + 1
         elif not self._dropped:
