@@ -68,7 +68,7 @@ def build_case(
     detail = mean_detail([one.detail for one in ones if one.detail is not None])
     return Case(
         steps=steps,
-        losses=[losses_of(ranks) for ranks in steps],
+        losses=[losses_of(ranks, kind) for ranks in steps],
         account=mean([one.resolved.account for one in ones]),
         detail=detail or StepDetail(),
         wall_s=fmean(one.resolved.wall_s for one in ones),
