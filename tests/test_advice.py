@@ -148,6 +148,20 @@ def test_transfers_that_a_slow_rank_hides_and_the_others_cannot_are_lost_to_it()
     assert sizes(found) == {"straggler": pytest.approx(0.04)}
 
 
+@pytest.mark.parametrize("lost", [everywhere(launch=0.05), {2: {"launch": 0.05}}])
+def test_what_profiling_adds_to_launching_is_no_gain(lost: Lost) -> None:
+    """The other steps were 40 ms shorter: launching costs them 10 (and the 3 of a clean step), others cost as much."""
+    step = steps_of({rank: {**lost.get(rank, {}), "input": 0.02} for rank in EVERYWHERE})
+    whole_s = step[0].measured.wall_s
+    cause = "straggler" if len(lost) == 1 else "launch"
+    found = sizes(advice_on(step, step_s=whole_s - 0.04))
+    rest = {"input": pytest.approx(0.02, rel=0.1)}
+    assert found == rest | {cause: pytest.approx(0.013 if cause == "launch" else 0.013 * 50 / 53, abs=1e-6)}
+    assert sizes(advice_on(step, step_s=whole_s + 0.04))[cause] == pytest.approx(0.05, rel=0.1)
+    # On a CPU profiling makes operators slower, too.
+    assert sizes(advice_on(step, kind="cpu", step_s=whole_s - 0.04))[cause] == pytest.approx(0.05, rel=0.1)
+
+
 def test_ranks_that_are_late_in_turn_are_not_accused_one_by_one() -> None:
     found = advice_on(*(steps_of({rank: {"slow": 0.05}}, step=rank) for rank in EVERYWHERE))
     assert sizes(found) == {"straggler": pytest.approx(0.05)}
