@@ -1,0 +1,253 @@
+"""Causes of lost time, added to other people's programs from outside, against what `meshwright explain` says of each.
+
+    python benchmarks/injected_causes.py [--programs bare huggingface ...] [--cases input two ...] [--repeats 2]
+
+Runs the programs of benchmarks/programs on two ranks, recorded: as they are, and with causes of injections.py added;
+the cases of a program by turns, clean ones first and last. Judges of each case whether the right causes come first,
+and whether the gain that explain expects is what they did cost: the difference of the program's own step times with and
+without them. Of a clean run nothing may be said that costs more than clean runs differ by. Exits with 1 if one fails.
+
+On GPUs the model has a billion parameters. On CPUs it is small, causes sleep, and two of them do not exist: a process
+that is its own device is never waited for, and loses the time of short operators in the operators. There the cores are
+often shared, which explain calls contention: that is the machine's, and no false alarm. What else the machine does only
+makes steps longer, so that the fastest quarter of them is compared; on GPUs it is the median.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+PROGRAMS = Path(__file__).parent / "programs"
+RANKS = 2
+# The gain that explain expects lies within this share of what a cause did cost.
+NEAR = 0.1
+# What explain names from this share of a step on. A cause that costs less is not to be named.
+LEAST = 0.03
+# Of a run's steps, those that come first are not counted.
+WARM = 0.25
+TIMEOUT_S = 400
+
+
+class Case(NamedTuple):
+    """Options that add causes, and what explain is to name first: all of them, or, with either, any of these names.
+
+    shape: of the model's input, here and in the clean runs that it is compared with, where the usual one shows nothing.
+    """
+
+    name: str
+    options: tuple[str, ...]
+    causes: tuple[str, ...]
+    on_cpu: bool = True
+    either: bool = False
+    shape: tuple[str, ...] = ()
+
+
+class Setting(NamedTuple):
+    """How the programs are run on a kind of device; delay_ms: what sleeping causes sleep in each step; quantile: of the
+    steps, which one is compared; tolerated: what explain may say of any run.
+    """
+
+    common: tuple[str, ...]
+    programs: dict[str, tuple[str, ...]]
+    delay_ms: int
+    quantile: float
+    tolerated: frozenset[str]
+
+
+class Outcome(NamedTuple):
+    """One run: its usual step by the program's own clock, seconds, and what explain advises, most costly first."""
+
+    step_s: float
+    advice: tuple[tuple[str, float], ...]
+    closes: bool
+
+    def gain_s(self, causes: Sequence[str]) -> float:
+        """What explain expects of mending these causes."""
+        return sum(gain for cause, gain in self.advice if cause in causes)
+
+
+def setting_of(cuda: bool) -> Setting:
+    """The host of a GPU runs up to 210 ms ahead of it, and what is shorter costs nothing."""
+    if cuda:
+        return Setting(
+            common=("--steps", "16", "--every-steps", "5"),
+            programs={
+                "bare": ("bare_loop.py", "--parallel", "fsdp2"),
+                "accelerate": ("accelerate_loop.py",),
+                "huggingface": ("huggingface_trainer.py", "--fsdp"),
+                "torchtitan": ("torchtitan_llama.py",),
+            },
+            delay_ms=400,
+            quantile=0.5,
+            tolerated=frozenset(),
+        )
+    return Setting(
+        common=("--small", "--layers", "2", "--sequence", "512", "--steps", "12", "--every-steps", "4"),
+        programs={
+            "bare": ("bare_loop.py", "--parallel", "ddp"),
+            "accelerate": ("accelerate_loop.py", "--ddp"),
+            "huggingface": ("huggingface_trainer.py",),
+            "torchtitan": ("torchtitan_llama.py",),
+        },
+        delay_ms=2000,
+        quantile=0.25,
+        tolerated=frozenset({"contention"}),
+    )
+
+
+def cases_of(delay_ms: int) -> list[Case]:
+    """What is added, one case after the other."""
+    late, slow = ("--delay-input", str(delay_ms)), ("--slow-rank", "1", "--slow-ms", str(delay_ms))
+    short = ("--sequence", "512", "--microbatch", "16")
+    return [
+        Case("input", late, ("input",)),
+        Case("slow rank", slow, ("straggler",)),
+        Case("item", ("--item", "--items-per-step", "16"), ("synchronize",), on_cpu=False),
+        Case("tiny", ("--tiny-microbatches",), ("launch", "microbatch"), on_cpu=False, either=True, shape=short),
+        Case("two", (*late, *slow), ("input", "straggler")),
+        Case("outside", ("--sleep", str(delay_ms)), ("unexplained",)),
+    ]
+
+
+def run_program(program: Sequence[str], options: Sequence[str], folder: Path, quantile: float) -> Outcome:
+    """Run one program, recorded; its step times and what explain makes of it."""
+    script, *more = program
+    times = folder.with_suffix(".json")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    kept = ["--record", str(folder), "--step-times", str(times)]
+    ended = subprocess.run(
+        [*start, str(PROGRAMS / script), *more, *options, *kept],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if ended.returncode:
+        sys.exit(
+            f"{script} {' '.join(options)} ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}"
+        )
+    step_s = json.loads(times.read_text())["step_s"]
+    counted = sorted(step_s[round(WARM * len(step_s)) :])
+    explained = subprocess.run(
+        [sys.executable, "-m", "meshwright", "explain", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(explained.stdout)
+    if found["step"] is None:
+        sys.exit(f"{folder}: {found['notes']} {found['faults']}")
+    return Outcome(
+        step_s=counted[int(quantile * len(counted))],
+        advice=tuple((one["cause"], one["gain_s"] or 0.0) for one in found["advice"]),
+        closes=found["step"]["closes"],
+    )
+
+
+def judge(case: Case, clean: Sequence[Outcome], injected: Sequence[Outcome], tolerated: frozenset[str]) -> bool:
+    """Print a row of the table; whether explain said what is true."""
+    usual_s, noise_s = spread([one.step_s for one in clean])
+    cost_s = fmean(one.step_s for one in injected) - usual_s
+    gain_s = fmean(one.gain_s(case.causes) for one in injected)
+    worth = cost_s > LEAST * (usual_s + cost_s)
+    good = all(one.closes for one in injected)
+    for one in injected:
+        named = [cause for cause, gain in one.advice if cause not in tolerated and gain > noise_s]
+        wanted = set(case.causes) & set(named) if case.either else set(case.causes)
+        good &= bool(wanted) and set(named[: len(wanted)]) == wanted if worth else not named
+    off = gain_s / cost_s - 1 if worth else 0.0
+    good &= abs(off) <= NEAR
+    print_row(case.name, cost_s, noise_s, gain_s, f"{off:+.1%}" if worth else "-", injected, good=good)
+    return good
+
+
+def judge_clean(clean: Sequence[Outcome], tolerated: frozenset[str]) -> bool:
+    """The same where nothing was added."""
+    _, noise_s = spread([one.step_s for one in clean])
+    said = [gain for one in clean for cause, gain in one.advice if cause not in tolerated]
+    good = all(one.closes for one in clean) and max(said, default=0.0) <= noise_s
+    print_row("clean", 0.0, noise_s, 0.0, "-", clean, good=good)
+    return good
+
+
+def spread(seconds: Sequence[float]) -> tuple[float, float]:
+    """Their mean, and by how much they differ."""
+    return fmean(seconds), max(seconds) - min(seconds)
+
+
+def print_row(
+    name: str, cost_s: float, noise_s: float, gain_s: float, off: str, runs: Sequence[Outcome], *, good: bool
+) -> None:
+    """One row of a program's table."""
+    says = " / ".join(", ".join(f"{cause} {gain * 1e3:.0f}" for cause, gain in one.advice) or "nothing" for one in runs)
+    sizes = "".join(f"{seconds * 1e3:>7.0f}" for seconds in (cost_s, noise_s, gain_s))
+    print(f"  {name:<10}{sizes}{off:>8}  {'yes' if good else 'NO':<5}  {says}", flush=True)
+
+
+def judge_program(name: str, setting: Setting, cases: Sequence[Case], repeats: int, folder: Path) -> list[bool]:
+    """Run a program clean and with each case by turns, and judge them all."""
+    program = setting.programs[name]
+    clean: dict[tuple[str, ...], list[Outcome]] = {}
+    injected: dict[str, list[Outcome]] = {case.name: [] for case in cases}
+    count = 0
+
+    def run(shape: tuple[str, ...], options: tuple[str, ...] = ()) -> Outcome:
+        nonlocal count
+        count += 1
+        return run_program(program, [*setting.common, *shape, *options], folder / f"{name}-{count}", setting.quantile)
+
+    shapes = list(dict.fromkeys(case.shape for case in cases))
+    for turn in range(repeats + 1):
+        for shape in shapes:
+            clean.setdefault(shape, []).append(run(shape))
+        for case in cases if turn < repeats else ():
+            injected[case.name].append(run(case.shape, case.options))
+    usual = clean.get((), clean[shapes[0]])
+    print(f"\n{name}: a clean step takes {fmean(one.step_s for one in usual) * 1e3:.0f} ms; ms a step")
+    print(f"  {'case':<10}{'cost':>7}{'noise':>7}{'gain':>7}{'off':>8}  right  what was said, run by run")
+    verdicts = [judge_clean(usual, setting.tolerated)]
+    verdicts += [judge(case, clean[case.shape], injected[case.name], setting.tolerated) for case in cases]
+    return verdicts
+
+
+def main() -> None:
+    """Run and judge what the options choose."""
+    cuda = torch.cuda.is_available()
+    setting = setting_of(cuda)
+    if not cuda and find_spec("triton") is None:
+        print("torchtitan imports triton, which is not installed: left out")
+        setting.programs.pop("torchtitan")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--programs", nargs="+", choices=list(setting.programs), default=list(setting.programs))
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases_of(0)])
+    parser.add_argument("--delay", type=int, default=setting.delay_ms, metavar="MS", help="what sleeping causes sleep")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="folder for the runs, which are thrown away otherwise")
+    options = parser.parse_args()
+    if cuda and torch.cuda.device_count() < RANKS:
+        sys.exit(f"this needs {RANKS} GPUs, or none")
+    cases = [case for case in cases_of(options.delay) if not options.cases or case.name in options.cases]
+    for case in [case for case in cases if not cuda and not case.on_cpu]:
+        print(f"{case.name}: on GPUs only")
+        cases.remove(case)
+    with tempfile.TemporaryDirectory() as folder:
+        place = options.keep or Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        verdicts = [
+            one for name in options.programs for one in judge_program(name, setting, cases, options.repeats, place)
+        ]
+    print(f"\n{sum(verdicts)} of {len(verdicts)} right: named first, and within {NEAR:.0%} of their cost")
+    sys.exit(0 if all(verdicts) else 1)
+
+
+if __name__ == "__main__":
+    main()
