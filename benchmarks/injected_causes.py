@@ -2,7 +2,7 @@
 
     python benchmarks/injected_causes.py [--programs bare huggingface ...] [--cases input two ...] [--repeats 2]
 
-Runs the programs of benchmarks/programs on two ranks, recorded: as they are, and with causes of injections.py added.
+Runs the programs of benchmarks/programs, on two ranks, recorded: as they are, and with causes of injections.py added.
 Judges of each case whether the right causes come first, and whether the gain that explain expects is what they cost, by
 the programs' own step times with and without them. Of a clean run nothing may be said. Exits with 1 if one fails.
 
@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 import torch
 
 PROGRAMS = Path(__file__).parent / "programs"
-RANKS = 2
 # The gain that explain expects lies within this share of what a cause did cost.
 NEAR = 0.1
 # What explain names from this share of a step on. A cause that costs less is not to be named.
@@ -47,7 +46,6 @@ class Case(NamedTuple):
     name: str
     options: tuple[str, ...]
     causes: tuple[str, ...]
-    on_cpu: bool = True
     either: bool = False
     shape: tuple[str, ...] = ()
 
@@ -55,7 +53,7 @@ class Case(NamedTuple):
 class Setting(NamedTuple):
     """How the programs are run on a kind of device.
 
-    delay_ms: what sleeping causes sleep in a step; alternate: in every other one; tolerated: what explain may always say.
+    delay_ms: what sleeping causes sleep in a step; alternate: in every other one; tolerated: what explain may say.
     """
 
     common: tuple[str, ...]
@@ -85,54 +83,52 @@ class Outcome(NamedTuple):
         return sum(gain for cause, gain in self.advice if cause in causes)
 
 
-def setting_of(cuda: bool) -> Setting:
+def setting_of(cuda: bool, ranks: int) -> Setting:
     """The host of a GPU runs up to 210 ms ahead of it, and what is shorter costs nothing."""
+    sharded = cuda and ranks > 1
+    bare = "none" if ranks == 1 else "fsdp2" if cuda else "ddp"
+    programs = {
+        "bare": ("bare_loop.py", "--parallel", bare),
+        "accelerate": ("accelerate_loop.py", *([] if sharded else ["--ddp"])),
+        "huggingface": ("huggingface_trainer.py", *(["--fsdp"] if sharded else [])),
+        "torchtitan": ("torchtitan_llama.py",),
+    }
     if cuda:
-        return Setting(
-            common=("--steps", "16", "--every-steps", "5"),
-            programs={
-                "bare": ("bare_loop.py", "--parallel", "fsdp2"),
-                "accelerate": ("accelerate_loop.py",),
-                "huggingface": ("huggingface_trainer.py", "--fsdp"),
-                "torchtitan": ("torchtitan_llama.py",),
-            },
-            delay_ms=400,
-            alternate=False,
-            tolerated=frozenset(),
-        )
+        steps = ("--steps", "16", "--every-steps", "5")
+        return Setting(common=steps, programs=programs, delay_ms=400, alternate=False, tolerated=frozenset())
     return Setting(
         common=("--small", "--layers", "2", "--sequence", "512", "--steps", "20", "--every-steps", "8"),
-        programs={
-            "bare": ("bare_loop.py", "--parallel", "ddp"),
-            "accelerate": ("accelerate_loop.py", "--ddp"),
-            "huggingface": ("huggingface_trainer.py",),
-            "torchtitan": ("torchtitan_llama.py",),
-        },
+        programs=programs,
         delay_ms=1000,
         alternate=True,
         tolerated=frozenset({"contention"}),
     )
 
 
-def cases_of(delay_ms: int) -> list[Case]:
-    """What is added, one case after the other."""
+def cases_of(delay_ms: int, *, cuda: bool, ranks: int) -> list[Case]:
+    """What is added, one case after the other; of what exists there."""
     late, slow = ("--delay-input", str(delay_ms)), ("--slow-rank", "1", "--slow-ms", str(delay_ms))
+    asleep = ("--sleep", str(delay_ms))
     short = ("--sequence", "512", "--microbatch", "16")
+    on_gpus = [
+        Case("item", ("--item", "--items-per-step", "16"), ("synchronize",)),
+        Case("tiny", ("--tiny-microbatches",), ("launch", "microbatch"), either=True, shape=short),
+    ]
+    second, found = (slow, "straggler") if ranks > 1 else (asleep, "unexplained")
     return [
         Case("input", late, ("input",)),
-        Case("slow rank", slow, ("straggler",)),
-        Case("item", ("--item", "--items-per-step", "16"), ("synchronize",), on_cpu=False),
-        Case("tiny", ("--tiny-microbatches",), ("launch", "microbatch"), on_cpu=False, either=True, shape=short),
-        Case("two", (*late, *slow), ("input", "straggler")),
-        Case("outside", ("--sleep", str(delay_ms)), ("unexplained",)),
+        *([Case("slow rank", slow, ("straggler",))] if ranks > 1 else []),
+        *(on_gpus if cuda else []),
+        Case("two", (*late, *second), ("input", found)),
+        Case("outside", asleep, ("unexplained",)),
     ]
 
 
-def run_program(program: Sequence[str], options: Sequence[str], folder: Path) -> Outcome:
+def run_program(program: Sequence[str], ranks: int, options: Sequence[str], folder: Path) -> Outcome:
     """Run one program, recorded; its step times and what explain makes of it."""
     script, *more = program
     times = folder.with_suffix(".json")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     kept = ["--record", str(folder), "--step-times", str(times)]
     ended = subprocess.run(
         [*start, str(PROGRAMS / script), *more, *options, *kept],
@@ -213,7 +209,9 @@ def print_row(
     print(f"  {name:<10}{sizes}{off:>8}  {'yes' if good else 'NO':<5}  {says}", flush=True)
 
 
-def judge_program(name: str, setting: Setting, cases: Sequence[Case], repeats: int, folder: Path) -> list[bool]:
+def judge_program(
+    name: str, setting: Setting, ranks: int, cases: Sequence[Case], repeats: int, folder: Path
+) -> list[bool]:
     """Run a program clean and with each case by turns, and judge them all."""
     program = setting.programs[name]
     clean: dict[tuple[str, ...], list[Outcome]] = {}
@@ -225,7 +223,7 @@ def judge_program(name: str, setting: Setting, cases: Sequence[Case], repeats: i
         count += 1
         if options and setting.alternate:
             options = (*options, "--even-steps")
-        return run_program(program, [*setting.common, *shape, *options], folder / f"{name}-{count}")
+        return run_program(program, ranks, [*setting.common, *shape, *options], folder / f"{name}-{count}")
 
     shapes = list(dict.fromkeys(case.shape for case in cases))
     for turn in range(repeats + 1):
@@ -243,30 +241,33 @@ def judge_program(name: str, setting: Setting, cases: Sequence[Case], repeats: i
 
 def main() -> None:
     """Run and judge what the options choose."""
-    cuda = torch.cuda.is_available()
-    setting = setting_of(cuda)
-    if not cuda and find_spec("triton") is None:
-        print("torchtitan imports triton, which is not installed: left out")
-        setting.programs.pop("torchtitan")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--programs", nargs="+", choices=list(setting.programs), default=list(setting.programs))
-    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases_of(0)])
-    parser.add_argument("--delay", type=int, default=setting.delay_ms, metavar="MS", help="what sleeping causes sleep")
+    parser.add_argument(
+        "--ranks", type=int, choices=[1, 2], default=2, help="of one, no rank can be slower than another"
+    )
+    parser.add_argument("--programs", nargs="+", choices=list(setting_of(False, 2).programs))
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases_of(0, cuda=True, ranks=2)])
+    parser.add_argument("--delay", type=int, metavar="MS", help="what sleeping causes sleep in a step")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder for the runs, which are thrown away otherwise")
     options = parser.parse_args()
-    if cuda and torch.cuda.device_count() < RANKS:
-        sys.exit(f"this needs {RANKS} GPUs, or none")
-    cases = [case for case in cases_of(options.delay) if not options.cases or case.name in options.cases]
-    for case in [case for case in cases if not cuda and not case.on_cpu]:
-        print(f"{case.name}: on GPUs only")
-        cases.remove(case)
+    cuda, ranks = torch.cuda.is_available(), options.ranks
+    if cuda and torch.cuda.device_count() < ranks:
+        sys.exit(f"--ranks {ranks} needs as many GPUs: --ranks 1")
+    setting = setting_of(cuda, ranks)
+    programs = options.programs or list(setting.programs)
+    if "torchtitan" in programs and find_spec("triton") is None:
+        print("torchtitan imports triton, which is not installed: left out")
+        programs.remove("torchtitan")
+    known = cases_of(options.delay or setting.delay_ms, cuda=cuda, ranks=ranks)
+    cases = [case for case in known if not options.cases or case.name in options.cases]
+    if missing := set(options.cases or ()) - {case.name for case in cases}:
+        sys.exit(f"{', '.join(sorted(missing))}: does not exist here; {', '.join(case.name for case in known)} do")
     with tempfile.TemporaryDirectory() as folder:
         place = options.keep or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        verdicts = [
-            one for name in options.programs for one in judge_program(name, setting, cases, options.repeats, place)
-        ]
+        judged = [judge_program(name, setting, ranks, cases, options.repeats, place) for name in programs]
+    verdicts = [verdict for program in judged for verdict in program]
     print(f"\n{sum(verdicts)} of {len(verdicts)} right: named first, and within {NEAR:.0%} of their cost")
     sys.exit(0 if all(verdicts) else 1)
 
