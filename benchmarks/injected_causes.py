@@ -82,6 +82,10 @@ class Outcome(NamedTuple):
         """What explain expects of mending these causes."""
         return sum(gain for cause, gain in self.advice if cause in causes)
 
+    def said(self) -> str:
+        """The causes that explain names, with their gains in milliseconds."""
+        return ", ".join(f"{cause} {gain * 1e3:.0f}" for cause, gain in self.advice) or "nothing"
+
 
 def setting_of(cuda: bool, ranks: int) -> Setting:
     """The host of a GPU runs up to 210 ms ahead of it, and what is shorter costs nothing."""
@@ -204,7 +208,7 @@ def print_row(
     name: str, cost_s: float, noise_s: float, gain_s: float, off: str, runs: Sequence[Outcome], *, good: bool
 ) -> None:
     """One row of a program's table."""
-    says = " / ".join(", ".join(f"{cause} {gain * 1e3:.0f}" for cause, gain in one.advice) or "nothing" for one in runs)
+    says = " / ".join(one.said() for one in runs)
     sizes = "".join(f"{seconds * 1e3:>7.0f}" for seconds in (cost_s, noise_s, gain_s))
     print(f"  {name:<10}{sizes}{off:>8}  {'yes' if good else 'NO':<5}  {says}", flush=True)
 
@@ -223,7 +227,10 @@ def judge_program(
         count += 1
         if options and setting.alternate:
             options = (*options, "--even-steps")
-        return run_program(program, ranks, [*setting.common, *shape, *options], folder / f"{name}-{count}")
+        one = run_program(program, ranks, [*setting.common, *shape, *options], folder / f"{name}-{count}")
+        words = [*shape, *options] or ["clean"]
+        print(f"{name} {' '.join(words)}: {one.usual_s() * 1e3:.0f} ms, {one.said()}", file=sys.stderr, flush=True)
+        return one
 
     shapes = list(dict.fromkeys(case.shape for case in cases))
     for turn in range(repeats + 1):
