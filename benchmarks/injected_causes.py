@@ -11,7 +11,7 @@ On GPUs the model has a billion parameters, and steps of runs are compared that 
 On CPUs the model is small, causes sleep, and two of them do not exist: a process that is its own device is never waited
 for, and loses the time of short operators in the operators. There other work takes the cores as it pleases. So causes
 act in every other step, all sampled ones among them, and these are compared with the steps between; contention, as
-explain calls it, is the machine's and no false alarm, nor is what costs less than steps without a cause are apart.
+explain calls it, is the machine's and no false alarm, nor is what costs less than steps without a cause differ by.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import Any, NamedTuple
 
 import torch
@@ -74,10 +74,6 @@ class Outcome(NamedTuple):
         """The median step; of the even or odd ones alone where parity is 0 or 1."""
         return median(s for number, s in self.step_s.items() if parity is None or number % 2 == parity)
 
-    def noise_s(self) -> float:
-        """How far even and odd steps are apart."""
-        return abs(self.usual_s(0) - self.usual_s(1))
-
     def gain_s(self, causes: Sequence[str]) -> float:
         """What explain expects of mending these causes."""
         return sum(gain for cause, gain in self.advice if cause in causes)
@@ -128,12 +124,11 @@ def cases_of(delay_ms: int, *, cuda: bool, ranks: int) -> list[Case]:
     ]
 
 
-def run_program(program: Sequence[str], ranks: int, options: Sequence[str], folder: Path) -> Outcome:
-    """Run one program, recorded; its step times and what explain makes of it."""
+def run_program(program: Sequence[str], ranks: int, options: Sequence[str], folder: Path) -> None:
+    """Run one program, recorded in a folder, with its step times beside it."""
     script, *more = program
-    times = folder.with_suffix(".json")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    kept = ["--record", str(folder), "--step-times", str(times)]
+    kept = ["--record", str(folder), "--step-times", str(folder.with_suffix(".json"))]
     ended = subprocess.run(
         [*start, str(PROGRAMS / script), *more, *options, *kept],
         capture_output=True,
@@ -145,7 +140,11 @@ def run_program(program: Sequence[str], ranks: int, options: Sequence[str], fold
         sys.exit(
             f"{script} {' '.join(options)} ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}"
         )
-    step_s = json.loads(times.read_text())["step_s"]
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """A run's step times, and what explain makes of it."""
+    step_s = json.loads(folder.with_suffix(".json").read_text())["step_s"]
     explained = subprocess.run(
         [sys.executable, "-m", "meshwright", "explain", str(folder), "--json"],
         capture_output=True,
@@ -167,7 +166,7 @@ def run_program(program: Sequence[str], ranks: int, options: Sequence[str], fold
 
 def judge(case: Case, clean: Sequence[Outcome], injected: Sequence[Outcome], setting: Setting) -> bool:
     """Print a row of the table; whether explain said what is true."""
-    noise_s = noise_of(clean, setting)
+    noise_s = noise_of(clean)
     if setting.alternate:
         usual_s = fmean(one.usual_s(1) for one in injected)
         cost_s = fmean(one.usual_s(0) for one in injected) - usual_s
@@ -189,19 +188,17 @@ def judge(case: Case, clean: Sequence[Outcome], injected: Sequence[Outcome], set
 
 def judge_clean(clean: Sequence[Outcome], setting: Setting) -> bool:
     """The same where nothing was added."""
-    noise_s = noise_of(clean, setting)
+    noise_s = noise_of(clean)
     said = [gain for one in clean for cause, gain in one.advice if cause not in setting.tolerated]
-    # Of a GPU nothing at all.
     good = all(one.closes for one in clean) and max(said, default=0.0) <= (noise_s if setting.alternate else 0.0)
     print_row("clean", 0.0, noise_s, 0.0, "-", clean, good=good)
     return good
 
 
-def noise_of(clean: Sequence[Outcome], setting: Setting) -> float:
-    """How far steps without any cause are apart that are compared as if one had it: even and odd ones, or runs."""
-    if setting.alternate:
-        return max(one.noise_s() for one in clean)
-    return max(one.usual_s() for one in clean) - min(one.usual_s() for one in clean)
+def noise_of(clean: Sequence[Outcome]) -> float:
+    """Half of the steps without any cause lie within so much of the usual one: half of their interquartile range."""
+    quarters = quantiles([seconds for one in clean for seconds in one.step_s.values()], n=4)
+    return (quarters[2] - quarters[0]) / 2
 
 
 def print_row(
@@ -220,24 +217,23 @@ def judge_program(
     program = setting.programs[name]
     clean: dict[tuple[str, ...], list[Outcome]] = {}
     injected: dict[str, list[Outcome]] = {case.name: [] for case in cases}
-    count = 0
 
-    def run(shape: tuple[str, ...], options: tuple[str, ...] = ()) -> Outcome:
-        nonlocal count
-        count += 1
+    def run(label: str, shape: tuple[str, ...], options: tuple[str, ...] = ()) -> Outcome:
+        place = folder / f"{name}-{label.replace(' ', '-')}"
         if options and setting.alternate:
             options = (*options, "--even-steps")
-        one = run_program(program, ranks, [*setting.common, *shape, *options], folder / f"{name}-{count}")
-        words = [*shape, *options] or ["clean"]
-        print(f"{name} {' '.join(words)}: {one.usual_s() * 1e3:.0f} ms, {one.said()}", file=sys.stderr, flush=True)
+        if not place.with_suffix(".json").is_file():
+            run_program(program, ranks, [*setting.common, *shape, *options], place)
+        one = read_outcome(place)
+        print(f"{place.name}: {one.usual_s() * 1e3:.0f} ms, {one.said()}", file=sys.stderr, flush=True)
         return one
 
     shapes = list(dict.fromkeys(case.shape for case in cases))
     for turn in range(repeats + 1):
         for shape in shapes if turn < repeats or not setting.alternate else ():
-            clean.setdefault(shape, []).append(run(shape))
+            clean.setdefault(shape, []).append(run(f"{turn}-clean{'-short' if shape else ''}", shape))
         for case in cases if turn < repeats else ():
-            injected[case.name].append(run(case.shape, case.options))
+            injected[case.name].append(run(f"{turn}-{case.name}", case.shape, case.options))
     usual = clean.get((), clean[shapes[0]])
     print(f"\n{name}: a clean step takes {fmean(one.usual_s() for one in usual) * 1e3:.0f} ms; ms a step")
     print(f"  {'case':<10}{'cost':>7}{'noise':>7}{'gain':>7}{'off':>8}  right  what was said, run by run")
@@ -256,7 +252,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in cases_of(0, cuda=True, ranks=2)])
     parser.add_argument("--delay", type=int, metavar="MS", help="what sleeping causes sleep in a step")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="folder for the runs, which are thrown away otherwise")
+    parser.add_argument("--keep", type=Path, help="folder for the runs; those that it holds are not run again")
     options = parser.parse_args()
     cuda, ranks = torch.cuda.is_available(), options.ranks
     if cuda and torch.cuda.device_count() < ranks:
