@@ -32,6 +32,8 @@ PROGRAMS = Path(__file__).parent / "programs"
 NEAR = 0.1
 # What explain names from this share of a step on. A cause that costs less is not to be named.
 LEAST = 0.03
+# Steps of a program that are over when its record begins: what wraps a program waits for its first update.
+UNRECORDED = {"torchtitan": 1}
 # Of a run's steps, those that come first are not counted.
 WARM = 0.25
 TIMEOUT_S = 400
@@ -87,7 +89,7 @@ def setting_of(cuda: bool, ranks: int) -> Setting:
     """The host of a GPU runs up to 210 ms ahead of it, and what is shorter costs nothing."""
     sharded = cuda and ranks > 1
     bare = "none" if ranks == 1 else "fsdp2" if cuda else "ddp"
-    programs = {
+    programs: dict[str, tuple[str, ...]] = {
         "bare": ("bare_loop.py", "--parallel", bare),
         "accelerate": ("accelerate_loop.py", *([] if sharded else ["--ddp"])),
         "huggingface": ("huggingface_trainer.py", *(["--fsdp"] if sharded else [])),
@@ -97,8 +99,11 @@ def setting_of(cuda: bool, ranks: int) -> Setting:
         steps = ("--steps", "16", "--every-steps", "5")
         return Setting(common=steps, programs=programs, delay_ms=400, alternate=False, tolerated=frozenset())
     return Setting(
-        common=("--small", "--layers", "2", "--sequence", "512", "--steps", "20", "--every-steps", "8"),
-        programs=programs,
+        common=("--small", "--layers", "2", "--sequence", "512", "--steps", "20"),
+        # Samples lie in the middle of each so many recorded steps: all of them in even steps of the program.
+        programs={
+            name: (*words, "--every-steps", "6" if name in UNRECORDED else "8") for name, words in programs.items()
+        },
         delay_ms=1000,
         alternate=True,
         tolerated=frozenset({"contention"}),
@@ -142,8 +147,8 @@ def run_program(program: Sequence[str], ranks: int, options: Sequence[str], fold
         )
 
 
-def read_outcome(folder: Path) -> Outcome:
-    """A run's step times, and what explain makes of it."""
+def read_outcome(folder: Path, unrecorded: int) -> Outcome:
+    """A run's step times, and what explain makes of it; unrecorded: steps before its record begins."""
     step_s = json.loads(folder.with_suffix(".json").read_text())["step_s"]
     explained = subprocess.run(
         [sys.executable, "-m", "meshwright", "explain", str(folder), "--json"],
@@ -156,7 +161,7 @@ def read_outcome(folder: Path) -> Outcome:
         sys.exit(f"{folder}: {found['notes']} {found['faults']}")
     # The program's clock tells no first step.
     numbered = dict(enumerate(step_s, start=1))
-    left_out = {*range(round(WARM * len(step_s))), *found["step"]["steps"]}
+    left_out = {*range(round(WARM * len(step_s))), *(number + unrecorded for number in found["step"]["steps"])}
     return Outcome(
         step_s={number: seconds for number, seconds in numbered.items() if number not in left_out},
         advice=tuple((one["cause"], one["gain_s"] or 0.0) for one in found["advice"]),
@@ -224,7 +229,7 @@ def judge_program(
             options = (*options, "--even-steps")
         if not place.with_suffix(".json").is_file():
             run_program(program, ranks, [*setting.common, *shape, *options], place)
-        one = read_outcome(place)
+        one = read_outcome(place, UNRECORDED.get(name, 0))
         print(f"{place.name}: {one.usual_s() * 1e3:.0f} ms, {one.said()}", file=sys.stderr, flush=True)
         return one
 
