@@ -119,10 +119,11 @@ def updating(case: Case) -> Advice:
 
 def slowed(case: Case) -> Advice:
     """Kernels took longer while something else used what they need."""
-    gain = case.gain_of(lambda one: one.resolved.account.contention)
     if case.kind == "cpu":
+        gain = case.gain("contention")
         what = "Processes take the cores from each other: fewer ranks or threads than the machine has cores."
     else:
+        gain = case.gain_of(lambda one: one.resolved.account.contention)
         what = (
             "Transfers slow the kernels that they run beside: fewer channels for NCCL (NCCL_MAX_CTAS), or fewer and "
             "larger transfers."

@@ -65,7 +65,7 @@ def explain_run(folder: RunFolder) -> Explanation:
         notes += notes_on_program(program, step)
     if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
         notes.append(slowed)
-    case = case_of(steps, job, program, memory) if steps else None
+    case = case_of(steps, job, program, memory, step_s) if steps else None
     # A loss that another program did not tell its recorder looks the same as one that is not finite.
     findings = find_in_losses(tuple(metrics)) if program is None else []
     findings += find_in_step(step, prediction) if step is not None else []
@@ -97,7 +97,13 @@ def explain_run(folder: RunFolder) -> Explanation:
     )
 
 
-def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | None, memory: MemoryComparison) -> Case:
+def case_of(
+    steps: list[list[RankStep]],
+    job: Job | None,
+    program: Program | None,
+    memory: MemoryComparison,
+    step_s: float | None,
+) -> Case:
     """The profiled steps with what is known of their device, for advice."""
     kind = job.cluster.device.kind if job is not None else program.kind if program is not None else ""
     return build_case(
@@ -108,6 +114,7 @@ def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | Non
         memory=memory.measured,
         job=job,
         jax=is_jax(program),
+        step_s=step_s,
     )
 
 
