@@ -3,7 +3,8 @@
     python benchmarks/validate_planner.py ROWS.csv [ROWS.csv ...] [--json]
 
 Prints for each source, never pooled, how far predictions are from its rows and which rows could not be read, and exits
-with 1 where a bar is missed or nothing could be compared. Rows are jobs by published_rows.py, in which no row and no source is a special case.
+with 1 where a bar is missed or nothing could be compared. Rows are jobs by published_rows.py, in which no row and no
+source is a special case.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from meshwright.plan import predict_memory
-from meshwright.plan.activations import logits_bytes
+from meshwright.plan.activations import activation_bytes, logits_bytes
 from meshwright.plan.held import whole_bytes
 from meshwright.plan.kept import keep_block
 from meshwright.plan.kernels import keep_kernels, passing_bytes
@@ -185,3 +185,11 @@ def test_each_second_product() -> None:
     assert found < keep_block(job, cut, dense=False, selective=True)
     eager = with_traits(half, compiled=False)
     assert keep_block(eager, cut, dense=False, selective=True) - found == 1024 * 2 * model.d_model
+
+
+def test_selective_means_what_the_trainer_says() -> None:
+    """One policy of three, whoever else's kernels the blocks have."""
+    layout = Layout(microbatch=FEW, recompute="selective")
+    jobs = [gpt_job("megatron-lm", layout, selective=each) for each in ("half-products", "products", "all-but-scores")]
+    half, products, scores, nothing = (activation_bytes(job, only_part(job)) for job in (*jobs, gpt_job("megatron-lm")))
+    assert half < products < scores < nothing

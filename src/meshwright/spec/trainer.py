@@ -87,6 +87,7 @@ TRAINERS: dict[str, Trainer] = {
             name="fsdp",
             fused_norms=True,
             gathers=True,
+            selective="products",
             source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
         ),
         Trainer(
