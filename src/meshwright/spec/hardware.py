@@ -132,6 +132,11 @@ NODES: dict[str, Node] = {
         intra=NVLINK_5,
         inter=INFINIBAND_NDR,
     ),
+    "gb200": Node(
+        device=_gpu("gb200", 186e9, 8.0e12, 2500, 80, "NVIDIA GB200 NVL72 datasheet, 2024"),
+        intra=NVLINK_5,
+        inter=INFINIBAND_NDR,
+    ),
     "l40s": Node(
         device=_gpu("l40s", 48e9, 0.864e12, 362.05, 91.6, "NVIDIA L40S datasheet, 2023"),
         intra=PCIE_4,
