@@ -46,7 +46,11 @@ ROW = {
     "mem_kind": "allocated peak",
     "status": "ok",
 }
-COLUMNS = [*ROW, "n_experts", "topk", "interconnect", "step_time_s", "mem_gib", "notes"]
+EMPTY = (
+    "n_experts topk params interconnect n_microbatches step_time_s step_time_kind tokens_per_s_per_gpu tflops_per_gpu "
+    "flops_convention mfu_pct hfu_pct mem_gib quality transcription source_repo source_path source_rev notes"
+)
+COLUMNS = [*ROW, *EMPTY.split()]
 # 16 bytes of each of 1.31 billion parameters; 34 sbh + 5 as^2b of 24 blocks; 6 of each of 8 x 1024 x 50304 logits.
 STATES_GIB = 16 * 1.3138e9 / 2**30
 PEAK_GIB = STATES_GIB + 8 * 1024 * (24 * (34 * 2048 + 5 * 16 * 1024) + 6 * 50304) / 2**30
