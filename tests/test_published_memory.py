@@ -62,7 +62,7 @@ def validate(folder: Path, *rows: dict[str, str]) -> tuple[int, dict[str, Any]]:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
-        writer.writerows({**ROW, **row} for row in rows)
+        writer.writerows({**ROW, "id": f"made-up-{number}", **row} for number, row in enumerate(rows))
     done = subprocess.run([sys.executable, PROGRAM, path, "--json"], capture_output=True, text=True, check=False)
     assert not done.stderr
     return done.returncode, json.loads(done.stdout)
