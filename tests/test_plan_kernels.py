@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from meshwright.plan import predict_memory
-from meshwright.plan.activations import logits_bytes
+from meshwright.plan.activations import activation_bytes, logits_bytes
 from meshwright.plan.held import whole_bytes
 from meshwright.plan.kept import keep_block
 from meshwright.plan.kernels import keep_kernels, passing_bytes
@@ -150,7 +150,8 @@ def test_the_fullest_moment_may_be_the_optimizers() -> None:
     parameters = count_parameters(job.model)
     memory = predict_memory(job)
     assert update_bytes(job, only_part(job).groups) == 6 * parameters
-    assert (memory.activations, memory.gradients) == (0, (2 + 6) * parameters)
+    assert (memory.activations, memory.gradients) == (0, 2 * parameters)
+    assert memory.communication_buffers == 6 * parameters
     # In fp32 already, gradients are not copied.
     core = msgspec.structs.replace(job, trainer=TRAINERS["megatron-core"])
     assert update_bytes(core, only_part(core).groups) == 0
@@ -184,3 +185,11 @@ def test_each_second_product() -> None:
     assert found < keep_block(job, cut, dense=False, selective=True)
     eager = with_traits(half, compiled=False)
     assert keep_block(eager, cut, dense=False, selective=True) - found == 1024 * 2 * model.d_model
+
+
+def test_selective_means_what_the_trainer_says() -> None:
+    """One policy of three, whoever else's kernels the blocks have."""
+    layout = Layout(microbatch=FEW, recompute="selective")
+    jobs = [gpt_job("megatron-lm", layout, selective=each) for each in ("half-products", "products", "all-but-scores")]
+    half, products, scores, nothing = (activation_bytes(job, only_part(job)) for job in (*jobs, gpt_job("megatron-lm")))
+    assert half < products < scores < nothing

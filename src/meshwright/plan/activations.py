@@ -22,7 +22,10 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
     layout, tokens = job.layout, tokens_of(job)
     size, split = BYTES[layout.precision], residual_width(job, cut)
-    keep = keep_kernels if has_kernels(job) else keep_block
+    kernels = has_kernels(job)
+    if layout.recompute == "selective":
+        kernels = job.trainer.selective == "all-but-scores"
+    keep = keep_kernels if kernels else keep_block
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
     mask = 0 if job.cluster.device.is_accelerator else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))

@@ -98,12 +98,10 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount
     else:
         states = whole_bytes(job, groups)
         buffers += boundary_bytes(job, part)
-    update = update_bytes(job, groups)
+    update = 0.0 if job.trainer.gathers else update_bytes(job, groups)
     if update > activations + logits:
         # The step is fullest where its optimizer runs, and activations are gone.
-        return msgspec.structs.replace(
-            states, gradients=states.gradients + update, communication_buffers=boundary_bytes(job, part)
-        )
+        return msgspec.structs.replace(states, communication_buffers=boundary_bytes(job, part) + update)
     return msgspec.structs.replace(
         states,
         activations=activations,
@@ -147,7 +145,7 @@ def update_bytes(job: Job, groups: Groups) -> float:
     """What an optimizer of fp32 masters copies of gradients in compute precision: a rank's part in one row, and that in
     fp32 (ZeRO-1 of DeepSpeed, stage_1_and_2.py)."""
     size = BYTES[job.layout.precision]
-    if job.trainer.gathers or job.trainer.gradient_bytes > size:
+    if job.trainer.gradient_bytes > size:
         return 0.0
     return divided_elements(job, groups) * (size + STATE_BYTES)
 

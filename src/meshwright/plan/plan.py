@@ -37,8 +37,8 @@ EXPERTS_NOTE = (
 )
 OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/rates.py)"
 FP8_NOTE = (
-    "fp8: the blocks' products reach as much less of the fp8 peak, casts included, as torchtitan's published steps say; "
-    "the rest is as in bf16"
+    "fp8: the blocks' products reach as much less of the fp8 peak, casts included, as torchtitan's published steps "
+    "say; the rest is as in bf16"
 )
 FP16_NOTE = "the device has no bf16: planned at its fp16 peak, for a trainer that has it"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"

@@ -95,6 +95,7 @@ TRAINERS: dict[str, Trainer] = {
             attention="flash",
             fused_norms=True,
             gathers=True,
+            selective="products",
             source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
         ),
         Trainer(
