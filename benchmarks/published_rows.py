@@ -12,6 +12,7 @@ from meshwright.spec import (
     TRAINERS,
     Cluster,
     DataSettings,
+    Experts,
     Job,
     Layout,
     Link,
@@ -47,6 +48,7 @@ FRAMEWORKS = (
     ("megatron-deepspeed", "megatron-deepspeed"),
     ("megatron", "megatron-lm"),
     ("fsdp", "fsdp"),
+    ("aa-scaling", "aleph-alpha-scaling"),
     ("1f1b", "megatron-deepspeed"),
 )
 # Where a row does not say how many tokens its model knows.
@@ -104,7 +106,8 @@ def read_row(cells: dict[str, str]) -> Row:
         alike="|".join(value for name, value in cells.items() if name not in (*measured, *told)),
         job=job,
         cells=cells,
-        step_s=number(cells, "step_time_s"),
+        # Kernels that are deterministic are not those that anybody trains with for speed.
+        step_s=0.0 if "deterministic" in cells["step_time_kind"] else number(cells, "step_time_s"),
         memory_gib=number(cells, "mem_gib"),
         fits=cells["status"] != "oom",
     )
@@ -139,23 +142,53 @@ def vocabulary_of(text: str) -> int:
 
 def read_model(cells: dict[str, str]) -> ModelSpec:
     """The row's model; GPT is GPT-2's family, and LLaMA is llama's."""
-    d_model, heads = whole(cells, "hidden"), whole(cells, "n_heads")
-    gated, experts = cells["act"] in ("swiglu", "silu"), whole(cells, "n_experts", 0)
-    if experts:
-        raise Unread("mixtures are not read yet")
-    sequence = whole(cells, "seq_len")
+    d_model = whole(cells, "hidden")
+    heads = whole(cells, "n_heads", usual_heads(d_model, whole(cells, "tp")))
+    gated, experts = cells["act"] in ("swiglu", "silu"), read_experts(cells)
+    if "Mamba" in cells["arch"]:
+        raise Unread("blocks that are no transformer's are not read")
+    sequence, vocabulary = whole(cells, "seq_len"), vocabulary_of(cells["vocab"])
+    if "megatron" in cells["framework"].lower():
+        # Megatron rounds up so that ranks of the tensor axis divide it (--make-vocab-size-divisible-by, 128).
+        multiple = 128 * whole(cells, "tp")
+        vocabulary = -(-vocabulary // multiple) * multiple
     return ModelSpec(
         name="custom",
-        family="llama" if gated else "gpt2",
+        family=("mixtral" if gated else "gpt2-moe") if experts else "llama" if gated else "gpt2",
         layers=whole(cells, "n_layers"),
         d_model=d_model,
         heads=heads,
         kv_heads=whole(cells, "n_kv_heads", heads),
         head_dim=d_model // heads,
         feed_forward=whole(cells, "ffn", 4 * d_model),
-        vocabulary=vocabulary_of(cells["vocab"]),
+        vocabulary=vocabulary,
         max_positions=0 if gated else sequence,
         tied_embeddings=cells["tied_emb"] == "1",
+        experts=experts,
+    )
+
+
+def usual_heads(d_model: int, tensor: int) -> int:
+    """How many heads make a state of this width, each as near to 128 numbers as can be, where ranks divide them."""
+    counts = [heads for heads in range(tensor, d_model + 1, tensor) if d_model % heads == 0]
+    return min(counts, key=lambda heads: abs(d_model / heads - 128), default=1)
+
+
+def read_experts(cells: dict[str, str]) -> Experts | None:
+    """A mixture's numbers: "MoE: expert_ffn=2048 shared=512 layer_freq=1 MLA=False"."""
+    if not whole(cells, "n_experts", 0):
+        return None
+    told = dict(re.findall(r"(\w+)=(\S+)", cells["arch"]))
+    if told.get("MLA") == "True":
+        raise Unread("latent attention's ranks are not told")
+    width, shared = int(told.get("expert_ffn", cells["ffn"])), told.get("shared", "")
+    if told.get("layer_freq", "1") != "1" or (shared.isdigit() and int(shared) % width):
+        raise Unread("layers, or shared experts, that are not like the others")
+    return Experts(
+        count=whole(cells, "n_experts"),
+        per_token=whole(cells, "topk"),
+        feed_forward=width,
+        shared=int(shared) // width if shared.isdigit() else 0,
     )
 
 
@@ -168,18 +201,30 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     trainer = TRAINERS[name]
     changes: dict[str, object] = {}
     if "not flash" in kernel or "no flash" in kernel or kernel.startswith(("fused", "unfused")):
-        changes["attention"] = "plain" if kernel.startswith("unfused") else "fused-softmax"
+        # Transformer Engine's unfused attention has a kernel for softmax all the same.
+        plain = kernel.startswith("unfused") and not trainer.compiled
+        changes["attention"] = "plain" if plain else "fused-softmax"
     elif "cudnn" in kernel:
         changes["attention"] = "cudnn"
     elif "flash" in kernel:
         changes["attention"] = "flash-1" if re.search(r"v1\.|flash_attention$", kernel) else "flash"
     elif kernel.startswith("torch"):
         changes["attention"] = "plain"
+    elif "impl=local" in cells["arch"]:
+        # Megatron-Core's blocks without Transformer Engine.
+        changes["attention"] = "fused-softmax"
     if cells["act"] in ("swiglu", "silu"):
         # LLaMA has no dropout; norms are one kernel where the row says so, or where all is compiled.
         changes |= {"dropout": False, "fused_norms": trainer.compiled or "rms kernel" in kernel}
-    if cells["sp"] == "1":
-        changes["sequence_parallel"] = True
+    if expert_tensor(cells) > 1:
+        changes["splits_experts"] = True
+    if not zero_of(cells["zero"]):
+        changes["splits_states"] = False
+    if cells["sp"] in ("0", "1") and whole(cells, "tp") > 1:
+        changes["sequence_parallel"] = cells["sp"] == "1"
+    if "fp32 grad-accum" in cells["precision"]:
+        # Added up in fp32 beside those of one microbatch.
+        changes["gradient_bytes"] = trainer.gradient_bytes + 4
     if "eager" in cells["precision"]:
         changes |= {"compiled": False, "fused_norms": True}
     return msgspec.structs.replace(trainer, **changes)
@@ -188,15 +233,21 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
 def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout:
     """The row's layout. Data-parallel ranks share states as `zero` says; a chain of stages may be interleaved."""
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
-    pipeline, held, tensor = whole(cells, "pp"), whole(cells, "vpp", 1), whole(cells, "tp")
-    recompute = cells["recompute"].lower()
+    pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
+    stages = pipeline * held if pipeline > 1 else 1
+    recompute, tensor = cells["recompute"].lower(), whole(cells, "tp")
+    # Ranks that divide experts, and each expert's matrices.
+    expert = whole(cells, "ep", 1) * expert_tensor(cells) if model.experts else 1
+    divided = bool(zero) or expert > whole(cells, "cp", 1) * tensor
+    # Megatron-Core's --num-distributed-optimizer-instances: so many groups of ranks have all states, each.
+    copies = 2 if zero and "multi_dist_optimizer_instances" in cells["model"] else 1
     return Layout(
         pipeline=pipeline,
-        replica=1 if zero else data,
-        shard=data if zero else 1,
+        replica=copies if divided else data,
+        shard=data // copies if divided else 1,
         context=whole(cells, "cp", 1),
         tensor=tensor,
-        expert=1,
+        expert=expert,
         microbatch=whole(cells, "mbs"),
         zero=zero or 3,
         recompute="full"
@@ -208,8 +259,9 @@ def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout
         else "none",
         async_tensor=tensor > 1 and ("asynctp" in cells["precision"].lower() or trainer == "nemo"),
         schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
+        # Blocks lie evenly unless they cannot.
+        stage_layers=(model.layers // stages,) * stages if stages > 1 and model.layers % stages == 0 else (),
         stages_per_rank=held if held > 1 and pipeline > 1 else 0,
-        stage_layers=equal_stages(model.layers, pipeline * held) if pipeline > 1 else (),
         precision=precision_of(cells["precision"]),
     )
 
@@ -221,9 +273,10 @@ def precision_of(text: str) -> Precision:
     return "fp8" if "fp8" in text or "float8" in text else "bf16"
 
 
-def equal_stages(layers: int, stages: int) -> tuple[int, ...]:
-    """As many blocks on each stage, as all of these trainers have it; () where they do not divide."""
-    return (layers // stages,) * stages if layers % stages == 0 else ()
+def expert_tensor(cells: dict[str, str]) -> int:
+    """Ranks along tensor that divide each expert: Megatron-Core's ETP, which is tensor's size where it is not told."""
+    told = re.search(r"ETP=(\d+)", cells["notes"])
+    return int(told[1]) if told else whole(cells, "tp")
 
 
 def zero_of(text: str) -> Literal[0, 1, 2, 3]:

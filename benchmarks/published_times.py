@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from statistics import mean, median, quantiles
+from collections.abc import Sequence
+from statistics import mean, median
 
 import msgspec
 from published_rows import Row
+from validation_bars import Bar, percentile_90
 
 from meshwright.plan import predict_step
 from meshwright.plan.interval import step_interval
@@ -40,30 +41,20 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True):
         return self.predicted_s * self.factor / self.measured_s - 1
 
 
-class Times(msgspec.Struct, frozen=True, kw_only=True):
-    """One source. errors are of rows that nothing was fitted on; missed: bars that were."""
-
-    source: str
-    rows: int
-    median: float
-    tail: float
-    mean: float
-    worst: float
-    bias: float
-    covered: float
-    regrets: tuple[float, ...]
-    crossings: tuple[int, int]
-    missed: tuple[str, ...]
-
-
-def report_times(rows: Iterable[Row]) -> tuple[list[Times], dict[str, tuple[int, float]]]:
-    """Every source's errors, and each group's (rows, factor)."""
+def report_time(rows: Sequence[Row]) -> tuple[list[Bar], list[str]]:
+    """Every source's figures, and a line for the factor of each group that has one."""
     timed = predict_rows([row for row in rows if row.step_s > 0])
-    groups = {t.row.group: t.factor for t in timed}
-    counts = {group: sum(t.row.group == group for t in timed) for group in groups}
-    sources = sorted({t.row.source for t in timed})
-    found = [report_source(source, [t for t in timed if t.row.source == source]) for source in sources]
-    return found, {group: (counts[group], factor) for group, factor in groups.items()}
+    groups: dict[str, list[Timed]] = defaultdict(list)
+    sources: dict[str, list[Timed]] = defaultdict(list)
+    for one in timed:
+        groups[one.row.group].append(one)
+        sources[one.row.source].append(one)
+    factors = [
+        f"{group}: factor {members[0].factor:.3f}, fitted on {sum(t.fitted for t in members)} of {len(members)} rows"
+        for group, members in groups.items()
+        if any(t.fitted for t in members)
+    ]
+    return [bar for source, members in sources.items() for bar in judge(source, members)], factors
 
 
 def predict_rows(rows: Sequence[Row]) -> list[Timed]:
@@ -99,41 +90,31 @@ def predict_rows(rows: Sequence[Row]) -> list[Timed]:
     return timed
 
 
-def report_source(source: str, timed: Sequence[Timed]) -> Times:
-    """One source's errors against the bars."""
+def judge(source: str, timed: Sequence[Timed]) -> list[Bar]:
+    """One source's figures against the bars. Errors are of rows that nothing was fitted on."""
     judged = [t for t in timed if not t.fitted]
-    errors = sorted(abs(t.error) for t in judged)
-    tail = quantiles(errors, n=10, method="inclusive")[-1] if len(errors) > 1 else errors[0]
-    few = len(timed) < JUDGED_BY_WORST
-    regrets, crossings = tuple(regrets_of(timed)), crossings_of(timed)
-    covered = mean(t.inside for t in judged)
-    bars = [
-        ("worst", errors[-1], WORST_BAR, few),
-        ("median", median(errors), MEDIAN_BAR, not few),
-        ("90th percentile", tail, TAIL_BAR, not few),
-        ("mean", mean(errors), MEAN_BARS.get(source, 1.0), source in MEAN_BARS),
-        ("worst choice", max(regrets, default=0.0), FIRST_BAR, True),
-        ("median regret", median(regrets) if regrets else 0.0, REGRET_BAR, True),
+    errors, few = [abs(t.error) for t in judged], len(timed) < JUDGED_BY_WORST
+    regrets, (right, pairs) = regrets_of(timed), crossings_of(timed)
+
+    def bar(figure: str, value: float, rows: int, *, most: float | None = None, least: float | None = None) -> Bar:
+        return Bar(source=source, figure=figure, rows=rows, value=value, most=most, least=least)
+
+    count = len(judged)
+    found = [
+        bar("step time, median error", median(errors), count, most=None if few else MEDIAN_BAR),
+        bar("step time, 90th percentile", percentile_90(errors), count, most=None if few else TAIL_BAR),
+        bar("step time, mean error", mean(errors), count, most=MEAN_BARS.get(source)),
+        bar("step time, worst error", max(errors), count, most=WORST_BAR if few else None),
+        bar("step time, bias before any factor", median(t.predicted_s / t.measured_s for t in timed) - 1, len(timed)),
     ]
-    asked = [(name, value, bar) for name, value, bar, is_asked in bars if is_asked]
-    missed = [f"{name} {value:.1%} above {bar:.0%}" for name, value, bar in asked if value > bar]
-    if not few and not COVERED_BARS[0] <= covered <= COVERED_BARS[1]:
-        missed.append(f"80% intervals hold {covered:.0%}")
-    if crossings[0] < crossings[1]:
-        missed.append(f"{crossings[1] - crossings[0]} of {crossings[1]} crossings on the wrong side")
-    return Times(
-        source=source,
-        rows=len(judged),
-        median=median(errors),
-        tail=tail,
-        mean=mean(errors),
-        worst=errors[-1],
-        bias=median(t.predicted_s / t.measured_s for t in timed) - 1,
-        covered=covered,
-        regrets=regrets,
-        crossings=crossings,
-        missed=tuple(missed),
-    )
+    low, high = (None, None) if few else COVERED_BARS
+    found.append(bar("step time, in its 80% interval", mean(t.inside for t in judged), count, least=low, most=high))
+    if regrets:
+        found.append(bar("first in rank, slower than best, worst", max(regrets), len(regrets), most=FIRST_BAR))
+        found.append(bar("first in rank, slower than best, median", median(regrets), len(regrets), most=REGRET_BAR))
+    if pairs:
+        found.append(bar("gathered or cut, told right", right / pairs, pairs, least=1.0))
+    return found
 
 
 def regrets_of(timed: Sequence[Timed]) -> list[float]:

@@ -153,4 +153,11 @@ def kineto_trace(rank: int) -> dict[str, object]:
         add("user_annotation", "meshwright.step", begin, begin + 10)
         add("cuda_runtime", "cudaLaunchKernel", begin + 0.1, begin + 0.2, correlation=step)
         add("kernel", "sgemm", begin + 0.2, begin + 10.2, correlation=step)
-    return {"schemaVersion": 1, "distributedInfo": {"rank": rank, "world_size": 2}, "traceEvents": events}
+    world = {"rank": rank, "world_size": 2}
+    # As torch has it since 2.2: when the clock of `ts` began.
+    return {
+        "schemaVersion": 1,
+        "distributedInfo": world,
+        "baseTimeNanoseconds": 1_790_000_000_000_000_000,
+        "traceEvents": events,
+    }

@@ -9,7 +9,7 @@ import pytest
 from pages import anchors
 from synthetic import Meeting, simulate
 
-from meshwright.account import MeasuredStep, MemoryAccount, StepAccount
+from meshwright.account import MeasuredStep, MemoryAccount, StepAccount, Transfer
 from meshwright.explain import Advice
 from meshwright.explain.advice import CAUSES, give_advice
 from meshwright.explain.case import build_case
@@ -122,6 +122,44 @@ def test_a_slow_rank_is_named_with_what_takes_longer_there(part: str, words: str
     found = advice_on(steps_of({2: {part: 0.05}}))
     assert sizes(found) == {"straggler": pytest.approx(0.05)}
     assert "Rank 2 is slower" in found[0].what and f"50.0 ms by {words}" in found[0].evidence
+
+
+def test_a_rank_whose_thread_was_off_its_core_is_contended_and_not_slow() -> None:
+    found = advice_on(steps_of({2: {"contention": 0.05}}), kind="cpu")
+    assert sizes(found) == {"contention": pytest.approx(0.05, rel=0.1)}
+
+
+def test_transfers_that_a_slow_rank_hides_and_the_others_cannot_are_lost_to_it() -> None:
+    """The fast rank waits 40 ms, and sees 8 ms more of transfers, which run beside the slow rank's longer kernels."""
+    waiting = ((0.1, 0.14), (0.14, 0.151))
+    rank_0 = StepAccount(useful=0.1, comm_replica=0.051)
+    rank_1 = StepAccount(useful=0.1, inefficiency=0.048, comm_replica=0.003)
+    one = MeasuredStep(step=1, rank=0, host="a", start_s=0.0, end_s=0.151, account=rank_0)
+    sent = Transfer(purpose="replica", ranks=(0, 1), index=0, start_s=0.1, end_s=0.151, exposed=waiting)
+    late = Transfer(purpose="replica", ranks=(0, 1), index=0, start_s=0.14, end_s=0.151, exposed=((0.148, 0.151),))
+    hidden = msgspec.structs.replace(one, rank=1, account=rank_1, overlapped={"replica": 0.008}, transfers=(late,))
+    steps = {0: msgspec.structs.replace(one, transfers=(sent,)), 1: hidden}
+    detail = StepDetail(host={})
+    found = advice_on({rank: Step(measured=step, detail=detail) for rank, step in steps.items()})
+    assert sizes(found) == {"straggler": pytest.approx(0.048)}
+    # Where nothing of it runs beside kernels there, the transfers are needed by both.
+    steps[1] = msgspec.structs.replace(hidden, overlapped={})
+    found = advice_on({rank: Step(measured=step, detail=detail) for rank, step in steps.items()})
+    assert sizes(found) == {"straggler": pytest.approx(0.04)}
+
+
+@pytest.mark.parametrize("lost", [everywhere(launch=0.05), {2: {"launch": 0.05}}])
+def test_what_profiling_adds_to_launching_is_no_gain(lost: Lost) -> None:
+    """The other steps were 40 ms shorter: launching costs them 10 (and the 3 of a clean step), others cost as much."""
+    step = steps_of({rank: {**lost.get(rank, {}), "input": 0.02} for rank in EVERYWHERE})
+    whole_s = step[0].measured.wall_s
+    cause = "straggler" if len(lost) == 1 else "launch"
+    found = sizes(advice_on(step, step_s=whole_s - 0.04))
+    rest = {"input": pytest.approx(0.02, rel=0.1)}
+    assert found == rest | {cause: pytest.approx(0.013 if cause == "launch" else 0.013 * 50 / 53, abs=1e-6)}
+    assert sizes(advice_on(step, step_s=whole_s + 0.04))[cause] == pytest.approx(0.05, rel=0.1)
+    # On a CPU profiling makes operators slower, too.
+    assert sizes(advice_on(step, kind="cpu", step_s=whole_s - 0.04))[cause] == pytest.approx(0.05, rel=0.1)
 
 
 def test_ranks_that_are_late_in_turn_are_not_accused_one_by_one() -> None:

@@ -315,7 +315,7 @@ def test_fp8_speeds_up_the_blocks_products_alone() -> None:
     )
     before, after = predict(wide), predict(narrow)
     assert after.memory == before.memory
-    assert before.step_s / 2 < after.step_s < 0.8 * before.step_s
+    assert before.step_s / 2 < after.step_s < 0.9 * before.step_s
     assert before.step.useful / 2 < after.step.useful < before.step.useful
     assert after.step.comm_shard >= before.step.comm_shard
     assert any("fp8" in note for note in after.notes)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from programs import DETAIL, PROGRAM, a_pipeline_step, a_program_run, a_trace
+from programs import DETAIL, PROGRAM, a_pipeline_step, a_program_run, a_trace, kineto_trace
 from rich.console import Console
 from synthetic import a_run, a_step
 
 import meshwright as mw
 from meshwright.explain import Explanation, explain_run
 from meshwright.explain.details import mean_detail
-from meshwright.explain.reading import RankTrace
+from meshwright.explain.reading import RankTrace, Told
 from meshwright.explain.steps import measure_steps
 from meshwright.explain.traces import Useful, explain_traces, traces_in
 from meshwright.explain.words import kernel_text
 from meshwright.record import Fault, LineWriter, Step
+from meshwright.report.charts import stacked
 from meshwright.report.explain import explain_json, explain_text
 from meshwright.report.html import report_html
 from meshwright.spec import SettingError
@@ -167,9 +168,9 @@ def test_kernels_are_called_by_what_tells_them_apart(name: str, text: str) -> No
 # --- Traces -----------------------------------------------------------------------------------------------------------
 
 
-def reader(*traces: RankTrace) -> Callable[[Path, float], RankTrace]:
+def reader(*traces: RankTrace) -> Callable[[Path, Told], tuple[RankTrace, ...]]:
     by_path = {trace.path: trace for trace in traces}
-    return lambda path, useful_s: by_path[path]
+    return lambda path, told: (by_path[path],)
 
 
 def explained(*traces: RankTrace) -> Explanation:
@@ -248,9 +249,9 @@ def test_traces_of_different_steps_have_no_account_together() -> None:
 def test_what_is_useful_is_known_where_it_is_told() -> None:
     seen: list[float] = []
 
-    def read(path: Path, useful_s: float) -> RankTrace:
-        seen.append(useful_s)
-        return a_trace(path)
+    def read(path: Path, told: Told) -> tuple[RankTrace]:
+        seen.append(told.useful_s)
+        return (a_trace(path),)
 
     useful = Useful(flops_per_step=989.4e12 * 0.1, gpu="h200")
     found = explain_traces([Path("t/a.json")], useful, read=read)
@@ -306,6 +307,23 @@ def test_what_is_no_trace_is_refused_in_a_line(tmp_path: Path, name: str, text: 
     assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
     with pytest.raises(SettingError, match="does not exist"):
         mw.explain([path, tmp_path / "gone.json"])
+
+
+def test_a_trace_of_a_gpu_is_told_from_one_of_a_cpu(tmp_path: Path) -> None:
+    found = mw.explain(write_trace(tmp_path / "rank-0.json", json.dumps(kineto_trace(0))))
+    assert found.program is not None and found.program.kind == "cuda"
+    assert "Kernels by purpose" in printed(found)
+
+
+def test_a_bar_begins_at_zero_whatever_rounding_leaves() -> None:
+    figure = stacked({"useful": [80.0], "inefficiency": [-3.0], "other": [-2e-14]}, ["rank 0"], "ms")
+    assert [trace["x"] for trace in figure["data"]] == [[80.0], [-3.0], [0.0]]
+
+
+def test_words_of_the_account_are_set_apart_in_a_note_and_nothing_else_is_markup(tmp_path: Path) -> None:
+    found = explain_run(a_program_run(tmp_path / "run"))
+    page = report_html(msgspec.structs.replace(found, notes=("it is `bubble` <b>`<i>`</b>",)))
+    assert "it is <code>bubble</code> &lt;b&gt;<code>&lt;i&gt;</code>&lt;/b&gt;" in page
 
 
 def test_json_of_traces_names_the_files() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from xla_traces import read_xla
 
+import meshwright as mw
 from meshwright.account import PURPOSES
 from meshwright.explain import Explanation, explain_run
 from meshwright.record import (
@@ -217,6 +218,21 @@ def test_a_trace_of_four_devices_is_read_back(programs: Path, name: str):
     assert account.comm_replica > 0 and account.closes(told.devices[0][-1].measured.wall_s)
 
 
+@pytest.mark.parametrize("name", ["marked", "bare"])
+def test_a_trace_is_explained_from_the_folder_that_jax_was_told(programs: Path, name: str):
+    explanation = mw.explain(programs / name, purposes={"all-reduce": "replica"})
+    assert explanation.name == name and explanation.ranks == tuple(range(DEVICES))
+    slept = json.loads((programs / "profiled.json").read_text())
+    step = explanation.step
+    assert step is not None and step.steps == (1, 2, 3) and step.closes
+    assert step.account.input == pytest.approx(sum(slept[1:4]) / 3, rel=0.1)
+    assert step.account.comm_replica > 0
+    advice = explanation.advice[0]
+    assert advice.cause == "input" and "jax.device_put" in advice.what
+    assert advice.gain_s == pytest.approx(step.account.input, rel=0.05)
+    assert "JAX profiler on 4 x CPU device" in report_html(explanation)
+
+
 def test_processes_write_one_attempt_and_the_late_one_is_seen(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -249,6 +265,7 @@ def test_the_example_is_explained(tmp_path: Path):
     assert first is not None and last is not None and last < 0.5 * first
     assert explanation.step is not None
     assert explanation.step.account.share("unseen") > 0.5
+    assert "torch" not in " ".join(advice.what for advice in explanation.advice)
     assert "in a compiled program that shows no parts" in report_html(explanation)
     # Forward and backward of 2 layers of 12 matrices' worth of 64 x 64, attention over 64 tokens, and the output.
     tokens, width = 16 * 64, 64

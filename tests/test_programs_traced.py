@@ -79,7 +79,7 @@ def compiled(model: nn.Sequential) -> nn.Module:
     return model
 
 
-def traced(folder: Path, build: Build, again: str, *, stepped: bool, clip: bool, ranks: int) -> None:
+def traced(folder: Path, build: Build, again: str, *, stepped: bool, clip: bool, closure: bool, ranks: int) -> None:
     """Train on one rank and leave its trace; stepped: the profiler is told where steps end."""
     torch.set_num_threads(1)
     torch.manual_seed(1)
@@ -96,12 +96,20 @@ def traced(folder: Path, build: Build, again: str, *, stepped: bool, clip: bool,
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     ) as profiler:
         for batch in batches:
-            loss = model(batch.requires_grad_()).square().mean()
-            loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+
+            def passes(batch: Tensor = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = model(batch.requires_grad_()).square().mean()
+                loss.backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                return loss
+
+            if closure:
+                optimizer.step(passes)
+            else:
+                passes()
+                optimizer.step()
             if stepped:
                 profiler.step()
     if ranks > 1:
@@ -115,12 +123,13 @@ def steps_of(
     again: str = "",
     stepped: bool = True,
     clip: bool = False,
+    closure: bool = False,
     ranks: int = 2,
 ) -> tuple[list[Step], list[str]]:
     """The steps of rank 0."""
 
     def work() -> None:
-        traced(folder, build, again, stepped=stepped, clip=clip, ranks=ranks)
+        traced(folder, build, again, stepped=stepped, clip=clip, closure=closure, ranks=ranks)
 
     run_ranks(ranks, work)
     return measure_trace(read_trace(folder / "rank-0.json"))
@@ -156,6 +165,17 @@ def test_a_program_of_one_process_needs_nothing_but_its_operators(tmp_path: Path
     assert all(step.measured.account.recompute == 0 for step in steps) and not purposes(steps)
     named = [group.purpose for step in steps if step.detail for group in step.detail.kernels[:1]]
     assert set(named) == {"matrix products"}
+
+
+def test_passes_that_an_optimizer_makes_itself_are_no_update(tmp_path: Path) -> None:
+    """Lightning hands both passes to the optimizer's step, as a closure."""
+    steps, _ = steps_of(tmp_path, plain, closure=True, clip=True, ranks=1)
+    assert len(steps) == STEPS
+    for one in steps:
+        account, detail = one.measured.account, one.detail
+        assert detail is not None and account.closes(one.measured.wall_s)
+        products = sum(group.seconds for group in detail.kernels if group.purpose == "matrix products")
+        assert account.compute > products > 0 and account.optimizer > 0
 
 
 def test_steps_are_bounded_by_the_optimizer_where_nobody_tells_them(tmp_path: Path) -> None:

@@ -55,18 +55,19 @@ def main() -> None:
     with device:
         model = build_llama(options)
     layers = list(model.model.layers)
+    clock = StepClock(device)
     sequences = options.microbatch * options.accumulate * ranks
     loader = DataLoader(
         Sequences(options.steps * sequences, options.sequence),
         options.microbatch,
         shuffle=True,
-        collate_fn=delayed(huggingface_batch, options.delay_input),
+        collate_fn=delayed(huggingface_batch, options, clock),
         num_workers=options.workers,
         pin_memory=device.type == "cuda",
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    clock, profiler = StepClock(device), Profiler(options, rank)
+    profiler = Profiler(options, rank)
     inject(options, model, layers, rank, clock)
 
     losses: list[Tensor] = []

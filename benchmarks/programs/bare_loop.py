@@ -159,13 +159,13 @@ def pipeline_pass(schedule: Schedule1F1B, rank: int, ranks: int, tokens: Tensor,
     return torch.stack(losses).detach().mean() if losses else None
 
 
-def build_loader(options: argparse.Namespace, rank: int, ranks: int) -> DataLoader[Any]:
+def build_loader(options: argparse.Namespace, rank: int, ranks: int, clock: StepClock) -> DataLoader[Any]:
     """One batch a step. The ranks of a tensor or pipeline axis read the same ones."""
     shares = ranks if options.parallel in DATA_PARALLEL else 1
     batch = options.microbatch * options.accumulate
     data = Sequences(options.steps * batch * shares, options.sequence + 1)
     sampler = DistributedSampler(data, shares, rank % shares, shuffle=True)
-    collate = delayed(inputs_and_targets, options.delay_input)
+    collate = delayed(inputs_and_targets, options, clock)
     pinned = torch.cuda.is_available()
     return DataLoader(data, batch, sampler=sampler, collate_fn=collate, num_workers=options.workers, pin_memory=pinned)
 
@@ -192,7 +192,7 @@ def main() -> None:
     losses: list[Tensor] = []
     recorder = recorder_of(options, model, optimizer)
     profiler.start()
-    for batch in recorder.steps(build_loader(options, rank, ranks)):
+    for batch in recorder.steps(build_loader(options, rank, ranks, clock)):
         tokens, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
         if schedule:
             loss = pipeline_pass(schedule, rank, ranks, tokens, targets)

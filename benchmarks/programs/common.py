@@ -63,6 +63,7 @@ def options_parser(description: str) -> argparse.ArgumentParser:
     causes.add_argument("--items-per-step", type=int, default=0, help="read one element in this many layers, each step")
     causes.add_argument("--tiny-microbatches", action="store_true", help="the same tokens, one sequence at a time")
     causes.add_argument("--sleep", type=float, default=0, metavar="MS", help="every rank sleeps in mid-step")
+    causes.add_argument("--even-steps", action="store_true", help="the causes that sleep do so in every other step")
     return parser
 
 
@@ -79,6 +80,11 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
     refused = {
         "--slow-rank and --slow-ms belong together": (options.slow_rank is None) != (not options.slow_ms),
         "--slow-kernels needs --slow-rank and a GPU": options.slow_kernels and not (options.slow_ms and cuda),
+        "--even-steps needs --delay-input, --slow-rank or --sleep": (
+            options.even_steps and not (options.delay_input or options.slow_ms or options.sleep)
+        ),
+        "--even-steps and --slow-kernels do not go together": options.even_steps and options.slow_kernels,
+        "--even-steps needs --workers 0: others do not know the step": options.even_steps and options.workers > 0,
         f"--items-per-step is at most one a layer: {options.shape.layers}": (
             options.items_per_step > options.shape.layers
         ),
@@ -113,13 +119,16 @@ class Sequences(Dataset[Tensor]):
         return torch.where(torch.rand(self.tokens, generator=draw) < 0.1, noise, sequence)
 
 
-def delayed(collate: Callable[[list[Tensor]], Any], milliseconds: float) -> Callable[[list[Tensor]], Any]:
-    """The collate function, late by so much."""
-    if not milliseconds:
+def delayed(
+    collate: Callable[[list[Tensor]], Any], options: argparse.Namespace, clock: "StepClock"
+) -> Callable[[list[Tensor]], Any]:
+    """The collate function, late by as much as the options say."""
+    if not options.delay_input:
         return collate
 
     def late(samples: list[Tensor]) -> Any:
-        time.sleep(milliseconds / 1e3)
+        if not options.even_steps or clock.steps % 2 == 0:
+            time.sleep(options.delay_input / 1e3)
         return collate(samples)
 
     return late
@@ -147,6 +156,7 @@ class StepClock:
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
         self._depth = 0
+        self.steps = 0
         self.listeners: list[Callable[[], None]] = []
         register_optimizer_step_pre_hook(self._enter)
         register_optimizer_step_post_hook(self._leave)
@@ -164,6 +174,7 @@ class StepClock:
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
+        self.steps += 1
         for listener in self.listeners:
             listener()
 

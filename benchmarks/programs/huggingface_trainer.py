@@ -90,7 +90,7 @@ def main() -> None:
         trainer = Trainer(
             model=model,
             args=arguments,
-            data_collator=delayed(huggingface_batch, options.delay_input),
+            data_collator=delayed(huggingface_batch, options, clock),
             train_dataset=Sequences(options.steps * sequences, options.sequence),
             callbacks=[Profiled(profiler), injected, *callbacks_of(options)],
         )

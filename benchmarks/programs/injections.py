@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,8 +43,12 @@ def inject(options: argparse.Namespace, model: nn.Module, layers: list[nn.Module
     Call it after the model was wrapped: a hook that is put first then runs before the wrapper's own, and so before
     any operator or collective of the pass.
     """
+
+    def chosen() -> bool:
+        return not options.even_steps or clock.steps % 2 == 0
+
     if options.slow_ms and options.slow_rank == rank:
-        slow(model, options.slow_ms / 1e3, options.slow_kernels)
+        slow(model, options.slow_ms / 1e3, options.slow_kernels, chosen)
     if options.item:
         model.register_forward_hook(lambda _module, _args, output: first_element(output).item() and None)
     in_first_pass = FirstPass(model, clock)
@@ -51,17 +56,17 @@ def inject(options: argparse.Namespace, model: nn.Module, layers: list[nn.Module
     for number in range(count):
         read_in(layers[number * len(layers) // count], in_first_pass)
     if options.sleep:
-        sleep_after(model, options.sleep / 1e3, in_first_pass)
+        sleep_after(model, options.sleep / 1e3, in_first_pass, chosen)
 
 
-def slow(model: nn.Module, seconds: float, on_device: bool) -> None:
-    """Delay each forward pass, on the host or on the device."""
+def slow(model: nn.Module, seconds: float, on_device: bool, chosen: Callable[[], bool]) -> None:
+    """Delay each forward pass, on the host in chosen steps, or on the device."""
     cycles = int(seconds * spinning_cycles_per_s()) if on_device else 0
 
     def wait(_module: nn.Module, _args: Any) -> None:
         if on_device:
             torch.cuda._sleep(cycles)
-        else:
+        elif chosen():
             time.sleep(seconds)
 
     model.register_forward_pre_hook(wait, prepend=True)
@@ -95,11 +100,11 @@ def read_in(layer: nn.Module, in_first_pass: FirstPass) -> None:
     layer.register_forward_hook(read)
 
 
-def sleep_after(model: nn.Module, seconds: float, in_first_pass: FirstPass) -> None:
-    """Sleep between a step's first forward and backward passes, on every rank."""
+def sleep_after(model: nn.Module, seconds: float, in_first_pass: FirstPass, chosen: Callable[[], bool]) -> None:
+    """Sleep between a chosen step's first forward and backward passes, on every rank."""
 
     def rest(_module: nn.Module, _args: Any, _output: Any) -> None:
-        if in_first_pass:
+        if in_first_pass and chosen():
             time.sleep(seconds)
 
     model.register_forward_hook(rest)

@@ -38,7 +38,7 @@ def wrapped(options: argparse.Namespace, module: str) -> list[str]:
     if not options.record:
         return [module]
     chosen = [word for key, value in sampling(options).items() for word in spelt(key, value)]
-    return ["meshwright.trace", "--run", str(options.record), *chosen, "-m", module]
+    return ["meshwright.trace", "--record", str(options.record), *chosen, "-m", module]
 
 
 def spelt(key: str, value: Any) -> list[str]:

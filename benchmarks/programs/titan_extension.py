@@ -83,7 +83,7 @@ def extend() -> None:
             dp_rank=dp_rank,
             dp_world_size=dp_world_size,
             batch_size=options.microbatch,
-            collate_fn=delayed(titan_batch, options.delay_input),
+            collate_fn=delayed(titan_batch, options, clock),
             num_workers=options.workers,
         )
 

@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from meshwright.explain import Explanation
     from meshwright.plan import Plan
     from meshwright.spec import Job
@@ -50,17 +52,22 @@ def train(job: "Job") -> Path:
 
 
 def explain(
-    run: "str | Path | Sequence[str | Path]", *, flops_per_step: float | None = None, gpu: str | None = None
+    run: "str | Path | Sequence[str | Path]",
+    *,
+    flops_per_step: float | None = None,
+    gpu: str | None = None,
+    purposes: "Mapping[str, str] | None" = None,
 ) -> "Explanation":
     """Where the seconds of a run went, predicted against measured; or of traces: files, or a folder of them.
 
     flops_per_step, gpu: of traces, a rank's model FLOPs and its GPU in the hardware table ("h100"), both or neither.
+    purposes: of traces, what process groups or XLA's collectives are for, by name ({"all-gather": "shard"}).
     Raises SettingError where `run` is neither.
     """
     from meshwright.explain import explain_paths
 
     paths = [run] if isinstance(run, str | Path) else run
-    return explain_paths([Path(path) for path in paths], flops_per_step=flops_per_step, gpu=gpu)
+    return explain_paths([Path(path) for path in paths], flops_per_step=flops_per_step, gpu=gpu, purposes=purposes)
 
 
 VERBS: dict[str, Callable[..., Any]] = {"plan": plan, "train": train, "explain": explain}

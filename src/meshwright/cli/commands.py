@@ -144,8 +144,14 @@ def train(job: Path | None, resume: Path | None, settings: tuple[str, ...]) -> N
 @click.option("--report", type=click.Path(path_type=Path), help="The page to write.  [default: RUN/report.html]")
 @click.option("--flops-per-step", type=float, help="Of traces: model FLOPs of a rank's step; with --gpu.")
 @click.option("--gpu", help="Of traces: h100, whose dense bf16 peak says what is useful; with --flops-per-step.")
+@click.option("--purpose", multiple=True, metavar="NAME=PURPOSE", help="Of traces: what a group or collective is for.")
 def explain(
-    paths: tuple[Path, ...], as_json: bool, report: Path | None, flops_per_step: float | None, gpu: str | None
+    paths: tuple[Path, ...],
+    as_json: bool,
+    report: Path | None,
+    flops_per_step: float | None,
+    gpu: str | None,
+    purpose: tuple[str, ...],
 ) -> None:
     """Where a RUN's seconds went and what to change, and what was predicted; or the same of TRACEs, one a rank.
 
@@ -155,7 +161,7 @@ def explain(
     from meshwright.record import RunFolder
     from meshwright.report.explain import explain_json, explain_text
 
-    explanation = explain_paths(paths, flops_per_step=flops_per_step, gpu=gpu)
+    explanation = explain_paths(paths, flops_per_step=flops_per_step, gpu=gpu, purposes=named_purposes(purpose))
     if as_json:
         click.echo(explain_json(explanation))
     else:
@@ -175,6 +181,15 @@ def explain(
         raise SettingError(str(report), reason, "meshwright explain --json, which writes no file") from None
     if not as_json:
         click.echo(f"report: {report}")
+
+
+def named_purposes(given: tuple[str, ...]) -> dict[str, str]:
+    """Names and purposes of --purpose NAME=PURPOSE."""
+    pairs = {text: text.rpartition("=") for text in given}
+    for text, (name, _, purpose) in pairs.items():
+        if not name or not purpose:
+            raise SettingError(f"--purpose {text}", "is no NAME=PURPOSE", "--purpose all-gather=shard")
+    return {name: purpose for name, _, purpose in pairs.values()}
 
 
 @cli.command()

@@ -39,9 +39,14 @@ def read(job: Path, settings: Sequence[str], cluster: str | None = None) -> "Job
 
 def read_runnable(job: Path, settings: Sequence[str]) -> "Job":
     """The job file, resolved for this machine, which has the devices to run it."""
+    from meshwright.spec import MESHWRIGHT
     from meshwright.spec.decode import read_job
 
-    return read_job(job, settings, local=local, find=find, admit=check_devices)
+    found = read_job(job, settings, local=local, find=find, admit=check_devices)
+    if found.trainer != MESHWRIGHT:
+        setting = f'trainer.name = "{found.trainer.name}"'
+        raise SettingError(setting, "is another program, or not quite ours: it can be planned", "leave [trainer] out")
+    return found
 
 
 def described(

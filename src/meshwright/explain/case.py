@@ -23,7 +23,9 @@ NAMED_GAPS = 2
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
     """One run. account, detail: means over its steps and ranks. memory: the fullest rank's. device: None where neither
-    the record nor the hardware table knows it. precision: of most matrix products, where it is known.
+    the record nor the hardware table knows it. precision: of most matrix products, where it is known. jax: the program
+    is of JAX, whose cures have other names than PyTorch's. profiling_s: how much longer the profiled steps took than
+    the others, where these are known.
     """
 
     steps: list[list[RankStep]]
@@ -36,7 +38,9 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     precision: str | None
     memory: MemoryAccount | None
     job: Job | None
+    jax: bool
     pipeline: bool
+    profiling_s: float
 
     def gain(self, cause: str) -> float:
         """Seconds of a step that a cause costs at most, mean over steps."""
@@ -62,21 +66,26 @@ def build_case(
     precision: str | None = None,
     memory: MemoryAccount | None = None,
     job: Job | None = None,
+    jax: bool = False,
+    step_s: float | None = None,
 ) -> Case:
-    """The case of profiled steps, of which there is at least one."""
+    """The case of profiled steps, of which there is at least one. step_s: of the steps that were not profiled."""
     ones = [one for ranks in steps for one in ranks]
     detail = mean_detail([one.detail for one in ones if one.detail is not None])
+    wall_s = fmean(one.resolved.wall_s for one in ones)
     return Case(
         steps=steps,
-        losses=[losses_of(ranks) for ranks in steps],
+        losses=[losses_of(ranks, kind, alike=jax) for ranks in steps],
         account=mean([one.resolved.account for one in ones]),
         detail=detail or StepDetail(),
-        wall_s=fmean(one.resolved.wall_s for one in ones),
+        wall_s=wall_s,
         kind=kind,
         device=device,
         precision=precision,
         memory=memory,
         job=job,
+        jax=jax,
+        profiling_s=max(0.0, wall_s - step_s) if step_s else 0.0,
         pipeline=any("pipeline" in one.resolved.waited or one.resolved.account.comm_pipeline > 0 for one in ones),
     )
 

@@ -36,7 +36,8 @@ PARTS = {
 def late_input(case: Case) -> Advice:
     """The next batch was not there when it was needed."""
     lost = case.lost_by("input")
-    what = f"Batches come late{on_ranks(lost)}: more workers that load data, more batches fetched ahead, pinned memory."
+    ahead = "put on the devices ahead (jax.device_put)" if case.jax else "pinned memory"
+    what = f"Batches come late{on_ranks(lost)}: more workers that load data, more batches fetched ahead, {ahead}."
     return advise(case, "input", case.gain("input"), what, compared(lost), idle_words(case.detail.gaps, ["input"]))
 
 
@@ -49,15 +50,23 @@ def synchronizing(case: Case) -> Advice:
         f"The host waits for the device{on_ranks(lost)}{by}, and launches late after it: keep values on the device; "
         "read a loss (.item(), .cpu(), print) once in many steps."
     )
-    evidence = (compared(lost), idle_words(case.detail.gaps, ["host"]))
-    return advise(case, "synchronize", case.gain("synchronize"), what, *evidence)
+    less_s = by_profiling(case, "synchronize")
+    evidence = (less_words(less_s), compared(lost), idle_words(case.detail.gaps, ["host"]))
+    return advise(case, "synchronize", case.gain("synchronize") - less_s, what, *evidence)
 
 
 def launching(case: Case) -> Advice:
     """Work was launched later than the device was ready for it, by a host that was busy launching."""
     detail, lost = case.detail, case.lost_by("launch")
-    gain = case.gain("launch")
-    evidence = [compared(lost), launch_words(case), idle_words(detail.gaps, ["host"])]
+    less_s = by_profiling(case, "launch")
+    gain = case.gain("launch") - less_s
+    evidence = [less_words(less_s), compared(lost), launch_words(case), idle_words(detail.gaps, ["host"])]
+    if case.jax:
+        what = (
+            "The device waits for programs to be called: one jax.jit around the whole step, several steps in one "
+            "program (jax.lax.scan), arguments that lie on the devices already."
+        )
+        return advise(case, "launch", gain, what, evidence[0], evidence[1], evidence[3])
     if case.kind == "cpu":
         what = (
             "Python runs between operators, and nothing computes: larger microbatches, torch.compile, fewer operators."
@@ -74,6 +83,25 @@ def launching(case: Case) -> Advice:
             "CUDA graphs."
         )
     return advise(case, "launch", gain, what, *evidence)
+
+
+def by_profiling(case: Case, cause: str) -> float:
+    """How much of a cause's gain the profiler made itself: on a device it slows launching, and nothing else.
+
+    What profiled steps took longer is divided over all that launches late, in proportion. On a CPU it slows operators
+    too, and this cannot be told.
+    """
+    lost = case.lost_by("straggler")
+    slow_rank = max(lost, key=lambda rank: lost[rank])
+    late = {name: case.gain(name) for name in ("launch", "synchronize")}
+    late["straggler"] = min(case.gain("straggler"), longer_parts(case, slow_rank).get("launch", 0.0))
+    whole = sum(late.values())
+    return late[cause] * min(1.0, case.profiling_s / whole) if whole > 0 and case.kind != "cpu" else 0.0
+
+
+def less_words(seconds: float) -> str:
+    """What was taken off a gain."""
+    return f"less {seconds_text(seconds)} that launching took longer for being profiled" if seconds > 0 else ""
 
 
 def launch_words(case: Case) -> str:
@@ -122,16 +150,15 @@ def allocating(case: Case) -> Advice:
 
 def saving(case: Case) -> Advice:
     """A step stood still while a checkpoint was written."""
-    what = (
-        "Steps stand still while a checkpoint is saved: save in the background "
-        "(torch.distributed.checkpoint.async_save), or less often."
-    )
+    background = "orbax's AsyncCheckpointer" if case.jax else "torch.distributed.checkpoint.async_save"
+    what = f"Steps stand still while a checkpoint is saved: save in the background ({background}), or less often."
     return advise(case, "checkpoint", case.gain("checkpoint"), what, compared(case.lost_by("checkpoint")))
 
 
 def straggling(case: Case) -> Advice:
     """Ranks waited for one that was slower at equal work, by nothing that has a name of its own."""
-    lost, gain = case.lost_by("straggler"), case.gain("straggler")
+    lost, less_s = case.lost_by("straggler"), by_profiling(case, "straggler")
+    gain = case.gain("straggler") - less_s
     slowest = sorted(lost, key=lambda rank: -lost[rank])
     late = [rank for rank in slowest if lost[rank] > max(IN_TURN * lost[slowest[0]], 0.0)]
     if len(late) != 1:
@@ -140,20 +167,26 @@ def straggling(case: Case) -> Advice:
             "Ranks are late in turn, and the others wait: no single rank is at fault. Look for what runs on the hosts "
             "now and then: other processes, garbage collection, devices that slow down when hot."
         )
-        return advise(case, "straggler", gain, what, among)
+        return advise(case, "straggler", gain, what, less_words(less_s), among)
     what = (
         f"Rank {late[0]} is slower than its peers at equal work, and they wait for it: look at that device's clock and "
         "temperature, its host's load and its links; exchange it with another and see whether the delay moves."
     )
-    return advise(case, "straggler", gain, what, longer_words(case, late[0]))
+    return advise(case, "straggler", gain, what, less_words(less_s), longer_words(case, late[0]))
 
 
-def longer_words(case: Case, rank: int) -> str:
-    """What takes longer on a slow rank than on those that wait for it."""
+def longer_parts(case: Case, rank: int) -> dict[str, float]:
+    """What takes longer on a slow rank than on those that wait for it, seconds of a mean step by part."""
     total: dict[str, float] = {}
     for losses in case.losses:
         for part, seconds in losses.longer.get(rank, {}).items():
             total[part] = total.get(part, 0.0) + seconds / len(case.losses)
+    return total
+
+
+def longer_words(case: Case, rank: int) -> str:
+    """The same in words."""
+    total = longer_parts(case, rank)
     parts = sorted((part for part in total if part), key=lambda part: -total[part])
     told = [
         f"{seconds_text(total[part])} by {PARTS[part]}" for part in parts if total[part] > 0.1 * sum(total.values())
@@ -178,7 +211,8 @@ def unexplained(case: Case) -> Advice | None:
     each = {rank: sum(seconds[rank] for seconds in lost) for rank in lost[0]}
     what = (
         f"Time is lost{on_ranks(each)}, and nothing recorded says why: mark what the program does there with "
-        "torch.profiler.record_function, or sample its Python stack."
+        f"{'jax.profiler.TraceAnnotation' if case.jax else 'torch.profiler.record_function'}, or sample its Python "
+        "stack."
     )
     evidence = (" and ".join(parts), compared(each), idle_words(case.detail.gaps, ["host", "other"]))
     return advise(case, "unexplained", sum(seconds for seconds, _ in found.values()), what, *evidence)

@@ -42,7 +42,7 @@ def exposed(purpose: Purpose, case: Case) -> Advice:
     hidden = fmean(one.resolved.overlapped.get(purpose, 0.0) for ranks in case.steps for one in ranks)
     groups = [group for group in case.detail.groups if group.purpose == purpose][:NAMED_GROUPS]
     carried = [
-        f"{group.count} a step in {group.group or 'a group'} of {len(group.ranks)} ranks"
+        (f"{group.count} a step in {group.group or 'a group'} of {len(group.ranks)} ranks" if group.ranks else "")
         + (f", {bytes_text(group.sent_bytes)} sent by each" if group.sent_bytes is not None else "")
         for group in groups
     ]
@@ -119,10 +119,11 @@ def updating(case: Case) -> Advice:
 
 def slowed(case: Case) -> Advice:
     """Kernels took longer while something else used what they need."""
-    gain = case.gain_of(lambda one: one.resolved.account.contention)
     if case.kind == "cpu":
+        gain = case.gain("contention")
         what = "Processes take the cores from each other: fewer ranks or threads than the machine has cores."
     else:
+        gain = case.gain_of(lambda one: one.resolved.account.contention)
         what = (
             "Transfers slow the kernels that they run beside: fewer channels for NCCL (NCCL_MAX_CTAS), or fewer and "
             "larger transfers."
@@ -140,6 +141,8 @@ def imprecise(case: Case) -> Advice | None:
         "Matrix products run in single precision: bf16 (autocast, or the model's dtype), or TF32 "
         '(torch.set_float32_matmul_precision("high")).'
     )
+    if case.jax:
+        what = "Matrix products take single precision: bf16 for what they multiply."
     share, known = 0.0, device is not None and device.peak_fp32_flops_per_s > 0
     if device is not None and device.peak_bf16_flops_per_s > 0:
         share = 1 - device.peak_fp32_flops_per_s / device.peak_bf16_flops_per_s

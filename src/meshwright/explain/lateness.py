@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from meshwright.account import StepAccount
 from meshwright.account.waits import TICK_S
 from meshwright.explain.steps import RankStep
 
 # By rank.
 Seconds = dict[int, float]
 
-# A rank that is late by one of these is no slow rank: the cause is named, and its cure is another one.
-NAMED = ("input", "checkpoint", "synchronize", "collect", "memory")
+# A rank that is late by one of these is no slow rank: the cause is named, and its cure is another one. Contention is
+# one on CPUs, where it is time that the rank's thread was not on a core; on GPUs it is part of compute.
+NAMED = ("input", "checkpoint", "synchronize", "collect", "memory", "contention")
 # Time lost on the host beside them. On one rank alone it makes that rank a slow one.
 ON_HOST = ("launch", "python", "host")
 # All that a rank may merely take longer for than its peers.
@@ -57,18 +59,24 @@ class Losses(msgspec.Struct, frozen=True, kw_only=True):
         return max(max(0.0, own.get(rank, 0.0) - (most - rest[rank])) + waited.get(rank, 0.0) for rank in rest)
 
 
-def losses_of(ranks: Sequence[RankStep]) -> Losses:
+def losses_of(ranks: Sequence[RankStep], kind: str = "", *, alike: bool = False) -> Losses:
     """Charge one step's waits to what made the ranks late that were waited for.
 
     A rank is late by what it lost more of than the rank that waited longest for it: first by the named causes; what
-    they leave makes it a slow rank.
+    they leave makes it a slow rank. kind: of device, as in Program. alike: all ranks run one program, in which their
+    waits cannot be told from the rest of it.
     """
-    parts = {one.resolved.rank: parts_of(one) for one in ranks}
+    parts = {one.resolved.rank: parts_of(one, kind) for one in ranks}
+    hidden = {one.resolved.rank: sum(one.resolved.overlapped.values()) for one in ranks}
+    alone = {one.resolved.rank: uncovered(one, parts, hidden) for one in ranks}
     own = {cause: {rank: parts[rank].get(cause, 0.0) for rank in parts} for cause in FAULTS}
     waited: dict[str, Seconds] = {}
     longer: dict[int, dict[str, float]] = {}
     for culprit in parts:
-        waits = {one.resolved.rank: one.resolved.blame.get(culprit, 0.0) for one in ranks}
+        waits = {
+            one.resolved.rank: one.resolved.blame.get(culprit, 0.0) + alone[one.resolved.rank].get(culprit, 0.0)
+            for one in ranks
+        }
         longest = max(waits, key=lambda rank: waits[rank])
         if waits[longest] <= TICK_S:
             continue
@@ -88,8 +96,29 @@ def losses_of(ranks: Sequence[RankStep]) -> Losses:
     accounts = {one.resolved.rank: one.resolved.account for one in ranks}
     kept = {one.resolved.rank: one.resolved.wall_s for one in ranks}
     for rank, account in accounts.items():
-        kept[rank] -= account.straggler + account.imbalance
+        kept[rank] -= account.straggler + account.imbalance + sum(alone[rank].values())
+    if alike:
+        # What one of them was longer in it than the one that was in it shortest, it waited for others.
+        inside = {rank: account.unseen + moving(account) for rank, account in accounts.items()}
+        kept = {rank: seconds - (inside[rank] - min(inside.values())) for rank, seconds in kept.items()}
     return Losses(own=own, waited=waited, longer=longer, kept=kept)
+
+
+def uncovered(one: RankStep, parts: Mapping[int, Mapping[str, float]], hidden: Seconds) -> Seconds:
+    """Transfers that are exposed on this rank only because it is done before the rank that it waits for most.
+
+    On that rank they run beside kernels, so that the step is no longer for them; were it in time, they would run beside
+    this rank's kernels too. By that rank; no more than hides there, and than it is slower beyond the waits.
+    hidden: transfers beside each rank's kernels.
+    """
+    waits = one.resolved.blame
+    culprit = max(waits, key=lambda rank: waits[rank], default=None)
+    if culprit is None or culprit not in parts:
+        return {}
+    own, late = parts[one.resolved.rank], parts[culprit]
+    slower = sum(max(0.0, late[part] - own[part]) for part in (*NAMED, *SLOWER) if part != "transfers")
+    more = own["transfers"] - late["transfers"]
+    return {culprit: max(0.0, min(more, hidden[culprit], slower - waits[culprit]))}
 
 
 def why_slower(more: Mapping[str, float], late_s: float) -> dict[str, float]:
@@ -100,7 +129,12 @@ def why_slower(more: Mapping[str, float], late_s: float) -> dict[str, float]:
     return {**found, "": late_s - explained}
 
 
-def parts_of(one: RankStep) -> dict[str, float]:
+def moving(account: StepAccount) -> float:
+    """Seconds of exposed transfers."""
+    return sum(seconds for name, seconds in account.rows() if name.startswith("comm."))
+
+
+def parts_of(one: RankStep, kind: str) -> dict[str, float]:
     """A rank's step by what it did and lost, waits left out; what the host did where the record says it."""
     account = one.resolved.account
     host: dict[str, float] = {**one.detail.host} if one.detail is not None else {}
@@ -112,6 +146,7 @@ def parts_of(one: RankStep) -> dict[str, float]:
         taken = min(host.get(cause, 0.0), allocating - memory)
         host[cause] = host.get(cause, 0.0) - taken
         memory += taken
+    contention = account.contention if kind == "cpu" else 0.0
     return {
         "input": account.input,
         "checkpoint": account.checkpoint,
@@ -121,9 +156,10 @@ def parts_of(one: RankStep) -> dict[str, float]:
         "launch": host["launch"],
         "python": host["python"],
         "host": max(0.0, account.host - told),
-        "compute": account.compute,
+        "contention": contention,
+        "compute": account.compute - contention,
         "recompute": account.recompute,
         "optimizer": account.optimizer,
-        "transfers": sum(seconds for name, seconds in account.rows() if name.startswith("comm.")),
+        "transfers": moving(account),
         "other": account.other,
     }

@@ -1,6 +1,6 @@
 """What lies at the paths that were given: one run, or traces of one program."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from meshwright.explain.explanation import Explanation
@@ -10,10 +10,17 @@ from meshwright.record import RunFolder, open_run
 from meshwright.spec import SettingError
 
 
-def explain_paths(paths: Sequence[Path], *, flops_per_step: float | None = None, gpu: str | None = None) -> Explanation:
+def explain_paths(
+    paths: Sequence[Path],
+    *,
+    flops_per_step: float | None = None,
+    gpu: str | None = None,
+    purposes: Mapping[str, str] | None = None,
+) -> Explanation:
     """A run folder, or trace files and folders of them. Raises SettingError where they are neither, or both.
 
     flops_per_step: model FLOPs of a rank's step, and gpu: its name in the hardware table; for traces alone, and both.
+    purposes: of process groups, or of XLA's collectives, by name; for traces alone.
     """
     if not paths:
         raise SettingError("meshwright explain", "takes a run folder or traces", "meshwright explain RUN")
@@ -28,9 +35,12 @@ def explain_paths(paths: Sequence[Path], *, flops_per_step: float | None = None,
     if runs:
         if gpu is not None:
             raise SettingError("--gpu", "is for traces; a run says by itself what it ran on", "the run without it")
+        if purposes:
+            reason = "is for traces; a program that is recorded names its groups by record(groups=...)"
+            raise SettingError("--purpose", reason, "the run without it")
         return explain_run(open_run(runs[0]))
     useful = Useful(flops_per_step=flops_per_step, gpu=gpu) if flops_per_step is not None and gpu is not None else None
-    return explain_traces([trace for path in paths for trace in traces_at(path)], useful)
+    return explain_traces([trace for path in paths for trace in traces_at(path)], useful, purposes=purposes)
 
 
 def is_run(path: Path) -> bool:

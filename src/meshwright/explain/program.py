@@ -47,22 +47,36 @@ def program_world(program: Program, events: Mapping[int, Sequence[Event]]) -> in
     return program.world_size if seen <= program.world_size <= MOST_RANKS else seen
 
 
-def notes_on_program(program: Program, step: MeasuredSteps | None) -> list[str]:
-    """What cannot be told of a run that another trainer recorded."""
+def is_jax(program: Program | None) -> bool:
+    """Whether advice on it must speak of JAX."""
+    return program is not None and (program.kind == "xla" or "jax" in program.versions)
+
+
+def notes_on_program(program: Program, step: MeasuredSteps | None, *, traced: bool = False) -> list[str]:
+    """What cannot be told of a run that another trainer recorded; traced: of which there are traces alone."""
     notes: list[str] = []
     if not program.flops_per_step:
         notes.append(f"Which part of compute is useful is not known: model FLOPs {program.flops_from}.")
     elif not program.peak_flops_per_s:
         notes.append(f"Which part of compute is useful is not known: {program.device} is not in the hardware table.")
+    if traced and is_jax(program):
+        notes.append(
+            "XLA's instructions do not say what they are of: compute holds the optimizer's update and recomputing too."
+        )
     if step is not None:
-        notes += notes_on_unknown(step.account)
+        notes += notes_on_unknown(step.account, traced=traced)
     return notes
 
 
-def notes_on_unknown(account: StepAccount) -> list[str]:
+def notes_on_unknown(account: StepAccount, *, traced: bool) -> list[str]:
     """What an account that was measured from outside does not show."""
     notes: list[str] = []
-    if account.share("unseen") > MUCH_UNSEEN:
+    if account.share("unseen") > MUCH_UNSEEN and traced:
+        notes.append(
+            f"{account.share('unseen'):.0%} of the step is `unseen`: a program was out and none of its instructions "
+            "ran on the device, or one was a collective of which nobody said what it is for."
+        )
+    elif account.share("unseen") > MUCH_UNSEEN:
         notes.append(
             f"{account.share('unseen'):.0%} of the step is inside a compiled program, which shows its parts to nobody "
             "outside: they are not guessed. A trace by the framework's profiler shows them: meshwright explain TRACE."

@@ -8,7 +8,7 @@ from meshwright.explain.case import Case, build_case, has_details
 from meshwright.explain.explanation import Explanation, MeasuredSteps, MemoryComparison, RankFault, RunLife
 from meshwright.explain.findings import find_in_losses, find_in_memory, find_in_step
 from meshwright.explain.life import mean_mfu, run_account, yield_of
-from meshwright.explain.program import notes_on_program, program_device, program_mfu, program_of, program_world
+from meshwright.explain.program import is_jax, notes_on_program, program_device, program_mfu, program_of, program_world
 from meshwright.explain.steps import (
     RankStep,
     poor_account,
@@ -65,7 +65,7 @@ def explain_run(folder: RunFolder) -> Explanation:
         notes += notes_on_program(program, step)
     if step is not None and step_s and (slowed := slowed_by_profiling(step.wall_s, step_s)):
         notes.append(slowed)
-    case = case_of(steps, job, program, memory) if steps else None
+    case = case_of(steps, job, program, memory, step_s) if steps else None
     # A loss that another program did not tell its recorder looks the same as one that is not finite.
     findings = find_in_losses(tuple(metrics)) if program is None else []
     findings += find_in_step(step, prediction) if step is not None else []
@@ -97,7 +97,13 @@ def explain_run(folder: RunFolder) -> Explanation:
     )
 
 
-def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | None, memory: MemoryComparison) -> Case:
+def case_of(
+    steps: list[list[RankStep]],
+    job: Job | None,
+    program: Program | None,
+    memory: MemoryComparison,
+    step_s: float | None,
+) -> Case:
     """The profiled steps with what is known of their device, for advice."""
     kind = job.cluster.device.kind if job is not None else program.kind if program is not None else ""
     return build_case(
@@ -107,6 +113,8 @@ def case_of(steps: list[list[RankStep]], job: Job | None, program: Program | Non
         precision=job.layout.precision if job is not None else program.precision if program is not None else None,
         memory=memory.measured,
         job=job,
+        jax=is_jax(program),
+        step_s=step_s,
     )
 
 

@@ -1,4 +1,4 @@
-"""Traces in place of a run: one file a rank, whatever program wrote them."""
+"""Traces in place of a run: one file a rank, or with several ranks of one process, whatever program wrote them."""
 
 import gzip
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import msgspec
 
-from meshwright.account import MeasuredStep, RunAccount
+from meshwright.account import PURPOSES, MeasuredStep, Purpose, RunAccount
 from meshwright.explain.advice import give_advice
 from meshwright.explain.case import build_case, has_details
 from meshwright.explain.explanation import Explanation, MemoryComparison, RunLife
-from meshwright.explain.program import MOST_RANKS, notes_on_program, program_device
-from meshwright.explain.reading import RankTrace, Reader, read_rank
+from meshwright.explain.program import MOST_RANKS, is_jax, notes_on_program, program_device
+from meshwright.explain.reading import RankTrace, Reader, Told, read_ranks
 from meshwright.explain.steps import poor_account, resolve_steps, summarise
-from meshwright.explain.words import counted, ranks_text
+from meshwright.explain.words import NAMED, counted, ranks_text
 from meshwright.record import Program, Step
 from meshwright.spec import SettingError
 from meshwright.spec.devices import NODES
@@ -24,6 +24,8 @@ from meshwright.spec.errors import closest
 NAMES = ("*.json", "*.json.gz")
 # Where JAX's profiler puts its traces, under the folder that it was told.
 JAX_FOLDERS = "plugins/profile/*"
+# A second writing of the trace beside it, for another viewer (create_perfetto_trace=True).
+JAX_COPY = "perfetto_trace.json.gz"
 # A trace says what it is near its begin; other JSON that lies in the same folder does not say this.
 SNIFFED_BYTES = 2**16
 SIGNS = (b'"traceEvents"', b'"schemaVersion"', b'"displayTimeUnit"', b'"ph"')
@@ -38,12 +40,21 @@ class Useful(msgspec.Struct, frozen=True, kw_only=True):
 
 def traces_in(folder: Path) -> list[Path]:
     """The traces that lie in a folder, or that JAX's profiler put under it last; none where it holds none."""
-    profiled = sorted(path for path in folder.glob(JAX_FOLDERS) if path.is_dir())
+    profiled = sorted(path for path in jax_root(folder).glob(JAX_FOLDERS) if path.is_dir())
     for place in (folder, *profiled[-1:]):
         found = {path for name in NAMES for path in place.glob(name) if path.is_file() and looks_like_a_trace(path)}
+        found = {path for path in found if path.name != JAX_COPY} or found
         if found:
             return sorted(found, key=lambda path: (number_in(path), path.name))
     return []
+
+
+def jax_root(folder: Path) -> Path:
+    """The folder that JAX's profiler was told, where one of those that it made there is given."""
+    names = folder.absolute().parts
+    if names[-2:] == ("plugins", "profile"):
+        return folder.absolute().parent.parent
+    return folder.absolute().parent if names[-1:] == ("plugins",) else folder
 
 
 def looks_like_a_trace(path: Path) -> bool:
@@ -63,13 +74,19 @@ def number_in(path: Path) -> int:
     return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) <= len(str(MOST_RANKS)) else -1
 
 
-def explain_traces(paths: Sequence[Path], useful: Useful | None = None, read: Reader | None = None) -> Explanation:
+def explain_traces(
+    paths: Sequence[Path],
+    useful: Useful | None = None,
+    read: Reader | None = None,
+    purposes: Mapping[str, str] | None = None,
+) -> Explanation:
     """What traces of one program tell together. Raises SettingError where they are no traces, or not of one program.
 
-    read: what reads one file, in place of `read_rank`.
+    read: what reads one file, in place of `read_ranks`. purposes: of process groups or collectives, by name.
     """
-    useful_s = useful_seconds(useful) if useful is not None else 0.0
-    traces, notes = ranked([(read or read_rank)(path, useful_s) for path in paths])
+    told = Told(useful_s=useful_seconds(useful) if useful is not None else 0.0, purposes=known_purposes(purposes or {}))
+    traces, notes = ranked([trace for path in paths for trace in (read or read_ranks)(path, told)])
+    check_carriers(told.purposes, traces.values())
     world_size = world_of(traces)
     program = program_of_traces(traces, world_size, useful)
     events = {rank: of_rank(trace.steps, rank) for rank, trace in traces.items() if trace.steps}
@@ -81,11 +98,11 @@ def explain_traces(paths: Sequence[Path], useful: Useful | None = None, read: Re
     step = summarise([one.resolved for ranks in steps for one in ranks]) if steps else None
     missing = tuple(rank for rank in range(world_size) if rank not in traces)
     notes += notes_on_traces(traces, missing, whole=step is not None)
-    notes += notes_on_program(program, step)
+    notes += notes_on_program(program, step, traced=True)
     if step is not None and (poor := poor_account(step)):
         notes.append(poor)
     device = NODES[useful.gpu].device if useful is not None else program_device(program)
-    case = build_case(steps, kind=program.kind, device=device) if steps else None
+    case = build_case(steps, kind=program.kind, device=device, jax=is_jax(program)) if steps else None
     return Explanation(
         path=str(paths[0] if len(paths) == 1 else paths[0].parent),
         name=program.name,
@@ -96,7 +113,7 @@ def explain_traces(paths: Sequence[Path], useful: Useful | None = None, read: Re
         world_size=world_size,
         ranks=tuple(traces),
         missing_ranks=missing,
-        ending=f"{counted(len(steps), 'step')} of {counted(len(traces), 'trace')}",
+        ending=f"{counted(len(steps), 'step')} of {of_files(traces)}",
         metrics=(),
         evaluations=(),
         prediction=None,
@@ -111,7 +128,7 @@ def explain_traces(paths: Sequence[Path], useful: Useful | None = None, read: Re
         program=program,
         detail=case.detail if case is not None and has_details(steps) else None,
         advice=give_advice(case) if case is not None else (),
-        traces=tuple(str(trace.path) for trace in traces.values()),
+        traces=tuple(dict.fromkeys(str(trace.path) for trace in traces.values())),
     )
 
 
@@ -124,8 +141,44 @@ def useful_seconds(useful: Useful) -> float:
     return useful.flops_per_step / NODES[useful.gpu].device.peak_flops_per_s("bf16")
 
 
+def known_purposes(given: Mapping[str, str]) -> dict[str, Purpose]:
+    """The same, each of them a purpose of the step account."""
+    known: dict[str, Purpose] = {purpose: purpose for purpose in PURPOSES}
+    for name, purpose in given.items():
+        if purpose not in known:
+            near = closest(purpose, known)
+            nearest = f"--purpose {name}={near}" if near in known else f"one of {near}"
+            raise SettingError(f"--purpose {name}={purpose}", "is no purpose of a transfer", nearest)
+    return {name: known[purpose] for name, purpose in given.items()}
+
+
+def check_carriers(purposes: Mapping[str, Purpose], traces: Iterable[RankTrace]) -> None:
+    """Refuse a purpose of what no trace holds."""
+    # A kind of collective is shorter than the instructions of that kind.
+    carriers = sorted({name for trace in traces for name in trace.carriers}, key=lambda name: (len(name), name))
+    for name, purpose in purposes.items():
+        if name not in carriers:
+            near = closest(name, carriers[:NAMED])
+            nearest = f"--purpose {near}={purpose}" if near in carriers else f"one of {near}" if near else "none"
+            raise SettingError(f"--purpose {name}={purpose}", "names nothing that a trace holds", nearest)
+
+
+def of_files(traces: Mapping[int, RankTrace]) -> str:
+    """ "4 traces", or "8 devices in 2 traces"."""
+    files = len({trace.path for trace in traces.values()})
+    one_each = all(trace.place < 0 for trace in traces.values())
+    return counted(files, "trace") if one_each else f"{counted(len(traces), 'device')} in {counted(files, 'trace')}"
+
+
 def ranked(traces: Iterable[RankTrace]) -> tuple[dict[int, RankTrace], list[str]]:
     """Each rank's trace, by what it says itself, else by its file's name, else in the order given, with a note."""
+    traces = list(traces)
+    producers = {trace.producer: trace.path for trace in traces}
+    if len(producers) > 1:
+        (one, first), (two, other), *_ = producers.items()
+        raise SettingError(str(other), f"is of {two}, and {first} of {one}", "traces of one program")
+    if any(trace.place >= 0 for trace in traces):
+        return devices_ranked(traces)
     found: dict[int, RankTrace] = {}
     unnamed: list[RankTrace] = []
     for trace in traces:
@@ -143,6 +196,29 @@ def ranked(traces: Iterable[RankTrace]) -> tuple[dict[int, RankTrace], list[str]
         if len(found) > 1:
             notes.append(f"{trace.path.name} does not say its rank: taken for rank {rank}, by the order given.")
     return dict(sorted(found.items())), notes
+
+
+def devices_ranked(traces: Sequence[RankTrace]) -> tuple[dict[int, RankTrace], list[str]]:
+    """Every device of every file, in the order of their numbers, or, where files have the same ones, file by file.
+
+    With a note where a rank is not the device's number: JAX leaves gaps between those of two processes.
+    """
+    own: set[tuple[Path, int]] = set()
+    for trace in traces:
+        if (trace.path, trace.place) in own:
+            raise SettingError(str(trace.path), "is given twice", "each trace once")
+        own.add((trace.path, trace.place))
+    if len({trace.place for trace in traces}) == len(traces):
+        traces = sorted(traces, key=lambda trace: trace.place)
+    found = dict(enumerate(traces))
+    if all(rank == trace.place for rank, trace in found.items()):
+        return found, []
+    files: dict[Path, list[int]] = {}
+    for rank, trace in found.items():
+        files.setdefault(trace.path, []).append(rank)
+    alike = len({path.name for path in files}) < len(files)
+    told = [f"{ranks_text(ranks)} of {path if alike else path.name}" for path, ranks in files.items()]
+    return found, [f"Traces of JAX do not say their ranks, so devices are numbered in turn: {'; '.join(told)}."]
 
 
 def world_of(traces: Mapping[int, RankTrace]) -> int:
@@ -164,9 +240,12 @@ def program_of_traces(traces: Mapping[int, RankTrace], world_size: int, useful: 
     """What the traces, and who gave them, say of the program."""
     first = next(iter(traces.values()))
     one = first.path.name.removesuffix(".gz").removesuffix(".json")
+    folder = first.path.absolute().parent
+    if folder.parent.parts[-2:] == ("plugins", "profile"):
+        folder = folder.parents[2]
     device = useful.gpu if useful is not None else first.device
     return Program(
-        name=one if len(traces) == 1 else first.path.absolute().parent.name,
+        name=one if len(traces) == 1 else folder.name,
         trainer=first.producer,
         versions={},
         device=device or {"cpu": "cpu process", "cuda": "GPU"}.get(first.kind, "device"),
@@ -186,7 +265,13 @@ def of_rank(steps: Iterable[Step], rank: int) -> list[Step]:
 
 def as_rank(measured: MeasuredStep, rank: int) -> MeasuredStep:
     """A measured step of that rank, on a clock of its own."""
-    return msgspec.structs.replace(measured, rank=rank, host=f"rank {rank}")
+    alone = (measured.rank,)
+    transfers = tuple(
+        # Of whose peers nothing is known: it must not meet one of the rank that had this number.
+        msgspec.structs.replace(transfer, ranks=(rank,)) if transfer.ranks == alone else transfer
+        for transfer in measured.transfers
+    )
+    return msgspec.structs.replace(measured, rank=rank, host=f"rank {rank}", transfers=transfers)
 
 
 def notes_on_traces(traces: Mapping[int, RankTrace], missing: Sequence[int], *, whole: bool) -> list[str]:

@@ -3,8 +3,9 @@
 import msgspec
 
 from meshwright.plan.kept import BYTES, is_compiled, keep_block, keep_load, local_sequence, tokens_of, widths_of
+from meshwright.plan.kernels import has_kernels, keep_kernels, norm_bytes, passing_bytes, residual_width
 from meshwright.plan.part import Cut, Group, Part, Stage
-from meshwright.spec import SPLIT_BACKWARD, Job, Moment
+from meshwright.spec import SPLIT_BACKWARD, Job, LossKernel, Moment
 
 
 class Activations(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,18 +21,22 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     """What a stage keeps of one microbatch, and what it needs beside while a block runs again."""
     layout, tokens = job.layout, tokens_of(job)
-    size, split = BYTES[layout.precision], job.model.d_model / cut.tensor
+    size, split = BYTES[layout.precision], residual_width(job, cut)
+    kernels = has_kernels(job)
+    if layout.recompute == "selective":
+        kernels = job.trainer.selective == "all-but-scores"
+    keep = keep_kernels if kernels else keep_block
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
     mask = 0 if job.cluster.device.is_accelerator else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))
     kept, done, again, first_again, start = 0.0, 0.0, float("-inf"), 0.0, 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0
-        whole = keep_block(job, cut, dense=dense, selective=False) + size * mask
+        whole = keep(job, cut, dense=dense, selective=False) + size * mask
         if not start and (recomputed or layout.recompute == "selective"):
             first_again = whole
         if layout.recompute == "selective":
-            part = keep_block(job, cut, dense=dense, selective=True)
+            part = keep(job, cut, dense=dense, selective=True)
             kept, again, start = kept + count * part, max(again, whole - part), start + count
             continue
         inputs = min(max(0, recomputed - start), count)
@@ -42,8 +47,12 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
         start += count
     # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
     kept += mask if recomputed or layout.recompute == "selective" else 0
-    # A stage's output is there until its gradient comes back.
-    kept += tokens * (outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split))
+    if has_kernels(job):
+        kept += tokens * around_bytes(job, cut, stage)
+        again = max(again, done) + passing_bytes(job, cut)
+    else:
+        # A stage's output is there until its gradient comes back.
+        kept += tokens * (outside_bytes(job, cut, stage) + (0.0 if stage.head else size * split))
     kept += tables_bytes(job)
     put_off = put_off_bytes(job, cut, stage)
     if not put_off:
@@ -136,6 +145,14 @@ def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:
     return tokens + norms * BYTES[job.layout.precision] + (4 if rms else 8) / cut.tensor
 
 
+def around_bytes(job: Job, cut: Cut, stage: Stage) -> float:
+    """The same of a program that brings its own kernels: which numbers of the embedding were dropped, and the final
+    norm, whose output the head keeps; or what the stage has sent on, where that is not freed."""
+    sent = 0 if stage.head or not job.trainer.keeps_sent else BYTES[job.layout.precision] * residual_width(job, cut)
+    kept = sent + (8.0 + (residual_width(job, cut) if job.trainer.dropout else 0.0) if stage.root else 0.0)
+    return kept + (norm_bytes(job, cut) if stage.head else 0.0)
+
+
 def tables_bytes(job: Job) -> float:
     """cos and sin in fp32, or int64 positions, once for all blocks; for all sequences too, unless each counts from its
     own documents' starts."""
@@ -147,22 +164,39 @@ def tables_bytes(job: Job) -> float:
 
 
 def logits_bytes(job: Job) -> float:
-    """The loss's tensors of vocabulary width at their peak, in the backward pass through fp32 cross entropy.
+    """The loss's tensors of vocabulary width at their peak.
 
-    Eager: the saved log-probabilities, the gradient with respect to them, and the gradient with respect to the fp32
-    logits that is computed from both. (The forward pass holds less: logits, their fp32 copy, log-probabilities.)
+    Plain: in the backward pass through fp32 cross entropy, the saved log-probabilities, the gradient with respect to
+    them, and the gradient with respect to the fp32 logits that is computed from both. (The forward pass holds less:
+    logits, their fp32 copy, log-probabilities.)
     Compiled: the logits and their gradient, both in the compute precision; no fp32 copy is ever whole in memory. On
     an H200 the allocated peak of benchmarks/training_gpu.py less everything else leaves 3.8 bytes a logit.
+    In place: the logits and their fp32 copy, or the copy turned into the gradient and that in compute precision.
     """
-    # The first ranks of a vocabulary that does not divide have a row more.
-    vocabulary = -(-job.model.vocabulary // job.layout.tensor)
-    elements = tokens_of(job) * vocabulary
-    # The loss is compiled by itself.
-    compiled = job.cluster.device.is_accelerator
-    return float(elements * (2 * BYTES[job.layout.precision] if compiled else 3 * 4))
+    size = BYTES[job.layout.precision]
+    # Logits that ranks gather are there as they are sent, and as they came, beside what the loss makes of them.
+    gathered = (size if job.layout.tensor == 1 else 2 * size) if job.trainer.whole_logits else 0
+    return (
+        vocabulary_elements(job)
+        * {
+            "plain": 3 * 4.0 + gathered,
+            "compiled": 2.0 * size,
+            "in-place": size + 4.0,
+        }[loss_of(job)]
+    )
+
+
+def loss_of(job: Job) -> LossKernel:
+    """The trainer's, which is compiled by itself; on a CPU nothing is."""
+    return job.trainer.loss if job.cluster.device.is_accelerator else "plain"
+
+
+def vocabulary_elements(job: Job) -> int:
+    """Logits of a microbatch. The first ranks of a vocabulary that does not divide have a row more."""
+    ranks = 1 if job.trainer.whole_logits else job.layout.tensor
+    return tokens_of(job) * -(-job.model.vocabulary // ranks)
 
 
 def waiting_logits_bytes(job: Job) -> float:
-    """What the loss keeps of a microbatch whose backward pass is to come: logits, or log-probabilities in fp32."""
-    compiled = job.cluster.device.is_accelerator
-    return logits_bytes(job) * (1 / 2 if compiled else 1 / 3)
+    """What the loss keeps of a microbatch whose backward pass is to come: logits, or probabilities in fp32."""
+    return vocabulary_elements(job) * (BYTES[job.layout.precision] if loss_of(job) == "compiled" else 4.0)

@@ -3,7 +3,8 @@
 from math import prod
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.part import ROUTED, STATE_BYTES, build_stages, split_dim
+from meshwright.plan.kept import BYTES
+from meshwright.plan.part import ROUTED, STATE_BYTES, Groups, build_stages, split_dim
 from meshwright.spec import (
     Axis,
     Job,
@@ -36,6 +37,26 @@ def state_bytes(job: Job, held: int, tensors: int) -> MemoryAccount:
     moments = 0 if job.layout.offload == "optimizer" else 2 * STATE_BYTES * held
     states = moments + 4 * tensors if job.optimizer.name == "adamw" else 0
     return MemoryAccount(parameters=STATE_BYTES * held, gradients=STATE_BYTES * held, optimizer_states=states)
+
+
+def whole_bytes(job: Job, groups: Groups) -> MemoryAccount:
+    """The same of a program that keeps parameters whole in compute precision: with gradients as whole, and masters
+    and moments in fp32 that ranks divide."""
+    whole = groups.whole()
+    moments = 2 if job.optimizer.name == "adamw" else 0
+    return MemoryAccount(
+        parameters=float(BYTES[job.layout.precision] * whole),
+        gradients=float(job.trainer.gradient_bytes * whole),
+        optimizer_states=(1 + moments) * STATE_BYTES * divided_elements(job, groups),
+    )
+
+
+def divided_elements(job: Job, groups: Groups) -> float:
+    """Parameters that a rank's optimizer updates: of a flat row of numbers, cut evenly wherever a parameter ends."""
+    plain, routed = groups.whole() - groups.routed, groups.routed
+    if not job.trainer.splits_states:
+        return plain + routed
+    return plain / job.layout.parameter_shards + routed / job.layout.expert_shard
 
 
 def stage_shapes(model: ModelSpec, start: int, stop: int, *, pipeline: int) -> dict[str, tuple[int, ...]]:

@@ -109,6 +109,8 @@ def keep_block(job: Job, cut: Cut, *, dense: bool, selective: bool) -> float:
     rank's: who gets how many tokens cannot be known. A test holds all of it to the built model.
     """
     attention, plain = (products_attention, products_plain) if selective else (all_attention, all_plain)
+    if selective and job.trainer.selective == "half-products":
+        attention, plain = half_attention, half_plain
     kept, constant, experts = attention(job, cut), keep_load(cut, dense=dense), cut.model.experts
     if experts is None or dense:
         kept += plain(job, cut, cut.model.feed_forward)
@@ -249,3 +251,20 @@ def products_mixture(job: Job, cut: Cut, experts: Experts) -> Saved:
         saved += products_plain(job, cut, experts.shared * experts.feed_forward)
         saved += Saved(elements=0 if is_compiled(job) else 2 * split)
     return saved
+
+
+# --- The same, but of products each second one ------------------------------------------------------------------------
+
+
+def half_attention(job: Job, cut: Cut) -> Saved:
+    """The block's input D; queries and values, first and third product; attention's output; what ranks gathered, D."""
+    w = widths_of(job, cut)
+    kept = w.split + w.query + w.value + w.mixed
+    return Saved(elements=kept + (w.whole if cut.tensor > 1 else 0), wide=w.heads)
+
+
+def half_plain(job: Job, cut: Cut, columns: float) -> Saved:
+    """Gate, the fifth product; eager code also keeps the last, needed or not. What ranks gathered, D."""
+    model = cut.model
+    kept = columns / cut.tensor + (0 if is_compiled(job) else model.d_model / cut.tensor)
+    return Saved(elements=kept + (model.d_model if cut.tensor > 1 else 0))

@@ -7,15 +7,20 @@ from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
-from meshwright.plan.held import state_bytes
-from meshwright.plan.kept import BYTES
+from meshwright.plan.held import divided_elements, state_bytes, whole_bytes
+from meshwright.plan.kept import BYTES, tokens_of
+from meshwright.plan.kernels import residual_width
 from meshwright.plan.part import STATE_BYTES, Groups, Part, holds_whole
-from meshwright.spec import Job, Moment
+from meshwright.spec import AXES, Job, Moment
 
 # Device context with PyTorch's kernels, and NCCL's channels on top of it: 1.4 GB on one H200 and 3.3 GB on each of two
 # (memory account of benchmarks/training_gpu.py, `framework`, torch 2.11, 2026-11-22).
 CONTEXT_BYTES = 1.4e9
 NCCL_BYTES = 1.9e9
+# Of programs with kernels of their own: cuBLAS's, 32 MiB each for the threads of forward and backward passes, and as
+# much for Transformer Engine's. Megatron-Core's functional tests hold so much beside their states on Hopper and later
+# (its golden values, mem-allocated-bytes).
+WORKSPACE_BYTES = 3 * 32 * 2**20
 # Resident set of a training process before it has a model (memory account of examples/quickstart.toml, 2026-11-22,
 # torch 2.13), and what its peak holds beyond tensors: scratch of operators and the C library's arenas. 61 MB in
 # examples/first-run.toml, 95 MB in the quickstart.
@@ -23,6 +28,9 @@ CPU_PROCESS_BYTES = 289e6
 CPU_SCRATCH_BYTES = 80e6
 # Reserved by the caching allocator and not in use: 6 to 11% of the rest in the six runs of benchmarks/training_gpu.py.
 FRAGMENTATION_SHARE = 0.08
+# The same where states are allocated once and for all, and only the rest comes and goes: up to three quarters of those
+# runs. The upper end of what was measured, since one bad step is enough to run out.
+CHURN_SHARE = 0.15
 
 
 def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
@@ -32,21 +40,20 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     """
     frame = frame or build_frame(job)
     alive = frame.timetable.alive
-    account = max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
-    return msgspec.structs.replace(
-        account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
+    return with_framework(
+        job, max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
     )
 
 
 def predict_memories(job: Job, frame: Frame) -> tuple[MemoryAccount, ...]:
     """Bytes of every rank along pipeline, at its own peak."""
-    accounts = [held_bytes(job, part, frame.timetable.alive[part.rank]) for part in frame.parts]
-    return tuple(
-        msgspec.structs.replace(
-            account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
-        )
-        for account in accounts
-    )
+    alive = frame.timetable.alive
+    return tuple(with_framework(job, held_bytes(job, part, alive[part.rank])) for part in frame.parts)
+
+
+def with_framework(job: Job, held: MemoryAccount) -> MemoryAccount:
+    """What a rank holds, with the process and the allocator around it."""
+    return msgspec.structs.replace(held, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, held))
 
 
 def tell_apart(job: Job, frame: Frame) -> list[Part]:
@@ -81,11 +88,20 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount
     """What a rank along pipeline holds but for the framework and fragmentation."""
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
-    states = state_bytes(job, part.local, part.tensors)
     groups = part.groups
     activations, logits = peak_bytes(job, part, alive)
     routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
-    buffers = gathered_bytes(job, groups) + reduction_bytes(job, groups) + context_buffer_bytes(job, part.cut)
+    buffers = context_buffer_bytes(job, part.cut)
+    if job.trainer.gathers:
+        states = state_bytes(job, part.local, part.tensors)
+        buffers += gathered_bytes(job, groups) + reduction_bytes(job, groups)
+    else:
+        states = whole_bytes(job, groups)
+        buffers += boundary_bytes(job, part)
+    update = 0.0 if job.trainer.gathers else update_bytes(job, groups)
+    if update > activations + logits:
+        # The step is fullest where its optimizer runs, and activations are gone.
+        return msgspec.structs.replace(states, communication_buffers=boundary_bytes(job, part) + update)
     return msgspec.structs.replace(
         states,
         activations=activations,
@@ -125,15 +141,41 @@ def reduction_bytes(job: Job, groups: Groups) -> float:
     return float(in_flight + STATE_BYTES * kept)
 
 
+def update_bytes(job: Job, groups: Groups) -> float:
+    """What an optimizer of fp32 masters copies of gradients in compute precision: a rank's part in one row, and that in
+    fp32 (ZeRO-1 of DeepSpeed, stage_1_and_2.py)."""
+    size = BYTES[job.layout.precision]
+    if job.trainer.gradient_bytes > size:
+        return 0.0
+    return divided_elements(job, groups) * (size + STATE_BYTES)
+
+
+def boundary_bytes(job: Job, part: Part) -> float:
+    """What came last over each of a rank's stages' two ends: states and gradients of one microbatch.
+
+    Megatron-Core holds them from one step to the next: its functional tests' mem-allocated-bytes grow by so much with
+    each stage that a rank has.
+    """
+    if job.layout.pipeline == 1:
+        return 0.0
+    state = tokens_of(job) * residual_width(job, part.cut) * BYTES[job.layout.precision]
+    return 2 * len(part.stages) * state
+
+
 def framework_bytes(job: Job) -> float:
     """What the process holds outside the model."""
     if job.cluster.device.kind == "cpu":
         return CPU_PROCESS_BYTES
+    if not job.trainer.gathers:
+        # A communicator, with channels of its own, for each axis in use.
+        return WORKSPACE_BYTES + CONTEXT_BYTES + NCCL_BYTES * sum(job.layout.size(axis) > 1 for axis in AXES)
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
-def fragmentation_bytes(job: Job, held: float) -> float:
+def fragmentation_bytes(job: Job, held: MemoryAccount) -> float:
     """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
     if job.cluster.device.kind == "cpu":
         return CPU_SCRATCH_BYTES
-    return FRAGMENTATION_SHARE * held
+    if not job.trainer.gathers:
+        return CHURN_SHARE * (held.activations + held.logits + held.communication_buffers)
+    return FRAGMENTATION_SHARE * sum_held(held)

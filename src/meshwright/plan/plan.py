@@ -25,7 +25,7 @@ from meshwright.spec import Cluster, Job, Layout
 LISTED = 20
 
 PRECISION_NOTE = {
-    "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
+    "cuda": "constants measured on H200s, and held against published steps of A100s, H100s and GB200s",
     "rocm": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on AMD's GPUs",
     "tpu": "constants measured on NVIDIA's H200s, as shares of the datasheet: unproven on TPUs and XLA",
     "cpu": (
@@ -41,8 +41,8 @@ EXPERTS_NOTE = (
 )
 OFFLOAD_NOTE = "offloading: the host is assumed as fast as the one measured, and to have the memory (plan/rates.py)"
 FP8_NOTE = (
-    "fp8: the blocks' products reach the share of the fp8 peak that they reach of bf16's, the rest is as in bf16, and "
-    "turning numbers into fp8 takes no time: assumed, not measured"
+    "fp8: the blocks' products reach as much less of the fp8 peak, casts included, as torchtitan's published steps "
+    "say; the rest is as in bf16"
 )
 FP16_NOTE = "the device has no bf16: planned at its fp16 peak, for a trainer that has it"
 EAGER_NOTE = "backward passes cut in two run without compiling: how much slower that is on a GPU is assumed"

@@ -184,11 +184,15 @@ def recompute_block(
 
 
 def recompute_elementwise(job: Job, piece: Piece, passes: Passes) -> Piece:
-    """A block whose element-wise work runs again: compiled, inside the backward pass's fused kernels. Some trainers
-    repeat products besides; attention whose scores lie in memory is what the others repeat (arXiv:2205.05198)."""
-    again_s = job.trainer.repeated * (passes.reads_s + passes.reduces_s)
-    if job.trainer.attention in SCORE_PASSES:
-        return msgspec.structs.replace(piece, again_s=passes.attention_s)
+    """A block of which the trainer's selective policy runs a part again.
+
+    Element-wise work does so, compiled, inside the backward pass's fused kernels.
+    """
+    if job.trainer.selective == "all-but-scores":
+        scores = job.trainer.attention in SCORE_PASSES
+        return msgspec.structs.replace(piece, again_s=passes.attention_s if scores else 0.0)
+    products_s = passes.reads_s + passes.reduces_s
+    again_s = products_s / 2 if job.trainer.selective == "half-products" else 0.0
     if is_compiled(job):
         return msgspec.structs.replace(piece, backward_s=piece.backward_s + passes.elementwise_s, again_s=again_s)
     return msgspec.structs.replace(piece, again_s=passes.elementwise_s + again_s)

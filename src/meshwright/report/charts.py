@@ -20,6 +20,8 @@ BAR_HEIGHT = 44
 FEW_BARS = 8
 CLOSE_BAR_HEIGHT = 26
 AXES_HEIGHT = 68
+# Less of a bar is nothing that can be seen.
+LEAST_SHARE = 1e-6
 
 
 def loss_figure(explanation: Explanation) -> Figure | None:
@@ -146,7 +148,8 @@ def bar_trace(name: str, values: Sequence[float], bars: Sequence[str], totals: S
         "type": "bar",
         "orientation": "h",
         "name": name,
-        "x": list(values),
+        # What rounding left below zero would put the axis's begin there.
+        "x": [value if abs(share) > LEAST_SHARE else 0.0 for value, share in zip(values, shares, strict=True)],
         "y": list(bars),
         "marker": {"color": COLOURS[name]},
         "text": [f"{name} {share:.0%}" for share in shares],

@@ -35,9 +35,10 @@ def grids(explanation: Explanation, most: int) -> Iterable[Grid]:
         return
     cpu = explanation.program is not None and explanation.program.kind == "cpu"
     cpu = cpu or (explanation.job is not None and explanation.job.cluster.device.kind == "cpu")
+    xla = explanation.program is not None and explanation.program.kind == "xla"
     unit, least = time_unit(step.wall_s), WORTH_A_LINE * step.wall_s
     for grid in (
-        kernel_grid(detail, "operators" if cpu else "kernels", unit, most, step.wall_s),
+        kernel_grid(detail, "operators" if cpu else "instructions" if xla else "kernels", unit, most, step.wall_s),
         group_grid(detail, unit, most, least),
         gap_grid(detail, unit, most, least),
     ):
@@ -52,7 +53,7 @@ def kernel_grid(detail: StepDetail, things: str, unit: Unit, most: int, wall_s: 
         f"{things.capitalize()} by purpose",
         "Mean of ranks and steps; what runs at the same time counts for each.",
         ("purpose", "the one that takes most"),
-        (f"{unit.name} a step", "of a step", things),
+        (f"{unit.name} a step", "of a step", "count"),
         tuple(
             (
                 group.purpose,

@@ -97,6 +97,9 @@ def grid_table(grid: Grid) -> "Table":
     from rich.text import Text
 
     table = new_table(grid.title, grid.words, grid.numbers)
+    for column in table.columns[: len(grid.words)]:
+        # Names that are long tell enough by their begin.
+        column.no_wrap, column.overflow = True, "ellipsis"
     for row in grid.rows:
         # Names come from the program: never markup.
         table.add_row(*(Text(plain(cell)) for cell in row))
@@ -127,7 +130,7 @@ def comparison(title: str, kind: str, rows: Sequence[Row], unit: Unit, beside: S
         table.add_row(row.name, row.meaning, *cells, style=style)
 
     for row in rows:
-        add(row, f"{row.measured / whole:.1%}" if row.measured is not None and whole > 0 else "-")
+        add(row, f"{row.measured / whole:z.1%}" if row.measured is not None and whole > 0 else "-")
     predicted = total(rows, "predicted") if rows[0].predicted is not None else None
     measured = whole if rows[0].measured is not None else None
     add(Row("total", "all of the above", predicted, measured), "100%" if measured else "-", "bold")
@@ -187,11 +190,12 @@ def new_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> "Tabl
     """An empty table: words to the left, numbers to the right."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
-        title=title,
+        # A title may be longer than its table is wide.
+        title=Text(title, style="bold", no_wrap=True, overflow="ignore"),
         title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -200,7 +204,7 @@ def new_table(title: str, words: Sequence[str], numbers: Sequence[str]) -> "Tabl
     for word in words:
         table.add_column(word, overflow="fold")
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -222,7 +226,8 @@ def transferring(account: StepAccount) -> float:
 
 def number(value: float | None, unit: Unit) -> str:
     """A value in the table's unit."""
-    return f"{value / unit.size:,.1f}" if value is not None else "-"
+    # Without the sign of what rounds to zero.
+    return f"{value / unit.size:z,.1f}" if value is not None else "-"
 
 
 def gap(row: Row, unit: Unit) -> str:

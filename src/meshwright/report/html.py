@@ -19,7 +19,7 @@ from meshwright.report.charts import (
 )
 from meshwright.report.details import grids
 from meshwright.report.page import page_html
-from meshwright.report.parts import chart, grid_section, numbers, section, table, text, word
+from meshwright.report.parts import chart, grid_section, numbers, prose, section, table, text, word
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
     Row,
@@ -132,7 +132,7 @@ def found(explanation: Explanation) -> str:
     if not items:
         return section("What stands out", "Nothing: no cause takes enough of the step to be worth a sentence.")
     lines = "".join(
-        f'<li class="{kind}">{text(what)}<span class="soft">{text(evidence)}</span></li>'
+        f'<li class="{kind}">{prose(what)}<span class="soft">{text(evidence)}</span></li>'
         for what, evidence, kind in items
     )
     return section("What stands out", "", f"<ul>{lines}</ul>")
@@ -166,9 +166,8 @@ def loss_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
         nothing = "No loss was recorded." if explanation.metrics else "No step has been recorded yet."
         return section("Loss", nothing)
     figures["loss"] = figure
-    return section(
-        "Loss", "Training loss of each step, and held-out loss on documents never trained on.", chart("loss")
-    )
+    held_out = ", and held-out loss on documents never trained on" if explanation.evaluations else ""
+    return section("Loss", f"Training loss of each step{held_out}.", chart("loss"))
 
 
 def step_section(explanation: Explanation, figures: dict[str, Figure]) -> str:
@@ -295,7 +294,7 @@ def comparison_table(kind: str, rows: Sequence[Row], unit: Unit, beside: Sequenc
     )
     for row, kind_of_row in [*((row, "") for row in rows), (ends, "total"), *((row, "beside") for row in beside)]:
         known = row.measured is not None and whole > 0 and kind_of_row != "beside"
-        share = f"{(row.measured or 0.0) / whole:.1%}" if known else ""
+        share = f"{(row.measured or 0.0) / whole:z.1%}" if known else ""
         both = row.predicted is not None and row.measured is not None
         gap = f"{((row.predicted or 0.0) - (row.measured or 0.0)) / unit.size:+,.1f}" if both else "-"
         sides = (row.predicted, row.measured) if planned else (row.measured,)

@@ -1,5 +1,6 @@
 """The parts that a page is made of."""
 
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -11,6 +12,11 @@ from meshwright.report.details import Grid
 def text(words: object) -> str:
     """Text from anywhere, safe inside a tag and inside an attribute."""
     return escape(plain(str(words)), quote=True)
+
+
+def prose(words: str) -> str:
+    """The same of a sentence, the words of the account in it set apart."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text(words))
 
 
 def table(head: str, lines: Sequence[str]) -> str:
@@ -26,7 +32,7 @@ def word(name: str) -> str:
 
 def numbers(values: Sequence[float | None]) -> str:
     """Cells of numbers, a dash where there is none."""
-    return "".join(f'<td class="n">{"-" if value is None else f"{value:,.1f}"}</td>' for value in values)
+    return "".join(f'<td class="n">{"-" if value is None else f"{value:z,.1f}"}</td>' for value in values)
 
 
 def section(title: str, under: str, inner: str = "") -> str:

@@ -28,7 +28,7 @@ RUN_MEANINGS = {
     "rest of the steps": "the other buckets of the step account",
     "steps": "training steps (useful part not known)",
     "startup": "until the model is built and ready",
-    "compile": "torch.compile",
+    "compile": "a compiler at work: torch.compile, XLA",
     "evaluation": "held-out loss",
     "checkpoint": "saves outside the steps",
     "measurement": "profiling, outside the steps it describes",

@@ -75,7 +75,7 @@ from meshwright.spec.schedule import (
     stages_per_rank,
 )
 from meshwright.spec.stages import rank_flops, split_layers, stage_blocks, stage_costs
-from meshwright.spec.trainer import MESHWRIGHT, TRAINERS, Trainer
+from meshwright.spec.trainer import MESHWRIGHT, TRAINERS, LossKernel, Trainer
 from meshwright.spec.zoo import ZOO, NamedModel
 
 __all__ = [
@@ -107,6 +107,7 @@ __all__ = [
     "LatentAttention",
     "Layout",
     "Link",
+    "LossKernel",
     "Measured",
     "Message",
     "ModelSpec",

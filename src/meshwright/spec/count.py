@@ -79,7 +79,7 @@ def feed_forward_shapes(model: ModelSpec) -> Shapes:
 
 
 def expert_shapes(model: ModelSpec, experts: Experts) -> Shapes:
-    """Router and experts; those of one kind are one tensor, expert by expert along its first dim."""
+    """Router and experts, without biases; those of one kind are one tensor, expert by expert along its first dim."""
     d, f, x = model.d_model, experts.feed_forward, experts.count
     shared = experts.shared * f
     together: Shapes = {
@@ -87,12 +87,13 @@ def expert_shapes(model: ModelSpec, experts: Experts) -> Shapes:
         "feed_forward.shared.up.weight": (shared, d),
         "feed_forward.shared.down.weight": (d, shared),
     }
-    return {
+    shapes: Shapes = {
         "feed_forward.router.weight": (x, d),
         "feed_forward.experts.gate": (x, f, d),
         "feed_forward.experts.up": (x, f, d),
         "feed_forward.experts.down": (x, d, f),
     } | (together if shared else {})
+    return {name: shape for name, shape in shapes.items() if model.parts.gated or ".gate" not in name}
 
 
 def end_shapes(model: ModelSpec) -> tuple[Shapes, Shapes]:

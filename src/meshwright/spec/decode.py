@@ -210,7 +210,11 @@ def settle(table: Table) -> Job | SettingError:
     """The checked job of a table in which the layout alone is open, or why it is none."""
     global_batch = table.get("data", {}).get("global_batch")
     try:
-        layout = expand_layout(table.get("layout", {}), table["cluster"], global_batch)
+        section = dict(table.get("layout", {}))
+        if table.get("trainer", {}).get("gathers") is False:
+            # Its parameters lie whole: what else `zero` could mean, it does not do.
+            section.setdefault("zero", 1)
+        layout = expand_layout(section, table["cluster"], global_batch)
         job = convert(table | {"layout": layout}, Job)
         check_job(job)
     except SettingError as error:

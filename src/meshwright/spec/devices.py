@@ -150,7 +150,7 @@ ROWS = (
         fp8=1672,
         intra="nvlink-4",
         inter="infiniband-ndr",
-        source="torchtitan, arXiv:2410.06511: H100 with 96 GB of HBM2e and a cap of 500 W; peaks reckoned from it",
+        source="torchtitan, arXiv:2410.06511, 2024: 96 GB of HBM2e, a cap of 500 W; peaks reckoned from it",
     ),
     _row(
         "h100-pcie",

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-FamilyName = Literal["llama", "mistral", "qwen3", "gpt2", "mixtral", "qwen3-moe", "deepseek-v3"]
+FamilyName = Literal["llama", "mistral", "qwen3", "gpt2", "gpt2-moe", "mixtral", "qwen3-moe", "deepseek-v3"]
 
 
 class Family(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +35,8 @@ FAMILIES: dict[FamilyName, Family] = {
     "qwen3": Family(head_norms=True),
     # GPT-2, Radford et al. 2019.
     "gpt2": Family(norm="layer", positions="learned", gated=False, biases=True),
+    # The same with experts, as Megatron-Core builds it.
+    "gpt2-moe": Family(norm="layer", positions="learned", gated=False, biases=True, mixture=True, built=False),
     # Mixtral, arXiv:2401.04088; DeepSeek-V3, arXiv:2412.19437.
     "mixtral": Family(mixture=True),
     "qwen3-moe": Family(head_norms=True, mixture=True),
@@ -103,6 +105,7 @@ EXPERTS: SplitTable = {
     "blocks.*.feed_forward.shared.up": "column",
     "blocks.*.feed_forward.shared.down": "row",
 }
+PLAIN_EXPERTS: SplitTable = {name: word for name, word in EXPERTS.items() if not name.endswith(".gate")}
 # What only planning knows so far.
 LATENT: SplitTable = {
     "blocks.*.attention.query_down": "sequence",
@@ -116,6 +119,7 @@ SPLIT_TABLES: dict[FamilyName, SplitTable] = {
     "mistral": ENDS | ATTENTION | GATED,
     "qwen3": ENDS | ATTENTION | HEAD_NORMS | GATED,
     "gpt2": ENDS | LEARNED | ATTENTION | PLAIN,
+    "gpt2-moe": ENDS | LEARNED | ATTENTION | PLAIN_EXPERTS,
     "mixtral": ENDS | ATTENTION | EXPERTS,
     "qwen3-moe": ENDS | ATTENTION | HEAD_NORMS | EXPERTS,
     "deepseek-v3": ENDS | ATTENTION | LATENT | EXPERTS,

@@ -20,6 +20,7 @@ GPU_WORDS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("a100", "80gb", "pcie"), "a100-80-pcie"),
     (("h100", "pcie"), "h100-pcie"),
     (("h100", "nvl"), "h100-nvl"),
+    (("h100", "96gb", "hbm2e"), "h100-96"),
     (("h100", "80gb", "hbm3"), "h100"),
     (("h200", "nvl"), "h200-nvl"),
     (("h200",), "h200"),

@@ -187,6 +187,9 @@ def check_job(job: Job) -> None:
     check_split(job.layout, job.model, job.data.sequence)
     check_context(job.layout, job.model, job.data.sequence)
     check_expert(job.layout, job.model)
+    if job.layout.zero > 1 and not job.trainer.gathers and job.layout.parameter_shards > 1:
+        reason = f"{job.trainer.name} keeps parameters whole"
+        raise SettingError(f"layout.zero = {job.layout.zero}", reason, "layout.zero = 1")
     microbatches, own = job.layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
     check_schedule(job.layout, microbatches, job.model.layers, short=not own)
     if job.layout.offload != "none" and not job.cluster.device.is_gpu:

@@ -9,6 +9,12 @@ from meshwright.spec.errors import SettingError, closest
 # How attention's scores are treated: never whole in memory, by cuDNN's kernels or by FlashAttention 2 or 1; whole, with
 # masking and softmax as one kernel; or whole, an operator at a time.
 AttentionKernel = Literal["cudnn", "flash", "flash-1", "fused-softmax", "plain"]
+# How cross entropy treats logits: compiled, in compute precision; by torch's operators, in fp32; or by Megatron's over
+# a vocabulary that ranks divide, which turns one fp32 copy into the gradient in place.
+LossKernel = Literal["compiled", "plain", "in-place"]
+# What selective recomputing keeps: the results of matrix products, attention and transfers; of attention and of every
+# second product; or all but attention's scores.
+Selective = Literal["products", "half-products", "all-but-scores"]
 
 
 class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -20,12 +26,20 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     attention: its kernel.
     dropout: blocks drop activations, of attention's scores too, and keep what they dropped.
     sequence_parallel: along tensor, norms and residuals lie split over the sequence; else all ranks do all of them.
+    regathers: what lies split over the sequence and is gathered for a product is gathered once more in the backward
+        pass; else it is kept whole.
+    splits_experts: along tensor, ranks of an expert divide its matrices and are given all of its tokens; else each has
+        whole experts and its own tokens' copies.
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
-    repeated: of a block's matrix products, the share that selective recompute does again.
     fp8: of what bf16 products reach of their peak, what fp8 ones reach of theirs, casts and scales included.
     async_tensor: transfers along tensor that layout.async_tensor hides, of those that there is compute beside.
+    splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
+    loss: the kernel of cross entropy.
+    whole_logits: ranks of the tensor axis gather their parts of the logits, and each of them computes the whole loss.
+    selective: what of a block selective recomputing keeps.
+    keeps_sent: what a pipeline's stage has sent on stays until its gradient comes back.
     gradient_bytes: of a parameter's gradient where gradients are added up, and where they are reduced.
     one_port: a collective between nodes goes through one port of each node, where others use all.
     source: where all this is written down.
@@ -37,13 +51,19 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     attention: AttentionKernel = "cudnn"
     dropout: bool = False
     sequence_parallel: bool = True
+    regathers: bool = True
+    splits_experts: bool = False
     gathers: bool = False
     overlaps: bool = True
-    repeated: float = 0.0
     # Both from torchtitan's published steps of an 8B model (arXiv:2410.06511): in fp8 1.5 times as fast, not twice;
     # with async_tensor over 8 ranks 0.25 s shorter, of 0.58 s of transfers.
     fp8: float = 0.75
     async_tensor: float = 0.45
+    splits_states: bool = True
+    loss: LossKernel = "plain"
+    whole_logits: bool = False
+    selective: Selective = "all-but-scores"
+    keeps_sent: bool = False
     gradient_bytes: int = 4
     one_port: bool = False
     source: str
@@ -53,6 +73,8 @@ MESHWRIGHT = Trainer(
     name="meshwright",
     compiled=True,
     gathers=True,
+    loss="compiled",
+    selective="products",
     source="src/meshwright/parallel",
 )
 TRAINERS: dict[str, Trainer] = {
@@ -64,14 +86,16 @@ TRAINERS: dict[str, Trainer] = {
             compiled=True,
             attention="flash",
             gathers=True,
-            repeated=0.5,
-            source="arXiv:2410.06511: FSDP2, and selective recompute that keeps every second product",
+            selective="half-products",
+            source="arXiv:2410.06511; FSDP2 as in PyTorch's fully_shard; selective recomputing of each second product, "
+            "and the loss in fp32 by itself, as in pytorch/torchtitan of December 2024",
         ),
         Trainer(
             name="fsdp",
             attention="flash",
             fused_norms=True,
             gathers=True,
+            selective="products",
             source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
         ),
         Trainer(
@@ -89,6 +113,7 @@ TRAINERS: dict[str, Trainer] = {
             dropout=True,
             sequence_parallel=False,
             overlaps=False,
+            loss="in-place",
             gradient_bytes=2,
             source="arXiv:2104.04473, arXiv:2205.05198: fused softmax, gradients reduced after the last backward pass",
         ),
@@ -98,20 +123,37 @@ TRAINERS: dict[str, Trainer] = {
             dropout=True,
             sequence_parallel=False,
             overlaps=False,
+            loss="in-place",
+            keeps_sent=True,
             gradient_bytes=2,
-            source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass",
+            source="bigscience-workshop/Megatron-DeepSpeed: fused softmax, ZeRO-1 after the last backward pass; "
+            "DeepSpeed's pipeline keeps outputs",
+        ),
+        Trainer(
+            name="aleph-alpha-scaling",
+            fused_norms=False,
+            sequence_parallel=False,
+            regathers=False,
+            overlaps=False,
+            gradient_bytes=2,
+            whole_logits=True,
+            keeps_sent=True,
+            source="Aleph-Alpha/scaling: gradients in bf16, ZeRO-1 after the last backward pass, logits gathered whole",
         ),
         Trainer(
             name="nemo",
             compiled=True,
             fp8=0.88,
             async_tensor=0.9,
+            loss="in-place",
             gradient_bytes=2,
             source="NVIDIA's in mlcommons/training_results: delayed scaling in fp8, CUDA graphs, userbuffers",
         ),
         Trainer(
             name="megatron-core",
             compiled=True,
+            dropout=True,
+            loss="in-place",
             overlaps=True,
             source="NVIDIA Megatron-Core with Transformer Engine: fused kernels, distributed optimizer overlapped",
         ),

@@ -2,12 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
 from meshwright.spec import SettingError
-from meshwright.trace.wrapper import run_program
+from meshwright.trace.wrapper import check_program, run_program
 
 FLAGS = ("--keep-traces", "--help")
 
@@ -23,6 +23,14 @@ class Program(click.Command):
         return super().parse_args(ctx, [*args[:place], "--", *args[place:]])
 
 
+class Command(NamedTuple):
+    """What the command line asks for, which can be done."""
+
+    run: Path
+    options: dict[str, Any]
+    program: list[str]
+
+
 @click.command(cls=Program)
 # Not --run, which torchrun would take for the beginning of an option of its own.
 @click.option("--record", "run", required=True, type=click.Path(path_type=Path), help="Run folder to record into.")
@@ -35,17 +43,15 @@ class Program(click.Command):
 @click.option("--every-steps", type=int, help="A sample each so many steps instead; 0: none.")
 @click.option("--keep-traces", is_flag=True, help="Keep the profiler's traces in the run folder.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED)
-def main(run: Path, groups: tuple[str, ...], program: tuple[str, ...], **options: Any) -> None:
+def read_command(run: Path, groups: tuple[str, ...], program: tuple[str, ...], **options: Any) -> Command:
     """Run a PyTorch program unchanged and record it: [-m MODULE | SCRIPT] ARGUMENTS...
 
     Steps end where its first optimizer has stepped.
     """
     named = {group.rpartition("=")[0]: group.rpartition("=")[2] for group in groups}
-    try:
-        run_program(run, {**options, "groups": named, "first_step": 0, "trainer": words(program)}, list(program))
-    except SettingError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    command = Command(run, {**options, "groups": named, "first_step": 0, "trainer": words(program)}, list(program))
+    check_program(*command)
+    return command
 
 
 def words(program: tuple[str, ...]) -> str:
@@ -53,5 +59,20 @@ def words(program: tuple[str, ...]) -> str:
     return " ".join(program[:2]).removeprefix("-m ") if program[:1] == ("-m",) else " ".join(program[:1])
 
 
+def main() -> None:
+    """The command. What the program raises, an interruption among it, is its own: click sees nothing of it."""
+    try:
+        command = read_command.main(prog_name="python -m meshwright.trace", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SettingError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    # Else help was asked for, and given.
+    if isinstance(command, Command):
+        run_program(*command)
+
+
 if __name__ == "__main__":
-    main(prog_name="python -m meshwright.trace")
+    main()

@@ -41,15 +41,19 @@ class Background:
         self._lines.append((path, line))
 
     def do(self, name: str, job: Callable[[], None]) -> None:
-        """Do something that takes long, in a thread of its own."""
+        """Do something that takes long, in a thread of its own. Waits where another and one before it of its name are
+        not done: who asks for more than this machine can do is slowed down, and jobs do not pile up.
+        """
+        for thread in [thread for thread in self._jobs if thread.name == name][:-1]:
+            thread.join()
         self._jobs = [thread for thread in self._jobs if thread.is_alive()]
         thread = threading.Thread(target=job, name=name, daemon=True)
         self._jobs.append(thread)
         thread.start()
 
-    def busy(self, name: str) -> bool:
-        """Whether such a job is not done yet."""
-        return any(thread.name == name and thread.is_alive() for thread in self._jobs)
+    def busy(self, *names: str) -> bool:
+        """Whether a job of one of these names is not done yet."""
+        return any(thread.name in names and thread.is_alive() for thread in self._jobs)
 
     def settle(self, patience_s: float) -> None:
         """Wait until the jobs are done, or this long."""

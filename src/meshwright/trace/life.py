@@ -9,11 +9,13 @@ from meshwright.trace.told import Told
 
 # Steps share a span until this many seconds have passed, so that a long run stays a short file.
 FLUSH_S = 10.0
+# The name of the last moment.
+END = "end"
 
 
 class Moment(NamedTuple):
     """begin: a step begins, or goes on, after time that belongs to none (`name`: what that was). step: the step ends,
-    and another one begins. leave: the running step is left.
+    and another one begins. leave: the running step is left; at the end of all with END for a name.
 
     profiled: whether the step was; of a "begin", whether the profiler was stopped before it and not started.
     compiled_s: what torch.compile took in the step.
@@ -68,9 +70,11 @@ class Life:
             case "leave" if not self._inside:
                 self._outside_s = at_s
             case "leave":
+                # What follows the last whole step at the end of all is none.
+                until_s = self._since_s if moment.name == END else at_s
                 self._inside = False
-                self._had_s += at_s - self._since_s
-                self._flush(moment.step, at_s)
+                self._had_s += until_s - self._since_s
+                self._flush(moment.step, until_s)
                 self._outside_s = at_s
 
     def _begin(self, moment: Moment, at_s: float) -> None:

@@ -22,7 +22,7 @@ from meshwright.trace.clock import Clock, Mark
 from meshwright.trace.compiled import compile_seconds
 from meshwright.trace.facts import device_of
 from meshwright.trace.held import Holdings
-from meshwright.trace.life import Life, Moment
+from meshwright.trace.life import END, Life, Moment
 from meshwright.trace.meeting import Meeting
 from meshwright.trace.memory import peak_memory_bytes
 from meshwright.trace.options import Options
@@ -40,7 +40,7 @@ OUTSIDE = ("evaluation", "checkpoint")
 PATIENCE_S = 120.0
 # For the other ranks to tell what they counted; for that sample, where the program has not said that it ends.
 LAST_WORD_S = 5.0
-END = object()
+NO_BATCH = object()
 
 
 class Recording:
@@ -77,7 +77,7 @@ class Recording:
             lead=lead,
             counted=options.first_step + 1,
             countable=self._work.countable,
-            idle=lambda: not self._background.busy("sample"),
+            idle=lambda: every is not None or not self._background.busy("sample"),
             read=self._read_apart,
             fault=self._fault,
         )
@@ -131,8 +131,8 @@ class Recording:
         try:
             while True:
                 with self.input():
-                    batch = next(batches, END)
-                if batch is END:
+                    batch = next(batches, NO_BATCH)
+                if batch is NO_BATCH:
                     break
                 yield batch  # pyright: ignore[reportReturnType]
                 held += 1
@@ -209,7 +209,7 @@ class Recording:
         if self._closed or os.getpid() != self._process:
             return
         atexit.unregister(self._close)
-        self._try(self._leave)
+        self._try(lambda: self._leave(name=END))
         self._try(self._wind_up)
         self._state, self._closed = "over", True
         self._background.settle(PATIENCE_S if how else LAST_WORD_S)
@@ -227,14 +227,12 @@ class Recording:
         self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
     ) -> None:
         if error is not None:
-            self._fault(f"{type(error).__name__}: {error}")
+            self._fault(f"{type(error).__name__}: {error}".removesuffix(": "))
         self._close("finished" if kind is None else "")
 
     def _begin(self, name: str = "") -> None:
         first = self._state == "ready"
-        if first:
-            self._sampling.samples.begin()
-        elif self._state != "out":
+        if not first and self._state != "out":
             return
         self._state = "in"
         mark = self._clock.mark()
@@ -261,21 +259,20 @@ class Recording:
         self._ready = mark
         self._resolve()
 
-    def _leave(self, *, whole: bool = True) -> None:
-        """whole: the running step has not done anything yet."""
+    def _leave(self, *, whole: bool = True, name: str = "") -> None:
+        """whole: the running step has not done anything yet. name: END at the end of all."""
         if self._state != "in":
             return
         self._sampling.drop()
         self._holdings.drop()
         if not whole and self.number == self._watched_step:
             self._watched_step += 1
-        self._moments.append(Moment("leave", self._clock.mark(), self.number))
+        self._moments.append(Moment("leave", self._clock.mark(), self.number, name))
         self._state = "out"
         self._resolve()
 
     def _end_step(self) -> None:
         if self._state == "ready":
-            self._sampling.samples.begin()
             self._moments.append(Moment("begin", self._ready, self.number, self._before))
             self._state = "in"
         elif self._state != "in":
@@ -293,14 +290,10 @@ class Recording:
 
     def _begin_step(self, mark: Mark) -> None:
         """At a mark that has been noted."""
-        # One profiler may be stopped and the next one started between two steps.
-        while self._sampling.due(self.number):
+        if self._sampling.due(self.number):
             self._moments.append(Moment("leave", mark, self.number))
             closed = self._sampling.turn()
-            mark = self._clock.mark()
-            self._moments.append(Moment("begin", mark, self.number, "measurement", closed))
-            if not closed:
-                break
+            self._moments.append(Moment("begin", self._clock.mark(), self.number, "measurement", closed))
         if self.number == self._watched_step:
             self._holdings.open()
         self._sampling.step_begins()
@@ -320,8 +313,7 @@ class Recording:
         self._resolve()
 
     def _stepped(self, moment: Moment, step_s: float, at_s: float) -> None:
-        if not moment.profiled:
-            self._sampling.samples.took(step_s)
+        self._sampling.samples.took(step_s, profiled=moment.profiled, beside=self._background.busy("count", "sample"))
         if self.rank != 0 or moment.told is None:
             return
         line = moment.told.line(

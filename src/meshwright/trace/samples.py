@@ -1,7 +1,6 @@
 """Which steps are profiled: seldom enough that it costs next to nothing, and the same ones on every rank."""
 
 import math
-import time
 from collections import deque
 from statistics import median
 
@@ -21,8 +20,8 @@ USUAL_STEPS = 32
 class Samples:
     """The plan of one rank. `next` is the number of the next step to be profiled, -1 for none yet.
 
-    every: a sample each so many steps, or None: as often as `budget` (a share of the time) allows. Then rank 0 decides,
-    by what its samples cost, and the others hear of it; one who hears of it too late leaves that sample out.
+    every: a sample each so many steps, or None: as often as `budget` (a share of the steps' time) allows. Then rank 0
+    decides, by what its samples cost, and the others hear of it; one who hears of it too late leaves that sample out.
     """
 
     def __init__(self, meeting: Meeting, *, first: int, every: int | None, budget: float, lead: int) -> None:
@@ -30,7 +29,8 @@ class Samples:
         self._every = every
         self._budget = budget
         self._lead = lead
-        self._began_s = 0.0
+        # What steps took so far, and what it cost to profile some.
+        self._trained_s = 0.0
         self._spent_s = 0.0
         # Samples decided so far, and what rank 0 has still to tell, or another to hear, of the last.
         self._number = 0
@@ -39,10 +39,6 @@ class Samples:
         self._usual: deque[float] = deque(maxlen=USUAL_STEPS)
         self.next = first + FIRST_SAMPLE if every is None else self._regular(first + lead)
 
-    def begin(self) -> None:
-        """The steps begin: from now on time is counted."""
-        self._began_s = self._began_s or time.monotonic()
-
     def _regular(self, at_least: int) -> int:
         """Samples in the middle between multiples, so that they are not what happens every so many steps."""
         if not self._every:
@@ -50,9 +46,13 @@ class Samples:
         half = self._every // 2
         return half + self._every * max(0, math.ceil((at_least - half) / self._every))
 
-    def took(self, step_s: float) -> None:
-        """A step that was not profiled took so long."""
-        self._usual.append(step_s)
+    def took(self, step_s: float, *, profiled: bool, beside: bool) -> None:
+        """A step took so long; profiled, or beside the reading of a sample, which may slow it."""
+        self._trained_s += step_s
+        if beside and not profiled and self._usual:
+            self._spent_s += step_s - median(self._usual)
+        elif not profiled:
+            self._usual.append(step_s)
 
     def excess(self, steps_s: list[float]) -> float:
         """What steps took beyond others, seconds; 0 where no others are known."""
@@ -74,8 +74,8 @@ class Samples:
             self._waiting = True
             return
         # What the next one costs is as good as spent.
-        due_s = self._began_s + (self._spent_s + seconds) / self._budget
-        wait_s = max(due_s - time.monotonic(), SHORTEST_S, NOTICE_S)
+        due_s = (self._spent_s + seconds) / self._budget
+        wait_s = max(due_s - self._trained_s, SHORTEST_S, NOTICE_S)
         usual_s = max(median(self._usual) if self._usual else 1.0, 1e-6)
         self.next = running + max(math.ceil(wait_s / usual_s), NOTICE_STEPS) + self._lead
         self._untold = self._number, self.next

@@ -62,6 +62,8 @@ class Sampling:
         # Of the profilers that were stopped, whose steps the device may still be at: whether they counted.
         self._stopped: deque[bool] = deque()
         self._told_busy = False
+        # Whether the sample that is due was begun once and could not be finished.
+        self._dropped = False
 
     def open(self) -> None:
         """Take turns with the program's own profiler from now on; use ours once, for that may take seconds."""
@@ -103,7 +105,11 @@ class Sampling:
         return False
 
     def turn(self) -> bool:
-        """Open the profiler, or close it; whether it was closed."""
+        """Open the profiler, or close it; whether it was closed.
+
+        Never both between two steps. An annotation that one profiler saw begin, such as torch.profiler's own of a
+        step, must not end under the next: torch then writes into memory that it has freed (2.13).
+        """
         profiling = self._profiling
         if profiling is None:
             if self._counting:
@@ -120,7 +126,11 @@ class Sampling:
         counting, self._counting = self._counting, False
         if counting:
             self._counted = -1
+        else:
+            self._dropped = False
         self._stopped.append(counting)
+        if self.samples.next - self._lead == self._number:
+            self.samples.next += 1
         self._read(profiling, self._last, counting)
         return True
 
@@ -131,9 +141,14 @@ class Sampling:
             return
         self._end_annotation()
         self._turns.ours(profiling.stop)
+        profiling.let_go()
         if self._counting:
             self._counting, self._counted = False, self._number + 1
+        elif not self._dropped:
+            # Trainers evaluate when a step has ended: the next one is as good. Once, for some do so after each.
+            self._dropped, self.samples.next = True, self._number + 1 + self._lead
         else:
+            self._dropped = False
             self.samples.spent(self._number, 0.0)
 
     def step_begins(self) -> None:
@@ -161,7 +176,8 @@ class Sampling:
             self.samples.charge(paused_s)
             return 0.0
         excess_s = self.samples.excess(steps_s)
-        self.samples.spent(self._number, paused_s + excess_s)
+        # By how much a GPU is behind must not decide which step is next, or ranks would disagree.
+        self.samples.spent(max(self._number, self._last + 1 + self._lead), paused_s + excess_s)
         return excess_s
 
 

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -77,24 +78,42 @@ class Follower:
             print(f"meshwright: not recorded: {error}", file=sys.stderr)
 
 
-def run_program(run: Path, options: Mapping[str, Any], program: Sequence[str]) -> None:
-    """Run `-m module arguments...` or `script.py arguments...` as Python itself would, recorded into `run`.
-
-    Raises SettingError, before the program begins, where options, folder or program cannot be used.
-    """
-    module = program[1:2] if program[:1] == ["-m"] else []
+def check_program(run: Path, options: Mapping[str, Any], program: Sequence[str]) -> None:
+    """Raises SettingError where options, folder or program cannot be used."""
     if not program or program == ["-m"]:
-        raise SettingError(
-            "meshwright.trace", "is given no program", "--record runs/mine train.py, or -m package.train"
-        )
+        raise SettingError("meshwright.trace", "is given no program", "--record runs/mine train.py")
     check_options(RunFolder(run), options)
     check_folder(RunFolder(run))
-    if not module and not Path(program[0]).is_file():
+    if program[0] == "-m":
+        if not can_be_run(program[1]):
+            reason = "is no module that Python finds here and can run"
+            raise SettingError(f"-m {program[1]}", reason, "-m and a name that python -m would run, or a script's path")
+    elif not Path(program[0]).is_file():
         raise SettingError(program[0], "is no file", "the path of a Python script, or -m and the name of a module")
+
+
+def can_be_run(module: str) -> bool:
+    """Whether `python -m` would. What a package of it raises when it is imported is raised."""
+    try:
+        found = find_spec(module)
+        if found is not None and found.submodule_search_locations is not None:
+            found = find_spec(f"{module}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise
+        return False
+    except ValueError:
+        # An empty name, or a module that is running.
+        return False
+    return found is not None
+
+
+def run_program(run: Path, options: Mapping[str, Any], program: Sequence[str]) -> None:
+    """Run `-m module arguments...` or `script.py arguments...` as Python itself would, recorded into `run`."""
     with Follower(run, options):
-        if module:
-            sys.argv = [module[0], *program[2:]]
-            runpy.run_module(module[0], run_name="__main__", alter_sys=True)
+        if program[0] == "-m":
+            sys.argv = list(program[1:])
+            runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = list(program)
             # In place of the folder of this package's caller, as Python does for a script.

@@ -1,6 +1,5 @@
 """Reads a trace in a process of its own: a request on standard input, a reply on standard output. Loads no torch."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +11,14 @@ from meshwright.account import Purpose
 from meshwright.record.events import Step
 from meshwright.record.kineto.flops import Count, count_flops
 
-# Reading must not take a core from the training beside it.
+# Reading must not take a core from the training beside it, nor must the loading of what reads.
 NICENESS = 19
 # A trace of a step that is not read by then never will be.
 TIMEOUT_S = 600
-START = "import sys; sys.path.append({root!r}); from meshwright.record.kineto.apart import serve; serve()"
+START = (
+    "import os; os.nice({niceness}); import sys; sys.path.append({root!r}); "
+    "from meshwright.record.kineto.apart import serve; serve()"
+)
 
 
 class ReadStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -53,7 +55,7 @@ def read_apart(request: Request) -> Reply:
     try:
         # -P: not from the folder that the training was started in, where a module may have the name of one of ours.
         finished = subprocess.run(
-            [sys.executable, "-P", "-c", START.format(root=root)],
+            [sys.executable, "-P", "-c", START.format(niceness=NICENESS, root=root)],
             input=msgspec.json.encode(request),
             capture_output=True,
             timeout=TIMEOUT_S,
@@ -71,7 +73,6 @@ def read_apart(request: Request) -> Reply:
 
 def serve() -> None:
     """The child: answer one request."""
-    os.nice(NICENESS)
     request: Request = msgspec.json.decode(sys.stdin.buffer.read(), type=cast(type[Request], Request))
     sys.stdout.buffer.write(msgspec.json.encode(answer(request)))
 

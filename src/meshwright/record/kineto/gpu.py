@@ -10,6 +10,7 @@ import msgspec
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, clip, intersect, subtract, union
 from meshwright.record.kineto.marks import MessageSpan, message_spans, span, within
+from meshwright.record.kineto.peers import ELEMENT_BYTES, PLAIN, Groups, with_peers
 from meshwright.record.kineto.phases import Phases
 from meshwright.record.kineto.purposes import Sent, kind_of, purposes_of
 from meshwright.record.kineto.steps import HostStep, Slice
@@ -25,22 +26,9 @@ APART = ("optimizer", "recompute")
 # nine of ten of 87 kernels (torch 2.11, 2026-11-22).
 LAUNCH_LATENCY_S = 10e-6
 
-# Bytes of an element, by the names that NCCL's kernels have for types in a trace.
-ELEMENT_BYTES = {
-    **dict.fromkeys(("Byte", "Char", "Bool", "Float8_e4m3fn", "Float8_e5m2"), 1),
-    **dict.fromkeys(("Half", "BFloat16", "Short"), 2),
-    **dict.fromkeys(("Float", "Int"), 4),
-    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
-}
-
 # From one kernel's end to the begin of the next that is queued behind it: most take 2 us, nine in ten under 4 (6,000
 # pairs each of three programs on H200s, torch 2.11, 2026-11-23).
 START_S = 5e-6
-
-# NCCL's kernel SendRecv serves all-to-all too, which says what it is; other messages may go by no name at all.
-PLAIN = "send"
-
-Groups = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class DeviceStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,14 +83,15 @@ def gpu_step(
     phases: Phases,
     groups: Groups,
     named: Mapping[str, Purpose],
+    rank: int,
 ) -> GpuStep:
-    """What ran, what moved and what the device waited for in one step."""
+    """What ran, what moved and what the device waited for in one step. rank: -1 where it is not known."""
     during = phases.during
     kernels = [e for e in on_device.inside if not is_transfer(e)]
     moved = [e for e in on_device.inside if is_transfer(e)]
     sent = [sent_of(e, on_device, walk, groups) for e in moved]
     messages = [m for m in message_spans(events.marks) if m.what != "take" or m.number < 0]
-    sent = with_peers([with_ends(one, messages) for one in sent], groups)
+    sent = with_peers([with_ends(one, messages) for one in sent], walk.records, groups, rank)
     transfers = numbered(
         [
             Transfer(
@@ -180,23 +169,6 @@ def with_ends(sent: Sent, messages: Sequence[MessageSpan]) -> Sent:
         return sent
     message = messages[at]
     return msgspec.structs.replace(sent, ends=(message.source, message.target), number=message.number)
-
-
-def with_peers(sent: Sequence[Sent], groups: Groups) -> list[Sent]:
-    """Messages whose ends the trace does not name: between two ranks, their number tells which meet.
-
-    Among more ranks nothing does, so that such a message meets none, and the wait for it cannot be told from it.
-    """
-    everybody = max((ranks for _, ranks in groups.values()), key=len, default=())
-    count = 0
-    found: list[Sent] = []
-    for one in sent:
-        if one.kind == PLAIN and one.ends is None:
-            count += 1
-            meeting = everybody if len(everybody) == 2 else ()
-            one = msgspec.structs.replace(one, ranks=one.ranks if len(one.ranks) == 2 else meeting, number=count)
-        found.append(one)
-    return found
 
 
 def host_operators(step: HostStep, events: Slice, phases: Sequence[Interval]) -> list[Interval]:

@@ -18,7 +18,12 @@ from meshwright.record.kineto.walk import Walk
 SYNCHRONIZING = (
     *(f"{maker}{what}Synchronize" for maker in ("cuda", "hip") for what in ("Stream", "Device", "Event")),
     *("cudaMemcpy", "hipMemcpy", "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+    # What an allocator that runs out of memory calls.
+    *("cudaFree", "hipFree"),
 )
+# Of copies that are launched: into memory that is not pinned the call returns once the copy has been made (CUDA runtime
+# API, "API synchronization behavior").
+TO_HOST, PAGEABLE = "Memcpy DtoH", "Pageable"
 # Python between two operators takes microseconds; what takes longer than this does something else than train.
 PAUSE_S = 1e-3
 # Of a step: enough to see a pattern.
@@ -44,7 +49,11 @@ def host_work(slices: Sequence[Slice], walks: Sequence[Walk], begin_s: float, en
     """What the host did between two moments, of the slices of a trace that hold them."""
     calls = [call for one in slices for call in one.calls]
     marks = [mark for one in slices for mark in one.marks]
-    *earlier, own = [[span(c) for c in one.calls if c.name in SYNCHRONIZING] for one in slices]
+    copies = (e for one in slices for e in one.device if e.name.startswith(TO_HOST) and PAGEABLE in e.name)
+    blocking = {copy.args.correlation for copy in copies} - {-1}
+    *earlier, own = [
+        [span(c) for c in one.calls if c.name in SYNCHRONIZING or c.args.correlation in blocking] for one in slices
+    ]
     # Of the step before only the last: what the others cost was lost there.
     last = sorted((s for waits in earlier for s in waits), key=lambda s: s[1])[-1:]
     waits = sorted([*last, *own], key=lambda s: s[1])

@@ -35,6 +35,11 @@ TWICE = "Gradients of gradients are taken: what a backward pass computes again b
 NO_LEAD = "The trace holds one step alone, so that what the device still had to do before it counts as its own."
 
 
+def clock_s(trace: Trace) -> float:
+    """What measured steps' times are later by than the trace's own."""
+    return trace.base_s % CLOCK_S
+
+
 def measure_trace(
     trace: Trace,
     *,
@@ -55,7 +60,7 @@ def measure_trace(
     found, notes = find_steps(trace, last)
     if not found:
         return [], [*notes, NOT_FOUND]
-    reader = Reader(trace, found, purposes or {})
+    reader = Reader(trace, found, purposes or {}, trace.rank if rank is None else rank)
     on_gpu = bool(reader.device(0, 0)) or bool(trace.within(-ENDLESS, ENDLESS, DEVICE))
     wanted = range(len(found)) if not on_gpu or len(found) == 1 else [i for i, s in enumerate(found) if s.led]
     if on_gpu and len(found) == 1 and not found[0].led:
@@ -76,15 +81,15 @@ def measure_trace(
         )
         detail = msgspec.structs.replace(detail, groups=group_transfers(reader.sent, measured))
         measured = msgspec.structs.replace(measured, expert_rows=rows)
-        steps.append(Step(measured=later(measured, trace.base_s % CLOCK_S), detail=detail))
+        steps.append(Step(measured=later(measured, clock_s(trace)), detail=detail))
     return steps, [*notes, *sorted(reader.notes)]
 
 
 class Reader:
     """A trace on its way to steps: its slices are made as they are needed and let go."""
 
-    def __init__(self, trace: Trace, steps: Sequence[HostStep], named: Mapping[str, Purpose]) -> None:
-        self.trace, self.steps, self.named = trace, steps, named
+    def __init__(self, trace: Trace, steps: Sequence[HostStep], named: Mapping[str, Purpose], rank: int) -> None:
+        self.trace, self.steps, self.named, self.rank = trace, steps, named, rank
         self.notes: set[str] = set()
         self.sent: list[Sent] = []
         self._slices: deque[tuple[int, Slice, Walk]] = deque(maxlen=KEPT)
@@ -121,7 +126,7 @@ class Reader:
         events, walk = around[-1]
         phases = phases_of(events.marks, walk, step)
         self.note(walk, phases)
-        made = gpu_step(step, on_device, events, walk, phases, self.trace.groups, self.named)
+        made = gpu_step(step, on_device, events, walk, phases, self.trace.groups, self.named, self.rank)
         self.sent = made.sent
         slices, walks = [events for events, _ in around], [walk for _, walk in around]
         return made.timeline, device_detail(made, on_device, slices, walks), expert_rows(events.marks, phases.during)

@@ -57,9 +57,14 @@ def phases_of(marks: Sequence[Event], walk: Walk, step: HostStep) -> Phases:
 def updating(marks: Sequence[Event], sharding: Sequence[Event], walk: Walk) -> list[Interval]:
     """When parameters are updated: from the end of the backward pass, since what follows it is done to gradients.
 
-    The gradients' norm, clipping, and the scaler's checks.
+    The gradients' norm, clipping, and the scaler's checks. An optimizer that is given a closure, as by Lightning, makes
+    both passes within its step, of which what comes after them is the update.
     """
-    found = [span(m) for m in marks if m.name.startswith(OPTIMIZER)]
+    nodes = [end for _, end in walk.backward]
+    found: list[Interval] = []
+    for start, end in (span(m) for m in marks if m.name.startswith(OPTIMIZER)):
+        position = bisect_right(nodes, end) - 1
+        found.append((max(start, nodes[position]) if position >= 0 else start, end))
     # What DistributedDataParallel and FSDP do at the end of the backward pass belongs to it.
     settling = [span(m) for m in sharding if "backward" in m.name]
     ends = sorted(end for _, end in (*walk.backward, *walk.reducing, *settling))

@@ -64,8 +64,9 @@ class Walk:
     accumulating: in nodes that keep a parameter's gradient, where DistributedDataParallel reduces them;
     functional: in functional collectives, DTensor's; reducing: in its reducer's operators, active: in any operator, by
     thread. autograd: threads that nodes ran on. names: of operators, by what names them in kernels they launched;
-    records: of collectives. compiled: backward passes of compiled regions ran. twice: gradients were recorded
-    throughout the backward pass, so that recompute could not be told apart.
+    records: of collectives. compiled: backward passes of compiled regions ran. twice: a node of the backward pass
+    computed, and all that it computed records gradients, so that what is differentiated again could not be told from
+    what is run again.
     """
 
     def __init__(self, operators: Mapping[str, Sequence[Event]]) -> None:

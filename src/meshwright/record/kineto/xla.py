@@ -17,7 +17,7 @@ from meshwright.record.detail import HostCause, StepDetail
 from meshwright.record.events import Step
 from meshwright.record.kineto.trace import Event, Trace
 from meshwright.record.kineto.xla_detail import longest_gaps, transfer_groups, untold_note
-from meshwright.record.kineto.xla_ops import DeviceWork, Op, device_work, kernel_groups, purpose_of
+from meshwright.record.kineto.xla_ops import DeviceWork, Op, device_work, kernel_groups, platform_of, purpose_of
 from meshwright.record.timeline import Timeline, book, numbered
 from meshwright.spec import SettingError
 
@@ -49,9 +49,14 @@ class HostSide(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class XlaSteps(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps by device, each device's in order, and what a reader must know about them."""
+    """Steps by device, each device's in order, and what a reader must know about them.
+
+    platform: what the devices are. collectives: by which a purpose can be given, instructions and their kinds.
+    """
 
     devices: dict[int, list[Step]]
+    platform: str
+    collectives: frozenset[str]
     notes: tuple[str, ...]
 
 
@@ -99,7 +104,8 @@ def measure_xla_trace(
             "No annotation of the trace is around waiting for a batch, so that such waiting counts as `host`: "
             'jax.profiler.TraceAnnotation("input") around it tells them apart.'
         )
-    return XlaSteps(devices=devices, notes=tuple(notes))
+    collectives = frozenset(name for done in work.values() for op in done.ops if op.kind for name in (op.name, op.kind))
+    return XlaSteps(devices=devices, platform=platform_of(events), collectives=collectives, notes=tuple(notes))
 
 
 class Told(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from meshwright.account.intervals import Interval
 from meshwright.record.detail import KernelGroup
 from meshwright.record.kineto.trace import Event
 
-DEVICE = re.compile(r"/device:\w+:(\d+)")
+DEVICE = re.compile(r"/device:(\w+):(\d+)")
 # Names of XLA's instructions, ended by -start and -done where the transfer goes on between the two.
 COLLECTIVE = re.compile(
     r"(all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
@@ -114,10 +114,16 @@ def in_executions(
 def device_of(event: Event) -> int | None:
     """The device that an event ran on: by its process's name, or on a CPU, whose devices share one, by its argument."""
     if match := DEVICE.match(event.process):
-        return int(match[1])
+        return int(match[2])
     if event.args.device >= 0:
         return event.args.device
     return 0 if event.args.hlo else None
+
+
+def platform_of(events: Sequence[Event]) -> str:
+    """What the devices are, as XLA calls them: GPU, TPU; those of a CPU have no processes of their own."""
+    found = next((match[1] for event in events if (match := DEVICE.match(event.process))), "CPU")
+    return f"{found} device"
 
 
 def launches(events: Sequence[Event]) -> tuple[dict[int, float], dict[int, float]]:
