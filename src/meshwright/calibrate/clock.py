@@ -26,12 +26,13 @@ TRIALS = 2
 
 class Clock(msgspec.Struct, frozen=True, kw_only=True):
     """device: that work runs on. share_s: how long to repeat a piece of it, in which MOST_REPEATS are enough.
-    begun_s: of time.monotonic(), when the first was measured.
+    begun_s: of time.monotonic(), when the first was measured. sharing: ranks that take turns on a core of a CPU.
     """
 
     device: torch.device
     share_s: float
     begun_s: float
+    sharing: float = 1.0
 
     def measure(
         self,
@@ -50,9 +51,8 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
         before, after: what goes around each repeat, untimed. on_host: until the call returns, whatever the device
         still has to do then.
         """
-        # What one thread computes is timed by the processor that it had, not by what others left of it.
         alone = self.device.type == "cpu" and ranks == 1
-        timer = time.process_time if alone and torch.get_num_threads() == 1 else time.perf_counter
+        timer = self.count_own_seconds if alone and torch.get_num_threads() == 1 else time.perf_counter
         self.repeat(run, 1, before, after, timer, on_host=True)
         # The second time nothing is compiled, loaded or allocated any more.
         spent_s = time.monotonic() - self.begun_s
@@ -115,6 +115,10 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
                 after()
         self.settle()
         return [start.elapsed_time(end) / 1e3 / inner for start, end in events]
+
+    def count_own_seconds(self) -> float:
+        """Of one thread: by the processor that it had, not by what other programs left of it."""
+        return time.process_time() * self.sharing
 
     def settle(self) -> None:
         """Wait until the device has done what it was given."""

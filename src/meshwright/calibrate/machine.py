@@ -39,9 +39,11 @@ def measure_machine(request: Request, device: torch.device) -> Calibration:
     torch.manual_seed(0)
     cluster = request.cluster
     # As training shares the cores, on a GPU's host those of parameters that are offloaded.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // cluster.devices_per_node))
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // cluster.devices_per_node))
     sizes = sizes_for(cluster.device, quick=request.quick)
-    clock = Clock(device=device, share_s=sizes.share_s, begun_s=time.monotonic())
+    sharing = max(1.0, cluster.devices_per_node / cores) if device.type == "cpu" else 1.0
+    clock = Clock(device=device, share_s=sizes.share_s, begun_s=time.monotonic(), sharing=sharing)
     figures: list[Figure] = []
     missing: list[str] = []
     for name, measure in parts_of(clock, sizes, cluster.devices_per_node):
