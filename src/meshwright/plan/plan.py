@@ -12,9 +12,10 @@ from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memory
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
-from meshwright.plan.search import axes_in_use, search_layouts
+from meshwright.plan.search import TIE, search_layouts
+from meshwright.plan.space import axes_in_use
 from meshwright.plan.time import predict_step, share_machine
-from meshwright.plan.verdict import TIE, explain_verdict
+from meshwright.plan.verdict import explain_verdict
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
 

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import msgspec
 
 from meshwright.plan.fit import gb
+from meshwright.plan.search import TIE
 from meshwright.plan.time import share_machine
 from meshwright.record import Prediction
 from meshwright.spec import Job
-
-# Predicted step times closer than this are a tie: the simpler layout comes first.
-TIE = 0.01
 
 
 def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction]) -> str:
