@@ -14,6 +14,11 @@ from meshwright.plan.rates import rates_of
 from meshwright.plan.work import Copies, Does, Piece, Pieces
 from meshwright.spec import SPLIT_BACKWARD, Job, held_stages, stages_per_rank
 
+# Of a microbatch's passes, what the forward pass is at the least: where all of it is done again.
+FORWARD = 1 / 4
+# Stages are not all equal: those that a microbatch comes through first may take this share of their part.
+EVEN = 0.9
+
 
 def count_pieces(job: Job, cut: Cut, pieces: Pieces) -> list[tuple[int, Piece]]:
     """How many of each piece the whole model has; the head is the last."""
@@ -49,17 +54,17 @@ def compute_seconds(job: Job, cut: Cut, pieces: Pieces) -> tuple[float, float]:
 def bound_passes(job: Job, microbatches: int, whole_s: float, block_s: float) -> float:
     """A step's passes, of so many microbatches that take the whole model `whole_s` each, and a block `block_s`.
 
-    Along a pipeline some rank has its share of blocks or more. Where it holds one stage, it begins when the first
-    microbatch has come through the stages before it, and the last one's gradient goes back through them: of stages
-    that sum up to `whole_s` the worst of these is least if each is a microbatch's part shorter than the one before.
+    Along a pipeline some rank has its share of blocks or more. The last one begins when the first microbatch has come
+    through a stage of each rank before it, and where it does not put off the gradients of weights, the last one's
+    gradient goes back through as many when it ends.
     """
-    ranks = job.layout.pipeline
+    ranks, layers = job.layout.pipeline, job.model.layers
     if ranks == 1:
         return microbatches * whole_s
-    bound_s = max(microbatches * whole_s / ranks, microbatches * ceil(job.model.layers / ranks) * block_s)
-    if stages_per_rank(job.layout) > 1:
-        return bound_s
-    return max(bound_s, whole_s / (1 - (1 - 1 / microbatches) ** ranks))
+    passed_s = EVEN * whole_s * (ranks - 1) / (ranks * stages_per_rank(job.layout))
+    if job.layout.schedule in SPLIT_BACKWARD:
+        passed_s *= FORWARD
+    return max(microbatches * whole_s / ranks + passed_s, microbatches * ceil(layers / ranks) * block_s)
 
 
 def bound_shared(job: Job, cut: Cut, pieces: Pieces, microbatches: int) -> float:

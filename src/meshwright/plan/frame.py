@@ -12,14 +12,15 @@ Peaks = dict[int, tuple[float, float]]
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """parts: of each rank along pipeline. pieces, peaks: where candidates of a search share them; what of peaks is not
-    known yet is added."""
+    """parts: of each rank along pipeline. pieces, peaks, apart: where candidates of a search share them; what of peaks
+    is not known yet is added. apart: places of the parts that could be the fullest."""
 
     cut: Cut
     parts: tuple[Part, ...]
     timetable: Timetable
     pieces: Pieces | None = None
     peaks: Peaks | None = None
+    apart: tuple[int, ...] = ()
 
 
 def build_frame(job: Job) -> Frame:

@@ -49,16 +49,7 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
 
 def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> Timetable:
     """The timetable of a step of `microbatches` on each rank, no more than `rounds` of them in the table."""
-    per_round = layout.pipeline
-    if layout.schedule in ("interleaved", "zero-bubble"):
-        per_round = microbatches // max(1, microbatches // layout.pipeline)
-    repeats = max(0, microbatches // per_round - rounds)
-    if layout.schedule == "gpipe":
-        # Every microbatch is alive at once, however many there are.
-        repeats = 0
-    if layout.pipeline == 1:
-        # One after another.
-        repeats = microbatches - 1
+    per_round, repeats = split_rounds(layout, microbatches, rounds)
     shortened = microbatches - repeats * per_round
     table = build_schedule(layout, shortened)
     alive = tuple(fullest_moments(rank) for rank in table)
@@ -72,6 +63,21 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
         alive=alive,
         emptier=(False, *covered),
     )
+
+
+def split_rounds(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> tuple[int, int]:
+    """Microbatches of a round, and how many rounds are left out of the table."""
+    per_round = layout.pipeline
+    if layout.schedule in ("interleaved", "zero-bubble"):
+        per_round = microbatches // max(1, microbatches // layout.pipeline)
+    repeats = max(0, microbatches // per_round - rounds)
+    if layout.schedule == "gpipe":
+        # Every microbatch is alive at once, however many there are.
+        repeats = 0
+    if layout.pipeline == 1:
+        # One after another.
+        repeats = microbatches - 1
+    return per_round, repeats
 
 
 def step_of(action: Action, microbatches: int) -> Step:

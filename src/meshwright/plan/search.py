@@ -18,9 +18,9 @@ from meshwright.plan.compute import has_known_peak
 from meshwright.plan.fit import Rejected, fit_recompute, reject_memory, with_layout
 from meshwright.plan.frame import Frame, Peaks
 from meshwright.plan.kept import is_compiled
-from meshwright.plan.memory import predict_memory
-from meshwright.plan.part import Cut, Part, build_parts, cut_model
-from meshwright.plan.replay import Timetable, build_timetable
+from meshwright.plan.memory import predict_memory, tell_apart
+from meshwright.plan.part import Cut, Part, Stage, build_parts, build_stages, cut_model
+from meshwright.plan.replay import Timetable, build_timetable, split_rounds
 from meshwright.plan.space import MOST_EXPERT_RANKS, Space
 from meshwright.plan.time import share_machine
 from meshwright.plan.work import Pieces, build_pieces
@@ -44,6 +44,8 @@ from meshwright.spec import (
 
 # Predicted step times closer than this are a tie: the simpler layout comes first.
 TIE = 0.01
+# By how much of itself a bound is taken to grow with each level.
+LOOSE = 0.06
 # So many of the best are looked for, and of each of these axes the best with it.
 MOST = 10
 # Grids that are tried for one with an axis that none of the best has.
@@ -68,9 +70,12 @@ class Shared:
         self.job = job
         self.known = known
         self._cuts: dict[tuple[object, ...], Cut] = {}
+        self._tables: dict[tuple[object, ...], Timetable] = {}
         self._timetables: dict[tuple[object, ...], Timetable] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._pieces: dict[tuple[object, ...], Pieces] = {}
+        self._stages: dict[tuple[object, ...], list[Stage]] = {}
+        self._apart: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._peaks: dict[tuple[object, ...], Peaks] = {}
         self._placements: dict[tuple[object, ...], tuple[object, ...]] = {}
 
@@ -88,13 +93,19 @@ class Shared:
         microbatches = layout.accumulation(job.data.global_batch)
         order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
         if order not in self._timetables:
-            self._timetables[order] = build_timetable(layout, microbatches)
+            self._timetables[order] = self.timetable(layout, microbatches)
         # Stages are balanced by what their blocks recompute too.
         stages = (*order, layout.recomputed_layers(job.model.layers), layout.stage_layers)
         divided = (layout.context, layout.context_form, layout.tensor, layout.expert)
         split = (*stages, *divided, layout.shard)
         if split not in self._parts:
-            self._parts[split] = build_parts(job, cut=self.cut(job))
+            if stages[:3] + stages[4:] not in self._stages:
+                self._stages[stages[:3] + stages[4:]] = build_stages(job)
+            held = self._stages[stages[:3] + stages[4:]]
+            self._parts[split] = build_parts(job, cut=self.cut(job), stages=held)
+        if stages not in self._apart:
+            whole = Frame(cut=self.cut(job), parts=self._parts[split], timetable=self._timetables[order])
+            self._apart[stages] = tuple(part.rank for part in tell_apart(job, whole))
         # What is kept between passes does not depend on how parameters are shared.
         kept = (*stages, *divided, layout.microbatch, layout.recompute, self.machine(layout))
         return Frame(
@@ -103,7 +114,17 @@ class Shared:
             timetable=self._timetables[order],
             pieces=self.pieces(job, self.sharing(layout)) if self.known else None,
             peaks=self._peaks.setdefault(kept, {}),
+            apart=self._apart[stages],
         )
+
+    def timetable(self, layout: Layout, microbatches: int) -> Timetable:
+        """The layout's timetable; of steps that repeat more rounds or fewer, the table is the same."""
+        per_round, repeats = split_rounds(layout, microbatches)
+        shortened = microbatches - repeats * per_round
+        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, shortened, per_round)
+        if key not in self._tables:
+            self._tables[key] = build_timetable(layout, microbatches)
+        return msgspec.structs.replace(self._tables[key], repeats=repeats)
 
     def machine(self, layout: Layout) -> int:
         """What tells apart the shares that ranks have of a machine."""
@@ -136,12 +157,20 @@ class Shared:
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """Layouts that have something in common, and their bound. level: how much; place: for ties."""
+    """Layouts that have something in common, and their bound. level: how much; place: for ties. turn_s: what decides
+    whose turn it is: the bound, and more of it the less is known, so that some layouts are soon found."""
 
-    bound_s: float
+    turn_s: float
     place: int
+    bound_s: float
     level: int
     layout: Layout
+
+
+def build_node(bound_s: float, place: int, level: int, layout: Layout) -> Node:
+    """A node with its turn."""
+    turn_s = bound_s * (1 + LOOSE * (len(LEVELS) - 1 - level))
+    return Node(turn_s=turn_s, place=place, bound_s=bound_s, level=level, layout=layout)
 
 
 class Search:
@@ -167,6 +196,7 @@ class Search:
         self.leading = ""
         self._leaders: dict[str, float] = {}
         self._nodes = 0
+        self._seen: set[Layout] = set()
         self._rejected: set[Layout] = set()
         self._fitting: dict[Layout, list[tuple[int, Recompute | int]]] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
@@ -215,8 +245,7 @@ class Search:
     def search_ranks(self, ranks: int) -> None:
         """Every grid and manner on so many ranks, the most promising first."""
         nodes = [
-            Node(bound_s=self.bound_grid(layout), place=place, level=0, layout=layout)
-            for place, layout in enumerate(self.manners(ranks))
+            build_node(self.bound_grid(layout), place, 0, layout) for place, layout in enumerate(self.manners(ranks))
         ]
         self._nodes = len(nodes)
         self.go_through(nodes)
@@ -249,13 +278,15 @@ class Search:
         """Take the most promising apart until nothing that is left could be among the best."""
         heap = list(nodes)
         heapify(heap)
-        while heap and self.worth(heap[0].bound_s, heap[0].layout):
+        while heap:
             node = heappop(heap)
+            if not self.worth(node.bound_s, node.layout):
+                continue
             for layout, bound_s in LEVELS[node.level](self, node.layout):
                 if bound_s < float("inf") and self.worth(bound_s, layout):
                     self._nodes += 1
                     bound_s = max(bound_s, node.bound_s)
-                    heappush(heap, Node(bound_s=bound_s, place=self._nodes, level=node.level + 1, layout=layout))
+                    heappush(heap, build_node(bound_s, self._nodes, node.level + 1, layout))
 
     def grid_refusal(self, grid: Layout) -> SettingError | None:
         """Why the model, the batch or a sequence cannot be divided so; None where they can."""
@@ -326,8 +357,8 @@ class Search:
 
     def least_recomputed(self, layout: Layout) -> Iterator[tuple[int, Recompute | int]]:
         """Sizes of expert, and what must be recomputed with each."""
-        usual = "none" if self.job.cluster.device.kind == "cpu" else "parameters" if layout.zero == 3 else "optimizer"
-        offload = self.space.fixed.get("offload", usual)
+        offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
+        offload = offloads[-1]
         sharings = [split for split in self.space.sharings(layout) if self.expert_refusal(split) is None]
         fewest = min((split.replica for split in sharings), default=0)
         for split in (split for split in sharings if split.replica == fewest):
@@ -368,7 +399,7 @@ class Search:
     def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """The layout with what it must recompute or offload to fit."""
         kind = msgspec.structs.replace(layout, order=AXES, zero=1, microbatch=1, replica=1, shard=1)
-        offloads = self.space.offloads()
+        offloads = self.space.offloads(layout)
         for offload in offloads:
             candidate = with_layout(self.job, msgspec.structs.replace(layout, offload=offload))
             if not self.may_offload(candidate):
@@ -396,8 +427,10 @@ class Search:
 
     def finish(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """Predict the layout."""
-        job = with_layout(self.job, layout)
-        self.add(self.predict(job, self.shared.frame(job)))
+        if layout not in self._seen:
+            self._seen.add(layout)
+            job = with_layout(self.job, layout)
+            self.add(self.predict(job, self.shared.frame(job)))
         yield from ()
 
     def reject(self, missing: Rejected) -> None:

@@ -5,6 +5,7 @@ What a layout may be is said here alone: benchmarks/search_check.py enumerates a
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from math import gcd
 from typing import Any
 
 import msgspec
@@ -29,7 +30,7 @@ LARGEST_MICROBATCH = 64
 # With a pipeline or a divided sequence memory is what such a layout is for, and more microbatches make less bubble.
 LARGEST_DIVIDED_MICROBATCH = 4
 # A rank's piece of a sequence is no shorter than this: attention's kernels and the ring's messages become too small.
-SHORTEST_PIECE = 2048
+SHORTEST_PIECE = 4096
 # No longer pipelines are tried.
 LONGEST_PIPELINE = 32
 MOST_EXPERT_RANKS = 64
@@ -123,7 +124,7 @@ class Space:
         """Every division of the grid's data ranks over replica and shard, and of experts over them."""
         ranks = grid.replica * grid.shard
         experts = [1 << power for power in range(MOST_EXPERT_RANKS.bit_length())] if self.job.model.experts else [1]
-        for shard in self.among("shard", [size for size in range(1, ranks + 1) if ranks % size == 0]):
+        for shard in self.among("shard", self.shards(grid, ranks)):
             if ranks % shard:
                 continue
             replica = ranks // shard
@@ -131,6 +132,14 @@ class Space:
                 continue
             for expert in self.among("expert", experts):
                 yield msgspec.structs.replace(grid, replica=replica, shard=shard, expert=expert)
+
+    def shards(self, grid: Layout, ranks: int) -> list[int]:
+        """Every division of the data ranks; where there is a pipeline or a divided sequence, over all of them, over
+        those of a node or not at all."""
+        if grid.pipeline * grid.context == 1:
+            return [size for size in axis_sizes(ranks) if ranks % size == 0]
+        inside = max(1, self.job.cluster.devices_per_node // (grid.context * grid.tensor))
+        return sorted({ranks, gcd(ranks, inside), 1})
 
     def orders(self, layout: Layout) -> Iterator[Layout]:
         """The layout with each of its axes as the one that crosses nodes, its own first."""
@@ -148,9 +157,9 @@ class Space:
         divided = layout.parameter_shards > 1 or (self.job.model.experts is not None and layout.expert_shard > 1)
         return self.among("zero", (3, 2, 1) if divided else (3,))
 
-    def offloads(self) -> list[Offload]:
-        """What the host may hold: nothing first."""
-        if self.job.cluster.device.kind == "cpu":
+    def offloads(self, layout: Layout) -> list[Offload]:
+        """What the host may hold: nothing first. The ranks of a pipeline hold little that it could."""
+        if self.job.cluster.device.kind == "cpu" or layout.pipeline > 1:
             return self.among("offload", ("none",))
         return self.among("offload", OFFLOADS)
 
