@@ -6,13 +6,16 @@ from functools import partial
 import msgspec
 
 from meshwright.plan.compute import has_known_peak
+from meshwright.plan.curve import Curve, build_curve
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memory
+from meshwright.plan.objective import Goal, check_goal, search_goal, weigh_by
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
-from meshwright.plan.search import TIE, search_layouts
+from meshwright.plan.search import TIE, Weigh, by_time
+from meshwright.plan.smallest import largest_model, longest_sequence
 from meshwright.plan.space import axes_in_use
 from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.verdict import explain_verdict
@@ -20,7 +23,7 @@ from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
 
 # Layouts that a plan lists; the rest are counted.
-LISTED = 20
+LISTED = 10
 
 PRECISION_NOTE = {
     "cuda": "constants measured on H200s: within 15% of the steps measured there, unproven elsewhere",
@@ -39,9 +42,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What planning found.
 
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
-    it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
-    of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
-    the job's own number of ranks.
+    it fits its device. one_device: the best layout of a single rank without offloading, None where none fits. ranked:
+    best first, of `considered` that were predicted (no other can be among the first), and a good one with each axis
+    that is not among them. capacity_bytes: of one device, for the job's own number of ranks. goal: what was asked for;
+    longest and largest plan for the sequence and the model that they found. curve: where it was asked for.
     """
 
     verdict: str
@@ -56,6 +60,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ranked: tuple[Prediction, ...]
     considered: int
     rejected: tuple[Rejected, ...]
+    goal: Goal = Goal()
+    curve: Curve | None = None
 
 
 def predict(job: Job) -> Prediction:
@@ -95,15 +101,22 @@ def notes_on(job: Job, *, known: bool) -> list[str]:
     return notes + ([EXPERTS_NOTE] if job.model.experts else []) + ([EAGER_NOTE] if split else [])
 
 
-def build_plan(job: Job) -> Plan:
-    """Predict the job's layout, rank the others beside it, and say first whether one device is enough."""
-    found, rejected = search_layouts(job, partial(predict_framed, brief=True))
+def build_plan(job: Job, goal: Goal | None = None) -> Plan:
+    """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
+
+    Raises SettingError for a goal that cannot be meant, and where what it fixes leaves no layout.
+    """
+    goal = goal or Goal()
+    check_goal(goal)
+    job = stretch(job, goal)
+    brief = partial(predict_framed, brief=True)
+    found, rejected = search_goal(job, brief, goal)
     own = predict(job)
-    ranked = rank_predictions(found)
-    one = next((p for p in ranked if p.layout.world_size == 1), None)
+    ranked = rank_predictions(found, weigh_by(goal))
+    one = next((p for p in ranked if p.layout.world_size == 1 and p.layout.offload == "none"), None)
     capacity_bytes = share_machine(job).cluster.device.memory_bytes
     return Plan(
-        verdict=explain_verdict(job, own, one, ranked),
+        verdict=explain_verdict(job, own, one, ranked, goal),
         model=job.model.name,
         cluster=job.cluster,
         sequence=job.data.sequence,
@@ -112,10 +125,22 @@ def build_plan(job: Job) -> Plan:
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
+        ranked=tuple(rank_predictions((in_full(job, one) for one in list_of(ranked)), weigh_by(goal))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
+        goal=goal,
+        curve=build_curve(job, brief, goal) if goal.curve else None,
     )
+
+
+def stretch(job: Job, goal: Goal) -> Job:
+    """The job with the longest sequence or the largest model that fits, where that is the goal; its layout is one that
+    then fits."""
+    if goal.objective == "longest" and (sequence := longest_sequence(job, goal.fixed)):
+        return msgspec.structs.replace(job, data=msgspec.structs.replace(job.data, sequence=sequence))
+    if goal.objective == "largest" and (model := largest_model(job, goal.fixed)):
+        return msgspec.structs.replace(job, model=model)
+    return job
 
 
 def list_of(ranked: Sequence[Prediction]) -> list[Prediction]:
@@ -133,12 +158,16 @@ def in_full(job: Job, prediction: Prediction) -> Prediction:
     return predict_framed(job, build_frame(job))
 
 
-def rank_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Fastest first; within TIE of the fastest that is left, simplest first."""
-    left = sorted(predictions, key=lambda p: p.step_s)
+def rank_predictions(predictions: Iterable[Prediction], weigh: Weigh = by_time) -> list[Prediction]:
+    """Best first; within TIE of the best that is left, simplest first."""
+
+    def value(prediction: Prediction) -> float:
+        return weigh(prediction.step_s, prediction.layout.world_size)
+
+    left = sorted(predictions, key=value)
     ranked: list[Prediction] = []
     while left:
-        ties = [p for p in left if p.step_s <= left[0].step_s * (1 + TIE)]
+        ties = [p for p in left if value(p) <= value(left[0]) * (1 + TIE)]
         ranked += sorted(ties, key=complexity)
         left = left[len(ties) :]
     return ranked

@@ -323,6 +323,8 @@ class Search:
 
     def bound_compute(self, layout: Layout, *, least: bool = False) -> float:
         """The bound of what a rank computes. least: remember how little of a device a sequence takes."""
+        if not self.known:
+            return 0.0
         job = share_machine(with_layout(self.job, layout))
         whole_s, block_s = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
         if least:

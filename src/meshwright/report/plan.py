@@ -105,9 +105,10 @@ def ranking(plan: Plan) -> "Table | None":
         return None
     fastest = plan.ranked[:LISTED_LAYOUTS]
     shown = [p for place, p in enumerate(plan.ranked) if place < LISTED_LAYOUTS or leads(plan.ranked, place)]
-    order = f"{'Fastest' if fastest[0].step_s else 'First'} {len(fastest)}"
-    others = " and the first with each other axis" if len(shown) > len(fastest) else ""
-    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first){others}"
+    best = "Cheapest" if plan.goal.objective == "cheapest" else "Fastest"
+    order = f"{best if fastest[0].step_s else 'First'} {len(fastest)}"
+    others = ", and one with each other axis" if len(shown) > len(fastest) else ""
+    title = f"{order} of all that fit (within 1%: the simpler first; {plan.considered} had to be predicted){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
     for prediction in shown:
         own = prediction.layout == plan.job.layout
