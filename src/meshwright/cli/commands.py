@@ -45,6 +45,18 @@ def cli() -> None:
 @click.option("--gpus", help="Its cluster: 8xh100, or 4x8xh100 for four nodes of eight.")
 @click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
+@click.option(
+    "--objective",
+    default="fastest",
+    show_default=True,
+    metavar="GOAL",
+    help="fastest, cheapest, fewest (devices for a deadline), longest (sequence) or largest (model).",
+)
+@click.option("--tokens", type=float, help="To train on in all; with --deadline-hours.")
+@click.option("--deadline-hours", type=float, help="Of --objective fewest: how long all --tokens may take.")
+@click.option("--fix", "fixes", multiple=True, metavar="LAYOUT.X=Y", help="Leave a setting of the layout as it is.")
+@click.option("--curve", is_flag=True, help="Also plan for fewer devices: speed and efficiency against their number.")
+@click.option("--noise-tokens", type=float, help="The gradient noise scale, in tokens; with --curve.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @SET
 def plan(
@@ -53,21 +65,30 @@ def plan(
     gpus: str | None,
     sequence: int | None,
     global_batch: int | None,
+    objective: str,
+    tokens: float | None,
+    deadline_hours: float | None,
+    fixes: tuple[str, ...],
+    curve: bool,
+    noise_tokens: float | None,
     as_json: bool,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
+    from meshwright.cli.goal import read_goal
     from meshwright.plan import build_plan
     from meshwright.report.plan import plan_json, plan_text
+
+    goal = read_goal(objective, tokens, deadline_hours, fixes, curve=curve, noise_tokens=noise_tokens)
 
     if job is not None:
         given = {"--model": model, "--gpus": gpus, "--sequence": sequence, "--global-batch": global_batch}
         for option, value in given.items():
             if value is not None:
                 raise SettingError(option, "is for planning without a job file", f"--set, as in {as_setting(option)}")
-        planned = build_plan(read(job, settings))
+        planned = build_plan(read(job, settings), goal)
     else:
-        planned = build_plan(described(model, gpus, sequence, global_batch, settings))
+        planned = build_plan(described(model, gpus, sequence, global_batch, settings), goal)
     if as_json:
         click.echo(plan_json(planned))
     else:

@@ -4,13 +4,17 @@ from meshwright.plan.fit import Rejected
 from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
 from meshwright.plan.memory import predict_memory
+from meshwright.plan.objective import Goal, Objective, check_goal
 from meshwright.plan.plan import Plan, build_plan, predict
 from meshwright.plan.time import predict_step, share_machine
 
 __all__ = [
+    "Goal",
+    "Objective",
     "Plan",
     "Rejected",
     "build_plan",
+    "check_goal",
     "local_cluster",
     "predict",
     "predict_memory",

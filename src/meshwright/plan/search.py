@@ -362,8 +362,9 @@ class Search:
         offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
         offload = offloads[-1]
         sharings = [split for split in self.space.sharings(layout) if self.expert_refusal(split) is None]
-        fewest = min((split.replica for split in sharings), default=0)
-        for split in (split for split in sharings if split.replica == fewest):
+        # Where nothing is divided, no gather needs a buffer.
+        ends = {split.replica for split in sharings}
+        for split in (split for split in sharings if ends and split.replica in (min(ends), max(ends))):
             job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
             fitting, _ = fit_recompute(job, self.shared.frame, self.space.fixed.get("recompute"), roughly=True)
             yield from ((split.expert, each.layout.recompute) for each in fitting)
@@ -408,9 +409,13 @@ class Search:
                 continue
             if offload != "none" and not self.worth(self.bound_leaf(candidate.layout), layout):
                 continue
+            larger = range(layout.shard, layout.world_size + 1) if layout.shard > 1 else ()
             misfits = self._misfits.setdefault(msgspec.structs.replace(kind, offload=offload), [])
-            # Larger microbatches need more, and so does holding more whole, or over fewer ranks.
-            if any(layout.zero <= z and layout.shard <= s and layout.microbatch >= m for z, s, m in misfits):
+            # Larger microbatches need more, and so does holding more whole, or over fewer ranks, but for one.
+            if any(
+                layout.zero <= zero and layout.microbatch >= microbatch and shard in (layout.shard, *larger)
+                for zero, shard, microbatch in misfits
+            ):
                 continue
             fitting, missing = fit_recompute(candidate, self.shared.frame, self.space.fixed.get("recompute"))
             if missing is not None:
