@@ -64,7 +64,9 @@ def random_job(seed: int) -> Job:
         experts = Experts(count=4, per_token=2, feed_forward=heads * 128)
         model = msgspec.structs.replace(model, family="mixtral", experts=experts)
     base = cluster_of(draw.choice(("8xh100", "8xa100-80", "8xh200")))
-    nodes, per_node = draw.choice(((1, 2), (1, 4), (2, 2), (1, 8), (2, 4)))
+    sizes = ((1, 2), (1, 4), (2, 2), (1, 8), (2, 4))
+    # A mixture has as many layouts once more for each size of expert.
+    nodes, per_node = draw.choice(sizes[:3] if model.experts else sizes)
     device = msgspec.structs.replace(base.device, memory_bytes=draw.uniform(3.5e9, 12e9))
     speed = 10 ** draw.uniform(9.5, 11)
     inter = Link(name="network", bytes_per_s=speed, latency_s=draw.choice((5e-6, 5e-5)), source="drawn")
@@ -72,7 +74,7 @@ def random_job(seed: int) -> Job:
     return Job(
         run=RunSettings(name="case", steps=1),
         model=model,
-        data=DataSettings(sequence=draw.choice((2048, 8192)), global_batch=draw.choice((4, 8, 16))),
+        data=DataSettings(sequence=draw.choice((2048, 8192)), global_batch=draw.choice((4, 8))),
         layout=Layout(),
         cluster=cluster,
     )
@@ -82,7 +84,7 @@ def every_layout(job: Job) -> Iterator[Layout]:
     """All of docs/planning.md's list, legal or not, but for recompute and offload."""
     cluster, batch = job.cluster, job.data.global_batch
     sizes = axis_sizes(cluster.devices)
-    experts = [1, 2, 4, 8, 16, 32, 64] if job.model.experts else [1]
+    experts = [1, 2, 4] if job.model.experts else [1]
     for ranks, tensor, pipeline, context in product(sizes, axis_sizes(cluster.devices_per_node), sizes, sizes):
         inner = tensor * pipeline * context
         if ranks % inner or pipeline > min(LONGEST_PIPELINE, job.model.layers):

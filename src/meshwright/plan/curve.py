@@ -1,4 +1,4 @@
-"""How a job scales: the best layout of each number of devices, where more of them stop paying, and how large a batch may be."""
+"""How a job scales: the best layout of each number of devices, where more stop paying, and how large a batch may be."""
 
 from collections.abc import Sequence
 

@@ -14,6 +14,7 @@ from meshwright.spec import (
     fullest_moments,
     held_stages,
     is_within,
+    rank_schedule,
     stage_count,
 )
 
@@ -62,6 +63,22 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
         repeats=repeats,
         alive=alive,
         emptier=(False, *covered),
+    )
+
+
+def end_timetable(layout: Layout, microbatches: int) -> Timetable:
+    """The timetable without its passes: what is alive on the first rank and on the last, which stands for the others."""
+    per_round, repeats = split_rounds(layout, microbatches)
+    shortened, last = microbatches - repeats * per_round, layout.pipeline - 1
+    first, other = (fullest_moments(rank_schedule(layout, rank, shortened)) for rank in (0, last))
+    return Timetable(
+        table=(),
+        steps=(),
+        microbatches=shortened,
+        per_round=per_round,
+        repeats=repeats,
+        alive=(first, *([other] * last)),
+        emptier=(False,) * layout.pipeline,
     )
 
 

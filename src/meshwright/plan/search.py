@@ -20,7 +20,7 @@ from meshwright.plan.frame import Frame, Peaks
 from meshwright.plan.kept import is_compiled
 from meshwright.plan.memory import predict_memory, tell_apart
 from meshwright.plan.part import Cut, Part, Stage, build_parts, build_stages, cut_model
-from meshwright.plan.replay import Timetable, build_timetable, split_rounds
+from meshwright.plan.replay import Timetable, end_timetable, build_timetable, split_rounds
 from meshwright.plan.space import MOST_EXPERT_RANKS, Space
 from meshwright.plan.time import share_machine
 from meshwright.plan.work import Pieces, build_pieces
@@ -71,6 +71,7 @@ class Shared:
         self.known = known
         self._cuts: dict[tuple[object, ...], Cut] = {}
         self._tables: dict[tuple[object, ...], Timetable] = {}
+        self._ended: dict[tuple[object, ...], Timetable] = {}
         self._timetables: dict[tuple[object, ...], Timetable] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._pieces: dict[tuple[object, ...], Pieces] = {}
@@ -94,28 +95,43 @@ class Shared:
         order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
         if order not in self._timetables:
             self._timetables[order] = self.timetable(layout, microbatches)
-        # Stages are balanced by what their blocks recompute too.
-        stages = (*order, layout.recomputed_layers(job.model.layers), layout.stage_layers)
-        divided = (layout.context, layout.context_form, layout.tensor, layout.expert)
+        stages, divided = self.staging(job)
         split = (*stages, *divided, layout.shard)
         if split not in self._parts:
-            if stages[:3] + stages[4:] not in self._stages:
-                self._stages[stages[:3] + stages[4:]] = build_stages(job)
-            held = self._stages[stages[:3] + stages[4:]]
-            self._parts[split] = build_parts(job, cut=self.cut(job), stages=held)
+            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
         if stages not in self._apart:
             whole = Frame(cut=self.cut(job), parts=self._parts[split], timetable=self._timetables[order])
             self._apart[stages] = tuple(part.rank for part in tell_apart(job, whole))
-        # What is kept between passes does not depend on how parameters are shared.
-        kept = (*stages, *divided, layout.microbatch, layout.recompute, self.machine(layout))
         return Frame(
             cut=self.cut(job),
             parts=self._parts[split],
             timetable=self._timetables[order],
             pieces=self.pieces(job, self.sharing(layout)) if self.known else None,
-            peaks=self._peaks.setdefault(kept, {}),
+            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
             apart=self._apart[stages],
         )
+
+    def staging(self, job: Job) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """What the order of passes and the stages depend on, and what else is kept between passes does."""
+        layout = job.layout
+        microbatches = layout.accumulation(job.data.global_batch)
+        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
+        # Stages are balanced by what their blocks recompute too.
+        stages = (*order, layout.recomputed_layers(job.model.layers), layout.stage_layers)
+        return stages, (layout.context, layout.context_form, layout.tensor, layout.expert)
+
+    def stages(self, job: Job) -> list[Stage]:
+        """The candidate's stages."""
+        layout = job.layout
+        again = layout.recomputed_layers(job.model.layers)
+        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, again, layout.stage_layers)
+        if key not in self._stages:
+            self._stages[key] = build_stages(job)
+        return self._stages[key]
+
+    def kept(self, layout: Layout, stages: tuple[object, ...], divided: tuple[object, ...]) -> tuple[object, ...]:
+        """What all that is kept between passes depends on: not on how parameters are shared."""
+        return (*stages, *divided, layout.microbatch, layout.recompute, self.machine(layout))
 
     def timetable(self, layout: Layout, microbatches: int) -> Timetable:
         """The layout's timetable; of steps that repeat more rounds or fewer, the table is the same."""
@@ -125,6 +141,25 @@ class Shared:
         if key not in self._tables:
             self._tables[key] = build_timetable(layout, microbatches)
         return msgspec.structs.replace(self._tables[key], repeats=repeats)
+
+    def end_frame(self, job: Job) -> Frame:
+        """The frame with a pipeline's first and last rank alone: of most schedules one needs the most or nearly, and
+        they come at less cost."""
+        layout = job.layout
+        if layout.pipeline == 1:
+            return self.frame(job)
+        microbatches = layout.accumulation(job.data.global_batch)
+        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
+        if order not in self._ended:
+            self._ended[order] = end_timetable(layout, microbatches)
+        stages, divided = self.staging(job)
+        return Frame(
+            cut=self.cut(job),
+            parts=build_parts(job, (0, layout.pipeline - 1), cut=self.cut(job), stages=self.stages(job)),
+            timetable=self._ended[order],
+            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
+            apart=(0, 1),
+        )
 
     def machine(self, layout: Layout) -> int:
         """What tells apart the shares that ranks have of a machine."""
@@ -366,7 +401,7 @@ class Search:
         ends = {split.replica for split in sharings}
         for split in (split for split in sharings if ends and split.replica in (min(ends), max(ends))):
             job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
-            fitting, _ = fit_recompute(job, self.shared.frame, self.space.fixed.get("recompute"), roughly=True)
+            fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
             yield from ((split.expert, each.layout.recompute) for each in fitting)
 
     def expert_refusal(self, layout: Layout) -> SettingError | None:
@@ -398,6 +433,15 @@ class Search:
         job = share_machine(with_layout(self.job, layout))
         pieces = self.shared.pieces(job, self.shared.sharing(layout))
         return bound_shared(job, self.shared.cut(job), pieces, layout.accumulation(job.data.global_batch))
+
+    def fit_ends(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """The layout with what a pipeline's ends must recompute: other ranks may need more."""
+        if layout.pipeline == 1:
+            yield layout, 0.0
+            return
+        job = with_layout(self.job, layout)
+        fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
+        yield layout, min((self.bound_leaf(each.layout) for each in fitting), default=float("inf"))
 
     def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """The layout with what it must recompute or offload to fit."""
@@ -473,6 +517,7 @@ LEVELS: tuple[Callable[[Search, Layout], Iterator[tuple[Layout, float]]], ...] =
     Search.fit_grid,
     Search.fit_manner,
     Search.share,
+    Search.fit_ends,
     Search.fit,
     Search.walk,
     Search.finish,

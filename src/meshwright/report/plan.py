@@ -138,11 +138,11 @@ def scaling(plan: Plan) -> "Table | None":
         title += f": at least {KNEE:.0%} of the fewest devices' efficiency up to {curve.knee}"
     if (noise := curve.noise) is None:
         return titled(title, table)
-    lines = (
-        f"a noise scale of {noise.noise_tokens:,.0f} tokens: of each token of this batch {noise.batch_efficiency:.0%} is "
-        f"learnt from; more than one sequence a replica on {noise.devices:,} devices is half noise or more"
+    line = (
+        f"a noise scale of {noise.noise_tokens:,.0f} tokens: of this batch's tokens {noise.batch_efficiency:.0%} are "
+        f"learnt from; a sequence a replica on more than {noise.devices:,} devices is half noise or worse"
     )
-    return titled(title, titled_below(table, lines))
+    return titled(title, titled_below(table, line))
 
 
 def titled_below(inner: "Table", line: str) -> "Table":

@@ -72,11 +72,16 @@ def held_stages(layout: Layout, rank: int) -> tuple[int, ...]:
 
 def build_schedule(layout: Layout, microbatches: int) -> Table:
     """What each rank along pipeline runs in a step, in order. For layouts that check_schedule lets through."""
+    return tuple(rank_schedule(layout, rank, microbatches) for rank in range(layout.pipeline))
+
+
+def rank_schedule(layout: Layout, rank: int, microbatches: int) -> tuple[Action, ...]:
+    """The same of one of them."""
     if layout.schedule == "zbv":
-        return tuple(zbv_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
+        return zbv_rank(layout, rank, microbatches)
     if layout.schedule == "dualpipev":
-        return tuple(dualpipev_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
-    return tuple(alternating_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
+        return dualpipev_rank(layout, rank, microbatches)
+    return alternating_rank(layout, rank, microbatches)
 
 
 def alternating_rank(layout: Layout, rank: int, microbatches: int) -> tuple[Action, ...]:
