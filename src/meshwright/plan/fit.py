@@ -79,7 +79,7 @@ def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float, *,
         return first(layers) if layers < job.model.layers else full
     # First blocks are those of the first ranks; once these have room, others are the fullest.
     low, high = 0, job.model.layers
-    while high - low > (ROUGHLY * job.model.layers if roughly else 1):
+    while high - low > (max(1, ROUGHLY * job.model.layers) if roughly else 1):
         middle = (low + high) // 2
         low, high = (low, middle) if missing_bytes(first(middle), frame_of) + spare_bytes <= 0 else (middle, high)
     if roughly:

@@ -32,9 +32,8 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     """
     frame = frame or build_frame(job)
     alive = frame.timetable.alive
-    account = max(
-        (held_bytes(job, part, alive[part.rank], frame.peaks) for part in tell_apart(job, frame)), key=sum_held
-    )
+    apart = [frame.parts[place] for place in frame.apart] or tell_apart(job, frame)
+    account = max((held_bytes(job, part, alive[part.rank], frame.peaks) for part in apart), key=sum_held)
     return msgspec.structs.replace(
         account, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, sum_held(account))
     )

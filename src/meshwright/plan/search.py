@@ -502,7 +502,8 @@ class Search:
         if "recompute" in self.space.fixed:
             return
         for split in self.space.sharings(grid):
-            full = with_layout(self.job, msgspec.structs.replace(split, recompute="full"))
+            given = {name: value for name, value in self.space.fixed.items() if name not in ("replica", "offload")}
+            full = with_layout(self.job, msgspec.structs.replace(split, recompute="full", **given))
             error = self.space.refusal(full.layout)
             if error is not None:
                 self.refuse(split, error)
