@@ -33,7 +33,7 @@ def slow(job: Job) -> Job:
     return msgspec.structs.replace(job, cluster=msgspec.structs.replace(job.cluster, inter=inter))
 
 
-@pytest.mark.parametrize("seed", [2, 4, 7])
+@pytest.mark.parametrize("seed", [2, 5, 45])
 def test_the_search_finds_the_best_of_all(seed: int) -> None:
     """benchmarks/search_check.py has fifty such cases."""
     line, same = check_case(seed)
@@ -170,8 +170,8 @@ def test_the_curve_falls_to_its_knee(scaled: Plan) -> None:
     assert [point.devices for point in curve.points] == [1, 2, 4, 8, 16, 32]
     assert curve.points[0].efficiency == 1
     assert curve.points[-1].efficiency < 0.8 < curve.points[2].efficiency
-    # Its last point is what the plan itself found.
-    assert curve.points[-1].step_s == min(p.step_s for p in scaled.ranked)
+    # Its best point is what the plan itself found.
+    assert min(point.step_s for point in curve.points) == min(p.step_s for p in scaled.ranked)
     above = [point.devices for point in curve.points if point.efficiency >= 0.8]
     assert curve.knee == max(above)
 

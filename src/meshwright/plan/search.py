@@ -445,7 +445,7 @@ class Search:
 
     def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """The layout with what it must recompute or offload to fit."""
-        kind = msgspec.structs.replace(layout, order=AXES, zero=1, microbatch=1, replica=1, shard=1)
+        kind = msgspec.structs.replace(layout, order=AXES, zero=1, microbatch=1, replica=layout.data_size, shard=1)
         offloads = self.space.offloads(layout)
         for offload in offloads:
             candidate = with_layout(self.job, msgspec.structs.replace(layout, offload=offload))
@@ -501,16 +501,20 @@ class Search:
         """Remember which divisions over replica and shard do not fit, however much is recomputed."""
         if "recompute" in self.space.fixed:
             return
+        legal, refused = False, list[tuple[Layout, SettingError]]()
         for split in self.space.sharings(grid):
             given = {name: value for name, value in self.space.fixed.items() if name not in ("replica", "offload")}
             full = with_layout(self.job, msgspec.structs.replace(split, recompute="full", **given))
             error = self.space.refusal(full.layout)
             if error is not None:
-                self.refuse(split, error)
+                refused.append((split, error))
                 continue
+            legal = True
             shared = share_machine(full)
             if predict_memory(shared, self.shared.frame(shared)).total() > shared.cluster.device.memory_bytes:
                 self.reject(reject_memory(full, self.shared.frame))
+        if refused and not legal:
+            self.refuse(*refused[0])
 
 
 # What takes a layout apart, from coarse to fine: layouts, each with a bound.
