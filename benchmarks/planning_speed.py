@@ -43,7 +43,7 @@ def keep_one_core() -> None:
 
 def main() -> int:
     """Print a line for each case."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     missed = 0

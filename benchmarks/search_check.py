@@ -230,7 +230,7 @@ def check_case(seed: int) -> tuple[str, bool]:
 
 def main() -> int:
     """Check as many cases as asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

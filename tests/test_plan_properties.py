@@ -1,22 +1,18 @@
 """What holds of every prediction, whatever the job, the layout and the cluster."""
 
-import sys
 from functools import partial
 from math import isfinite, prod
-from pathlib import Path
 
 import msgspec
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.search_check import random_job
 from meshwright.plan import predict
 from meshwright.plan.fit import with_layout
 from meshwright.plan.plan import predict_framed
 from meshwright.plan.search import search_layouts
 from meshwright.spec import AXES, Job, Layout, Link, SettingError, check_job
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from search_check import random_job
 
 # Rounding in sums of seconds.
 CLOSE = 1e-9

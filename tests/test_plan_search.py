@@ -1,13 +1,12 @@
 """The search finds what predicting every layout finds, for each goal, with what is fixed, and says what would do."""
 
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
+from benchmarks.search_check import check_case
 from meshwright.cli.goal import read_goal
 from meshwright.plan import Goal, Plan, build_plan
 from meshwright.plan.frame import build_frame
@@ -16,9 +15,6 @@ from meshwright.plan.search import search_layouts
 from meshwright.plan.smallest import least_layout, longest_sequence, smallest_cluster
 from meshwright.spec import Job, SettingError, count_parameters
 from meshwright.spec.decode import planning_job
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from search_check import check_case
 
 BRIEF = partial(predict_framed, brief=True)
 
@@ -82,9 +78,11 @@ def test_what_is_fixed_stays(fixed: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_fixed_is_refused(fixes: list[str], words: str) -> None:
+    def plan_with() -> Plan:
+        return build_plan(job_on("8xh100"), read_goal("fastest", None, None, fixes, curve=False, noise_tokens=None))
+
     with pytest.raises(SettingError) as raised:
-        goal = read_goal("fastest", None, None, fixes, curve=False, noise_tokens=None)
-        build_plan(job_on("8xh100"), goal)
+        plan_with()
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
 

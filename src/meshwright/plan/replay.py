@@ -67,7 +67,7 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
 
 
 def end_timetable(layout: Layout, microbatches: int) -> Timetable:
-    """The timetable without its passes: what is alive on the first rank and on the last, which stands for the others."""
+    """The timetable without its passes: what is alive on the first rank, and on the last, which stands for others."""
     per_round, repeats = split_rounds(layout, microbatches)
     shortened, last = microbatches - repeats * per_round, layout.pipeline - 1
     first, other = (fullest_moments(rank_schedule(layout, rank, shortened)) for rank in (0, last))

@@ -13,33 +13,21 @@ from typing import Any
 import msgspec
 
 from meshwright.plan.bound import bound_passes, bound_shared, bound_step, compute_seconds
-from meshwright.plan.collective import build_expert_rings, build_ring, build_shard_ring, stride_of
 from meshwright.plan.compute import has_known_peak
 from meshwright.plan.fit import Rejected, fit_recompute, reject_memory, with_layout
-from meshwright.plan.frame import Frame, Peaks
-from meshwright.plan.kept import is_compiled
-from meshwright.plan.memory import predict_memory, tell_apart
-from meshwright.plan.part import Cut, Part, Stage, build_parts, build_stages, cut_model
-from meshwright.plan.replay import Timetable, end_timetable, build_timetable, split_rounds
+from meshwright.plan.frame import Frame
+from meshwright.plan.memory import predict_memory
+from meshwright.plan.shared import Shared
 from meshwright.plan.space import MOST_EXPERT_RANKS, Space
 from meshwright.plan.time import share_machine
-from meshwright.plan.work import Pieces, build_pieces
 from meshwright.record import Prediction
 from meshwright.spec import (
     AXES,
-    MESHWRIGHT,
     SPLIT_BACKWARD,
-    Axis,
-    Cluster,
     Job,
     Layout,
     Recompute,
     SettingError,
-    check_context,
-    check_expert,
-    check_layout,
-    check_schedule,
-    check_split,
 )
 
 # Predicted step times closer than this are a tie: the simpler layout comes first.
@@ -61,134 +49,6 @@ def by_time(step_s: float, ranks: int) -> float:
     """The shortest step is best."""
     del ranks
     return step_s
-
-
-class Shared:
-    """What candidates share, so that it is worked out once."""
-
-    def __init__(self, job: Job, *, known: bool) -> None:
-        self.job = job
-        self.known = known
-        self._cuts: dict[tuple[object, ...], Cut] = {}
-        self._tables: dict[tuple[object, ...], Timetable] = {}
-        self._ended: dict[tuple[object, ...], Timetable] = {}
-        self._timetables: dict[tuple[object, ...], Timetable] = {}
-        self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
-        self._pieces: dict[tuple[object, ...], Pieces] = {}
-        self._stages: dict[tuple[object, ...], list[Stage]] = {}
-        self._apart: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._peaks: dict[tuple[object, ...], Peaks] = {}
-        self._placements: dict[tuple[object, ...], tuple[object, ...]] = {}
-
-    def cut(self, job: Job) -> Cut:
-        """The model's groups by the candidate's axes."""
-        layout = job.layout
-        axes = (layout.pipeline > 1, layout.shard, layout.context, layout.tensor, layout.expert)
-        if axes not in self._cuts:
-            self._cuts[axes] = cut_model(job)
-        return self._cuts[axes]
-
-    def frame(self, job: Job) -> Frame:
-        """The candidate's frame."""
-        layout = job.layout
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        if order not in self._timetables:
-            self._timetables[order] = self.timetable(layout, microbatches)
-        stages, divided = self.staging(job)
-        split = (*stages, *divided, layout.shard)
-        if split not in self._parts:
-            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
-        if stages not in self._apart:
-            whole = Frame(cut=self.cut(job), parts=self._parts[split], timetable=self._timetables[order])
-            self._apart[stages] = tuple(part.rank for part in tell_apart(job, whole))
-        return Frame(
-            cut=self.cut(job),
-            parts=self._parts[split],
-            timetable=self._timetables[order],
-            pieces=self.pieces(job, self.sharing(layout)) if self.known else None,
-            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
-            apart=self._apart[stages],
-        )
-
-    def staging(self, job: Job) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """What the order of passes and the stages depend on, and what else is kept between passes does."""
-        layout = job.layout
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        # Stages are balanced by what their blocks recompute too.
-        stages = (*order, layout.recomputed_layers(job.model.layers), layout.stage_layers)
-        return stages, (layout.context, layout.context_form, layout.tensor, layout.expert)
-
-    def stages(self, job: Job) -> list[Stage]:
-        """The candidate's stages."""
-        layout = job.layout
-        again = layout.recomputed_layers(job.model.layers)
-        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, again, layout.stage_layers)
-        if key not in self._stages:
-            self._stages[key] = build_stages(job)
-        return self._stages[key]
-
-    def kept(self, layout: Layout, stages: tuple[object, ...], divided: tuple[object, ...]) -> tuple[object, ...]:
-        """What all that is kept between passes depends on: not on how parameters are shared."""
-        return (*stages, *divided, layout.microbatch, layout.recompute, self.machine(layout))
-
-    def timetable(self, layout: Layout, microbatches: int) -> Timetable:
-        """The layout's timetable; of steps that repeat more rounds or fewer, the table is the same."""
-        per_round, repeats = split_rounds(layout, microbatches)
-        shortened = microbatches - repeats * per_round
-        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, shortened, per_round)
-        if key not in self._tables:
-            self._tables[key] = build_timetable(layout, microbatches)
-        return msgspec.structs.replace(self._tables[key], repeats=repeats)
-
-    def end_frame(self, job: Job) -> Frame:
-        """The frame with a pipeline's first and last rank alone: of most schedules one needs the most or nearly, and
-        they come at less cost."""
-        layout = job.layout
-        if layout.pipeline == 1:
-            return self.frame(job)
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        if order not in self._ended:
-            self._ended[order] = end_timetable(layout, microbatches)
-        stages, divided = self.staging(job)
-        return Frame(
-            cut=self.cut(job),
-            parts=build_parts(job, (0, layout.pipeline - 1), cut=self.cut(job), stages=self.stages(job)),
-            timetable=self._ended[order],
-            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
-            apart=(0, 1),
-        )
-
-    def machine(self, layout: Layout) -> int:
-        """What tells apart the shares that ranks have of a machine."""
-        return layout.world_size if self.job.cluster.device.kind == "cpu" else 0
-
-    def sharing(self, layout: Layout) -> tuple[object, ...]:
-        """What pieces depend on beside how the model is divided: how data are shared, and where ranks are."""
-        key = (
-            layout.pipeline,
-            layout.replica,
-            layout.shard,
-            layout.context,
-            layout.tensor,
-            layout.expert,
-            layout.order,
-        )
-        if key not in self._placements:
-            self._placements[key] = (*place_layout(layout, self.job.cluster), layout.world_size)
-        return self._placements[key]
-
-    def pieces(self, job: Job, sharing: tuple[object, ...]) -> Pieces:
-        """A microbatch's pieces. sharing: () where how data are shared makes no difference to what is asked for."""
-        layout = job.layout
-        sizes = (layout.pipeline > 1, layout.context, layout.context_form, layout.tensor, layout.expert)
-        selective = layout.recompute == "selective"
-        key = (*sizes, layout.microbatch, is_compiled(job), selective, self.machine(layout), *sharing)
-        if key not in self._pieces:
-            self._pieces[key] = build_pieces(job, self.cut(job))
-        return self._pieces[key]
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -294,7 +154,7 @@ class Search:
     def manners(self, ranks: int) -> Iterator[Layout]:
         """Every grid with every schedule and microbatch; why others cannot run is remembered."""
         for grid in self.space.grids(ranks):
-            error = self.grid_refusal(grid)
+            error = self.space.grid_refusal(grid)
             if error is not None:
                 self.refuse(grid, error)
                 continue
@@ -303,7 +163,7 @@ class Search:
             for manner in self.space.manners(grid):
                 for microbatch in self.space.microbatches(manner):
                     layout = msgspec.structs.replace(manner, microbatch=microbatch)
-                    error = self.manner_refusal(layout)
+                    error = self.space.manner_refusal(layout)
                     if error is None:
                         yield layout
                     elif self.space.fixed:
@@ -322,27 +182,6 @@ class Search:
                     self._nodes += 1
                     bound_s = max(bound_s, node.bound_s)
                     heappush(heap, build_node(bound_s, self._nodes, node.level + 1, layout))
-
-    def grid_refusal(self, grid: Layout) -> SettingError | None:
-        """Why the model, the batch or a sequence cannot be divided so; None where they can."""
-        try:
-            check_split(grid, self.job.model, self.job.data.sequence)
-            check_layout(grid, self.job.data.global_batch)
-            check_context(grid, self.job.model, self.job.data.sequence)
-        except SettingError as error:
-            return error
-        return None
-
-    def manner_refusal(self, layout: Layout) -> SettingError | None:
-        """Why the layout cannot run in its schedule; None where it can."""
-        job, own = self.job, self.job.trainer.name == MESHWRIGHT.name
-        try:
-            check_layout(layout, job.data.global_batch)
-            plain = msgspec.structs.replace(layout, zero=1)
-            check_schedule(plain, layout.accumulation(job.data.global_batch), job.model.layers, short=not own)
-        except SettingError as error:
-            return error
-        return None
 
     def bound_grid(self, layout: Layout) -> float:
         """The bound that needs nothing but how the model is divided and runs."""
@@ -396,26 +235,19 @@ class Search:
         """Sizes of expert, and what must be recomputed with each."""
         offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
         offload = offloads[-1]
-        sharings = [split for split in self.space.sharings(layout) if self.expert_refusal(split) is None]
+        sharings = [split for split in self.space.sharings(layout) if self.space.expert_refusal(split) is None]
         # Where nothing is divided, no gather needs a buffer.
         ends = {split.replica for split in sharings}
         for split in (split for split in sharings if ends and split.replica in (min(ends), max(ends))):
             job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
             fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
-            yield from ((split.expert, each.layout.recompute) for each in fitting)
-
-    def expert_refusal(self, layout: Layout) -> SettingError | None:
-        """Why experts cannot be divided so; None where they can."""
-        try:
-            check_expert(layout, self.job.model)
-        except SettingError as error:
-            return error
-        return None
+            for each in fitting:
+                yield split.expert, each.layout.recompute
 
     def share(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """Every way to share data and to place ranks."""
         for sharing in self.space.sharings(layout):
-            if layout.zero not in self.space.zeros(sharing) or self.expert_refusal(sharing) is not None:
+            if layout.zero not in self.space.zeros(sharing) or self.space.expert_refusal(sharing) is not None:
                 continue
             again = [recompute for expert, recompute in self._fitting[layout] if expert == sharing.expert]
             placed: set[tuple[object, ...]] = set()
@@ -527,15 +359,6 @@ LEVELS: tuple[Callable[[Search, Layout], Iterator[tuple[Layout, float]]], ...] =
     Search.walk,
     Search.finish,
 )
-
-
-def place_layout(layout: Layout, cluster: Cluster) -> tuple[object, ...]:
-    """What layouts that differ in their order alone have alike where it makes no difference."""
-    axes: tuple[Axis, ...] = ("replica", "context", "tensor")
-    rings = [build_ring(layout, axis, cluster) for axis in axes]
-    experts = build_expert_rings(layout, cluster) if layout.expert > 1 else ()
-    stride = min(stride_of(layout, "pipeline"), cluster.devices_per_node) if layout.pipeline > 1 else 0
-    return (layout.replica, layout.shard, stride, build_shard_ring(layout, cluster), *rings, *experts)
 
 
 def search_layouts(

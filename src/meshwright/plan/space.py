@@ -177,6 +177,35 @@ class Space:
             return error
         return None
 
+    def grid_refusal(self, grid: Layout) -> SettingError | None:
+        """Why the model, the batch or a sequence cannot be divided so; None where they can."""
+        try:
+            check_split(grid, self.job.model, self.job.data.sequence)
+            check_layout(grid, self.job.data.global_batch)
+            check_context(grid, self.job.model, self.job.data.sequence)
+        except SettingError as error:
+            return error
+        return None
+
+    def manner_refusal(self, layout: Layout) -> SettingError | None:
+        """Why the layout cannot run in its schedule; None where it can."""
+        job, own = self.job, self.job.trainer.name == MESHWRIGHT.name
+        try:
+            check_layout(layout, job.data.global_batch)
+            plain = msgspec.structs.replace(layout, zero=1)
+            check_schedule(plain, layout.accumulation(job.data.global_batch), job.model.layers, short=not own)
+        except SettingError as error:
+            return error
+        return None
+
+    def expert_refusal(self, layout: Layout) -> SettingError | None:
+        """Why experts cannot be divided so; None where they can."""
+        try:
+            check_expert(layout, self.job.model)
+        except SettingError as error:
+            return error
+        return None
+
 
 def axis_sizes(devices: int) -> list[int]:
     """Powers of two and divisors up to a number of devices."""
