@@ -37,14 +37,20 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def fit_recompute(
-    job: Job, frame_of: FrameOf, fixed: Recompute | int | None = None, *, roughly: bool = False
+    job: Job,
+    frame_of: FrameOf,
+    fixed: Recompute | int | None = None,
+    *,
+    roughly: bool = False,
+    at_least: int = 1,
 ) -> tuple[list[Job], Rejected | None]:
     """The job with what it must recompute to fit its device: nothing, or else what costs least of each kind.
 
     Those are the element-wise work alone, and as few first blocks as it takes. What recomputes more than it must
     is slower and no better, so it is not among them. The rejection is of the job that recomputes everything.
     frame_of: stages are balanced by what they recompute too, so each of these has its own. fixed: recompute this and
-    nothing else. roughly: of a pipeline's blocks, fewer than it takes will do, to save time.
+    nothing else. roughly: of a pipeline's blocks, fewer than it takes will do, to save time. at_least: blocks
+    that are known to be needed, if any are.
     """
     if error := host_refusal(job, frame_of):
         return [], error
@@ -59,10 +65,12 @@ def fit_recompute(
         return [], reject_memory(full, frame_of)
     selective = with_layout(job, msgspec.structs.replace(job.layout, recompute="selective"))
     fitting = [selective] if missing_bytes(selective, frame_of) <= 0 else []
-    return [*fitting, fewest_recomputed(job, full, frame_of, missing, roughly=roughly)], None
+    return [*fitting, fewest_recomputed(job, full, frame_of, missing, roughly=roughly, at_least=at_least)], None
 
 
-def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float, *, roughly: bool = False) -> Job:
+def fewest_recomputed(
+    job: Job, full: Job, frame_of: FrameOf, missing: float, *, roughly: bool = False, at_least: int = 1
+) -> Job:
     """The job with as few first blocks recomputed as leave SPARE free; `full`, which fits, where all are needed.
 
     missing: bytes of the job as it is.
@@ -78,7 +86,9 @@ def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float, *,
         layers = ceil((missing + spare_bytes) / saved_bytes) if saved_bytes > 0 else job.model.layers
         return first(layers) if layers < job.model.layers else full
     # First blocks are those of the first ranks; once these have room, others are the fullest.
-    low, high = 0, job.model.layers
+    low, high = at_least - 1, job.model.layers
+    if 1 < at_least < high and missing_bytes(first(at_least), frame_of) + spare_bytes <= 0:
+        return first(at_least)
     while high - low > (max(1, ROUGHLY * job.model.layers) if roughly else 1):
         middle = (low + high) // 2
         low, high = (low, middle) if missing_bytes(first(middle), frame_of) + spare_bytes <= 0 else (middle, high)

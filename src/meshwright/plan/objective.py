@@ -5,8 +5,10 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from meshwright.plan.fit import Rejected
+from meshwright.plan.compute import has_known_peak
+from meshwright.plan.fit import Rejected, with_layout
 from meshwright.plan.search import Predict, Weigh, by_time, search_layouts
+from meshwright.plan.shared import Shared
 from meshwright.plan.smallest import fewest_ranks
 from meshwright.plan.space import Space
 from meshwright.record import Prediction
@@ -74,33 +76,34 @@ def weigh_by(goal: Goal) -> Weigh:
 
 def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction], list[Rejected]]:
     """The best layouts for the goal, the best of one device and of the fewest that work, and what does not fit."""
+    shared = Shared(job, known=has_known_peak(job.cluster.device, with_layout(job, Space(job, goal.fixed).base)))
     if goal.objective == "fewest":
-        found, rejected = search_deadline(job, predict, goal)
+        found, rejected = search_deadline(job, predict, goal, shared)
     else:
-        found, rejected = search_layouts(job, predict, fixed=goal.fixed, weigh=weigh_by(goal))
+        found, rejected = search_layouts(job, predict, fixed=goal.fixed, weigh=weigh_by(goal), shared=shared)
     # These are spoken of, however slow they are.
     unmoved = {"offload": "none", **goal.fixed}
     fewest = fewest_ranks(job, unmoved)
     if fewest is not None and all(p.layout.world_size != fewest for p in found):
-        more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1)
+        more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1, shared=shared)
         found, rejected = [*found, *more], [*rejected, *refused]
     if not found and not any(one.memory is not None for one in rejected):
         refuse_fixed(goal, rejected)
     return found, rejected
 
 
-def search_deadline(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction], list[Rejected]]:
+def search_deadline(job: Job, predict: Predict, goal: Goal, shared: Shared) -> tuple[list[Prediction], list[Rejected]]:
     """The best layouts of the fewest ranks that are fast enough; where none are, the fastest."""
     limit_s, refused = goal.step_limit_s(job), list[Rejected]()
     assert limit_s is not None
     space = Space(job, goal.fixed)
     for ranks in space.ranks():
-        found, rejected = search_layouts(job, predict, fixed=goal.fixed, ranks=[ranks])
+        found, rejected = search_layouts(job, predict, fixed=goal.fixed, ranks=[ranks], shared=shared)
         refused += rejected
         in_time = [one for one in found if 0 < one.step_s <= limit_s]
         if in_time:
             return in_time, refused
-    return search_layouts(job, predict, fixed=goal.fixed)
+    return search_layouts(job, predict, fixed=goal.fixed, shared=shared)
 
 
 def refuse_fixed(goal: Goal, rejected: Sequence[Rejected]) -> None:

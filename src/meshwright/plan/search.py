@@ -75,7 +75,14 @@ class Search:
     """
 
     def __init__(
-        self, job: Job, predict: Predict, *, space: Space | None = None, weigh: Weigh = by_time, most: int = MOST
+        self,
+        job: Job,
+        predict: Predict,
+        *,
+        space: Space | None = None,
+        weigh: Weigh = by_time,
+        most: int = MOST,
+        shared: Shared | None = None,
     ) -> None:
         self.job = job
         self.predict = predict
@@ -83,7 +90,7 @@ class Search:
         self.weigh = weigh
         self.most = most
         self.known = has_known_peak(job.cluster.device, with_layout(job, self.space.base))
-        self.shared = Shared(job, known=self.known)
+        self.shared = shared or Shared(job, known=self.known)
         self.found: list[Prediction] = []
         self.rejected: list[Rejected] = []
         self._values: list[float] = []
@@ -94,11 +101,11 @@ class Search:
         self._seen: set[Layout] = set()
         self._rejected: set[Layout] = set()
         self._fitting: dict[Layout, list[tuple[int, Recompute | int]]] = {}
+        # Blocks that the ends of a pipeline must recompute.
+        self._ends: dict[Layout, int] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
         # Seconds of one device for a sequence, at the least.
         self._least_s = float("inf")
-
-    # --- What is worth a look ------------------------------------------------------------------------------------
 
     def limit(self) -> float:
         """What is worse than this is not among the best."""
@@ -125,8 +132,6 @@ class Search:
     def refuse(self, layout: Layout, error: SettingError) -> None:
         """Remember why no layout of this kind can run."""
         self.rejected.append(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
-
-    # --- Level by level ------------------------------------------------------------------------------------------
 
     def run(self, ranks: Sequence[int]) -> None:
         """Search these numbers of ranks, best in the order of what could be best."""
@@ -272,7 +277,10 @@ class Search:
             yield layout, 0.0
             return
         job = with_layout(self.job, layout)
-        fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
+        fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"))
+        self._ends[layout] = max(
+            (again for each in fitting if isinstance(again := each.layout.recompute, int)), default=1
+        )
         yield layout, min((self.bound_leaf(each.layout) for each in fitting), default=float("inf"))
 
     def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
@@ -287,13 +295,22 @@ class Search:
                 continue
             larger = range(layout.shard, layout.world_size + 1) if layout.shard > 1 else ()
             misfits = self._misfits.setdefault(msgspec.structs.replace(kind, offload=offload), [])
-            # Larger microbatches need more, and so does holding more whole, or over fewer ranks, but for one.
+            # Larger microbatches need more, and so does holding more whole, or over fewer ranks, but for one. A single
+            # microbatch needs no room for sums of gradients.
+            alone = layout.accumulation(self.job.data.global_batch) == 1
             if any(
-                layout.zero <= zero and layout.microbatch >= microbatch and shard in (layout.shard, *larger)
+                layout.zero <= zero
+                and (microbatch == layout.microbatch or (microbatch < layout.microbatch and not alone))
+                and shard in (layout.shard, *larger)
                 for zero, shard, microbatch in misfits
             ):
                 continue
-            fitting, missing = fit_recompute(candidate, self.shared.frame, self.space.fixed.get("recompute"))
+            fitting, missing = fit_recompute(
+                candidate,
+                self.shared.frame,
+                self.space.fixed.get("recompute"),
+                at_least=max(1, self._ends.get(candidate.layout, 1)),
+            )
             if missing is not None:
                 misfits.append((layout.zero, layout.shard, layout.microbatch))
                 if offload == offloads[0] and layout.microbatch == 1 and layout.zero == max(self.space.zeros(layout)):
@@ -369,13 +386,15 @@ def search_layouts(
     ranks: Sequence[int] | None = None,
     weigh: Weigh = by_time,
     most: int = MOST,
+    shared: Shared | None = None,
 ) -> tuple[list[Prediction], list[Rejected]]:
     """Predictions of the best layouts that fit, and rejections of what does not divide or fit.
 
-    ranks: numbers of them to search, all unless given. Whatever is within TIE of the last of `most` is found too.
+    ranks: numbers of them to search, all unless given. shared: of another search of the job, with the same fixed but
+    for sizes and offload. Whatever is within TIE of the last of `most` is found too.
     """
     space = Space(job, fixed)
-    search = Search(job, predict, space=space, weigh=weigh, most=most)
+    search = Search(job, predict, space=space, weigh=weigh, most=most, shared=shared)
     sizes = space.ranks() if ranks is None else list(ranks)
     # More ranks are faster, as a rule; where time is not known, fewer are simpler.
     search.run(sizes[::-1] if search.known else sizes)

@@ -67,7 +67,11 @@ def rank_of_stage(layout: Layout, stage: int) -> int:
 
 def held_stages(layout: Layout, rank: int) -> tuple[int, ...]:
     """The stages that a rank along pipeline holds, first to last."""
-    return tuple(stage for stage in range(stage_count(layout)) if rank_of_stage(layout, stage) == rank)
+    ranks, stages = layout.pipeline, stage_count(layout)
+    if layout.schedule not in TURNING:
+        return tuple(range(rank, stages, ranks))
+    # Down the ranks and back up, each second turn.
+    return tuple(turn + (ranks - 1 - rank if turn // ranks % 2 else rank) for turn in range(0, stages, ranks))
 
 
 def build_schedule(layout: Layout, microbatches: int) -> Table:
