@@ -18,9 +18,8 @@ import msgspec
 
 from meshwright.plan.fit import HOST_BYTES_PER_DEVICE, SPARE
 from meshwright.plan.frame import build_frame
-from meshwright.plan.objective import by_cost
 from meshwright.plan.plan import predict_framed
-from meshwright.plan.search import MOST, by_time, search_layouts
+from meshwright.plan.search import MOST, search_layouts
 from meshwright.plan.space import (
     LARGEST_DIVIDED_MICROBATCH,
     LARGEST_MICROBATCH,
@@ -31,6 +30,7 @@ from meshwright.plan.space import (
     axis_sizes,
 )
 from meshwright.plan.time import share_machine
+from meshwright.plan.weigh import by_cost, by_time
 from meshwright.record import Prediction
 from meshwright.spec import (
     Cluster,

@@ -108,7 +108,8 @@ def host_refusal(job: Job, frame_of: FrameOf) -> Rejected | None:
     if needed <= HOST_BYTES_PER_DEVICE:
         return None
     reason = f"offloads {gb(needed)} GB a rank, and a host is taken to have {gb(HOST_BYTES_PER_DEVICE)}"
-    return Rejected(layout=job.layout, reason=reason, nearest="")
+    memory = predict_memory(job, frame_of(job))
+    return Rejected(layout=job.layout, reason=reason, nearest="", memory=memory)
 
 
 def with_layout(job: Job, layout: Layout) -> Job:

@@ -7,10 +7,11 @@ import msgspec
 
 from meshwright.plan.compute import has_known_peak
 from meshwright.plan.fit import Rejected, with_layout
-from meshwright.plan.search import Predict, Weigh, by_time, search_layouts
+from meshwright.plan.search import Predict, search_layouts
 from meshwright.plan.shared import Shared
 from meshwright.plan.smallest import fewest_ranks
 from meshwright.plan.space import Space
+from meshwright.plan.weigh import Weigh, by_cost, by_time
 from meshwright.record import Prediction
 from meshwright.spec import Job, SettingError
 
@@ -62,11 +63,6 @@ def check_goal(goal: Goal) -> None:
             raise SettingError(f"--noise-tokens {goal.noise_tokens}", "must be a number above 0", "--noise-tokens 1e6")
         if not goal.curve:
             raise SettingError("--noise-tokens", "is for the scaling curve", "--curve --noise-tokens 1e6")
-
-
-def by_cost(step_s: float, ranks: int) -> float:
-    """The least time of all devices together for a step is best."""
-    return step_s * ranks
 
 
 def weigh_by(goal: Goal) -> Weigh:

@@ -14,11 +14,12 @@ from meshwright.plan.memory import predict_memory
 from meshwright.plan.objective import Goal, check_goal, search_goal, weigh_by
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
-from meshwright.plan.search import TIE, Weigh, by_time
+from meshwright.plan.search import TIE
 from meshwright.plan.smallest import largest_model, longest_sequence
 from meshwright.plan.space import axes_in_use
 from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.verdict import explain_verdict
+from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
 

@@ -14,12 +14,13 @@ import msgspec
 
 from meshwright.plan.bound import bound_passes, bound_shared, bound_step, compute_seconds
 from meshwright.plan.compute import has_known_peak
-from meshwright.plan.fit import Rejected, fit_recompute, reject_memory, with_layout
+from meshwright.plan.fit import Rejected, fit_recompute, host_refusal, reject_memory, with_layout
 from meshwright.plan.frame import Frame
 from meshwright.plan.memory import predict_memory
 from meshwright.plan.shared import Shared
 from meshwright.plan.space import MOST_EXPERT_RANKS, Space
 from meshwright.plan.time import share_machine
+from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
 from meshwright.spec import (
     AXES,
@@ -41,14 +42,6 @@ PROMISING = 3
 LEADERS = ("pipeline", "context", "tensor", "expert")
 
 Predict = Callable[[Job, Frame], Prediction]
-# What a layout is judged by, the less the better, from its seconds a step and its ranks.
-Weigh = Callable[[float, int], float]
-
-
-def by_time(step_s: float, ranks: int) -> float:
-    """The shortest step is best."""
-    del ranks
-    return step_s
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True, order=True):
@@ -79,14 +72,14 @@ class Search:
         job: Job,
         predict: Predict,
         *,
-        space: Space | None = None,
+        fixed: Mapping[str, Any] | None = None,
         weigh: Weigh = by_time,
         most: int = MOST,
         shared: Shared | None = None,
     ) -> None:
         self.job = job
         self.predict = predict
-        self.space = space or Space(job)
+        self.space = Space(job, fixed)
         self.weigh = weigh
         self.most = most
         self.known = has_known_peak(job.cluster.device, with_layout(job, self.space.base))
@@ -171,7 +164,8 @@ class Search:
                     error = self.space.manner_refusal(layout)
                     if error is None:
                         yield layout
-                    elif self.space.fixed:
+                    elif layout.schedule == "1f1b" or "schedule" in self.space.fixed:
+                        # Other schedules of a grid are just not among its layouts.
                         self.refuse(layout, error)
 
     def go_through(self, nodes: Iterable[Node]) -> None:
@@ -352,13 +346,16 @@ class Search:
             return
         legal, refused = False, list[tuple[Layout, SettingError]]()
         for split in self.space.sharings(grid):
-            given = {name: value for name, value in self.space.fixed.items() if name not in ("replica", "offload")}
+            given = {name: value for name, value in self.space.fixed.items() if name != "replica"}
             full = with_layout(self.job, msgspec.structs.replace(split, recompute="full", **given))
             error = self.space.refusal(full.layout)
             if error is not None:
                 refused.append((split, error))
                 continue
             legal = True
+            if on_host := host_refusal(full, self.shared.frame):
+                self.reject(on_host)
+                continue
             shared = share_machine(full)
             if predict_memory(shared, self.shared.frame(shared)).total() > shared.cluster.device.memory_bytes:
                 self.reject(reject_memory(full, self.shared.frame))
@@ -393,9 +390,8 @@ def search_layouts(
     ranks: numbers of them to search, all unless given. shared: of another search of the job, with the same fixed but
     for sizes and offload. Whatever is within TIE of the last of `most` is found too.
     """
-    space = Space(job, fixed)
-    search = Search(job, predict, space=space, weigh=weigh, most=most, shared=shared)
-    sizes = space.ranks() if ranks is None else list(ranks)
+    search = Search(job, predict, fixed=fixed, weigh=weigh, most=most, shared=shared)
+    sizes = search.space.ranks() if ranks is None else list(ranks)
     # More ranks are faster, as a rule; where time is not known, fewer are simpler.
     search.run(sizes[::-1] if search.known else sizes)
     return search.found, sorted(search.rejected, key=lambda r: r.layout.world_size)

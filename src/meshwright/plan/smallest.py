@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from meshwright.plan.fit import missing_bytes, with_layout
+from meshwright.plan.fit import host_refusal, missing_bytes, with_layout
 from meshwright.plan.frame import build_frame
 from meshwright.plan.part import STATE_BYTES
 from meshwright.plan.space import Space
@@ -36,9 +36,14 @@ def least_layout(job: Job, ranks: int, fixed: Fixed | None = None) -> Layout | N
             fixed_part = {name: value for name, value in space.fixed.items() if name in Layout.__struct_fields__}
             layout = msgspec.structs.replace(sharing, **fixed_part)
             whole = sharing.replica == 1 or "shard" in space.fixed or "replica" in space.fixed
-            if whole and space.refusal(layout) is None and missing_bytes(with_layout(job, layout), build_frame) <= 0:
+            if whole and space.refusal(layout) is None and holds(with_layout(job, layout)):
                 return layout
     return None
+
+
+def holds(job: Job) -> bool:
+    """Whether devices and hosts have the memory for the job's layout."""
+    return host_refusal(job, build_frame) is None and missing_bytes(job, build_frame) <= 0
 
 
 def lacks_memory(job: Job, ranks: int, fixed: Fixed | None) -> bool:

@@ -118,7 +118,8 @@ class Space:
         share = self.job.data.global_batch // grid.data_size
         divided = grid.pipeline * grid.context > 1
         most = min(share // grid.pipeline, LARGEST_DIVIDED_MICROBATCH if divided else LARGEST_MICROBATCH)
-        return self.among("microbatch", [n for n in range(1, most + 1) if share % n == 0])
+        # One, where there are too few for a pipeline, is refused with the reason.
+        return self.among("microbatch", [n for n in range(1, max(1, most) + 1) if share % n == 0])
 
     def sharings(self, grid: Layout) -> Iterator[Layout]:
         """Every division of the grid's data ranks over replica and shard, and of experts over them."""
