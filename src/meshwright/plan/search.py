@@ -38,7 +38,7 @@ LOOSE = 0.06
 # So many of the best are looked for, and of each of these axes the best with it.
 MOST = 10
 # Grids that are tried for one with an axis that none of the best has.
-PROMISING = 3
+PROMISING = 2
 LEADERS = ("pipeline", "context", "tensor", "expert")
 
 Predict = Callable[[Job, Frame], Prediction]
@@ -142,7 +142,7 @@ class Search:
         ]
         self._nodes = len(nodes)
         self.go_through(nodes)
-        for axis in LEADERS if self.known else ():
+        for axis in LEADERS if self.known and self.most > 1 else ():
             if axis not in self._leaders:
                 self.leading = axis
                 others = (node for node in nodes if getattr(node.layout, axis) > 1 or axis == "expert")
@@ -275,7 +275,10 @@ class Search:
         self._ends[layout] = max(
             (again for each in fitting if isinstance(again := each.layout.recompute, int)), default=1
         )
-        yield layout, min((self.bound_leaf(each.layout) for each in fitting), default=float("inf"))
+        bounds = [self.bound_leaf(each.layout) for each in fitting]
+        if self.known and any(self.worth(bound_s, layout) for bound_s in bounds):
+            bounds = [bound_step(each, self.shared.walk_frame(each)) for each in fitting]
+        yield layout, min(bounds, default=float("inf"))
 
     def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """The layout with what it must recompute or offload to fit."""

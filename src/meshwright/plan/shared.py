@@ -45,20 +45,32 @@ class Shared:
         if order not in self._timetables:
             self._timetables[order] = self.timetable(layout, microbatches)
         stages, divided = self.staging(job)
-        split = (*stages, *divided, layout.shard)
-        if split not in self._parts:
-            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
+        parts = self.parts(job)
         if stages not in self._apart:
-            whole = Frame(cut=self.cut(job), parts=self._parts[split], timetable=self._timetables[order])
+            whole = Frame(cut=self.cut(job), parts=parts, timetable=self._timetables[order])
             self._apart[stages] = tuple(part.rank for part in tell_apart(job, whole))
         return Frame(
             cut=self.cut(job),
-            parts=self._parts[split],
+            parts=parts,
             timetable=self._timetables[order],
             pieces=self.pieces(job, self.sharing(layout)) if self.known else None,
             peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
             apart=self._apart[stages],
         )
+
+    def parts(self, job: Job) -> tuple[Part, ...]:
+        """What each of a pipeline's ranks has of the model."""
+        stages, divided = self.staging(job)
+        split = (*stages, *divided, job.layout.shard)
+        if split not in self._parts:
+            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
+        return self._parts[split]
+
+    def walk_frame(self, job: Job) -> Frame:
+        """The frame without the order of passes: what their seconds take."""
+        ends = self.end_frame(job)
+        pieces = self.pieces(job, self.sharing(job.layout)) if self.known else None
+        return msgspec.structs.replace(ends, parts=self.parts(job), pieces=pieces)
 
     def staging(self, job: Job) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """What the order of passes and the stages depend on, and what else is kept between passes does."""
