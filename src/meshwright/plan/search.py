@@ -64,7 +64,7 @@ def build_node(bound_s: float, place: int, level: int, layout: Layout) -> Node:
 class Search:
     """What is found and what is refused so far.
 
-    most: of the best, how many are sure to be found, and whatever ties with the last of them.
+    most: of the best, how many are sure to be found, and whatever ties with the last of several.
     """
 
     def __init__(
@@ -102,11 +102,12 @@ class Search:
 
     def limit(self) -> float:
         """What is worse than this is not among the best."""
-        return self._values[self.most - 1] * (1 + TIE) if len(self._values) >= self.most else float("inf")
+        if len(self._values) < self.most:
+            return float("inf")
+        return self._values[self.most - 1] * (1 + TIE if self.most > 1 else 1)
 
     def worth(self, bound_s: float, layout: Layout) -> bool:
-        """Whether a layout with such a bound could be among the best, or while those are looked for, the best with an
-        axis."""
+        """Whether a layout with such a bound could be one that is looked for."""
         if not self.known:
             return len(self.found) < self.most
         value = self.weigh(bound_s, layout.world_size)
@@ -124,7 +125,7 @@ class Search:
 
     def refuse(self, layout: Layout, error: SettingError) -> None:
         """Remember why no layout of this kind can run."""
-        self.rejected.append(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
+        self.reject(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
 
     def run(self, ranks: Sequence[int]) -> None:
         """Search these numbers of ranks, best in the order of what could be best."""
@@ -306,7 +307,7 @@ class Search:
                 candidate,
                 self.shared.frame,
                 self.space.fixed.get("recompute"),
-                at_least=max(1, self._ends.get(candidate.layout, 1)),
+                at_least=self._ends.get(candidate.layout, 1),
             )
             if missing is not None:
                 misfits.append((layout.zero, layout.shard, layout.microbatch))

@@ -24,6 +24,7 @@ class Shared:
         self._timetables: dict[tuple[object, ...], Timetable] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._pieces: dict[tuple[object, ...], Pieces] = {}
+        self._end_parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._stages: dict[tuple[object, ...], list[Stage]] = {}
         self._apart: dict[tuple[object, ...], tuple[int, ...]] = {}
         self._peaks: dict[tuple[object, ...], Peaks] = {}
@@ -114,9 +115,13 @@ class Shared:
         if order not in self._ended:
             self._ended[order] = end_timetable(layout, microbatches)
         stages, divided = self.staging(job)
+        split = (*stages, *divided, layout.shard)
+        if split not in self._end_parts:
+            ends = (0, layout.pipeline - 1)
+            self._end_parts[split] = build_parts(job, ends, cut=self.cut(job), stages=self.stages(job))
         return Frame(
             cut=self.cut(job),
-            parts=build_parts(job, (0, layout.pipeline - 1), cut=self.cut(job), stages=self.stages(job)),
+            parts=self._end_parts[split],
             timetable=self._ended[order],
             peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
             apart=(0, 1),
