@@ -287,7 +287,7 @@ class Search:
         offloads = self.space.offloads(layout)
         for offload in offloads:
             candidate = with_layout(self.job, msgspec.structs.replace(layout, offload=offload))
-            if not self.may_offload(candidate):
+            if not self.space.may_offload(candidate):
                 continue
             if offload != "none" and not self.worth(self.bound_leaf(candidate.layout), layout):
                 continue
@@ -336,13 +336,6 @@ class Search:
         if missing.layout not in self._rejected:
             self._rejected.add(missing.layout)
             self.rejected.append(missing)
-
-    def may_offload(self, job: Job) -> bool:
-        """Whether there is anything that the host could hold."""
-        offload = job.layout.offload
-        if offload == "parameters":
-            return job.layout.zero == 3
-        return offload == "none" or job.optimizer.name != "sgd"
 
     def reject_splits(self, grid: Layout) -> None:
         """Remember which divisions over replica and shard do not fit, however much is recomputed."""

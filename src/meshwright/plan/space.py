@@ -164,6 +164,13 @@ class Space:
             return self.among("offload", ("none",))
         return self.among("offload", OFFLOADS)
 
+    def may_offload(self, job: Job) -> bool:
+        """Whether there is anything that the host could hold."""
+        offload = job.layout.offload
+        if offload == "parameters":
+            return job.layout.zero == 3
+        return offload == "none" or job.optimizer.name != "sgd"
+
     def refusal(self, layout: Layout) -> SettingError | None:
         """Why the layout is none that could run; None where it could."""
         job, own = self.job, self.job.trainer.name == MESHWRIGHT.name
