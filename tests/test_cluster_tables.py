@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import cpu_cluster
 
-from meshwright.plan import build_plan, predict
+from meshwright.plan import Goal, build_plan, predict
 from meshwright.spec import Job, SettingError
 from meshwright.spec.decode import decode_job, encode_job
 from meshwright.spec.devices import NODES
@@ -119,7 +119,7 @@ def test_any_cluster_is_planned_or_refused_in_one_line(section: dict[str, Any], 
         return
     found = [predict(job)]
     if job.cluster.devices <= SEARCHED:
-        plan = build_plan(job, tokens=10**6)
+        plan = build_plan(job, Goal(tokens=10**6))
         found += [*plan.ranked, *(one.best for one in plan.alone if one.best is not None)]
     for prediction in found:
         assert isfinite(prediction.step_s) and prediction.step_s >= 0

@@ -12,7 +12,7 @@ from jobs import cpu_cluster
 from test_plan import printed
 
 from meshwright.cli import cli
-from meshwright.plan import Plan, build_plan, predict
+from meshwright.plan import Goal, Plan, build_plan, predict
 from meshwright.report.plan import plan_json
 from meshwright.spec import Cluster, Job, SettingError, check_trained
 from meshwright.spec.decode import decode_job, encode_job, place_cluster, planning_job, read_cluster, read_job
@@ -228,13 +228,13 @@ def test_what_fits_the_larger_devices_alone_is_found() -> None:
 def test_costs_are_shown_only_with_a_price() -> None:
     plain = build_plan(job_on('gpus = "8xh100"'))
     assert plain.costs is None and "Cost" not in printed(plain)
-    timed = build_plan(job_on('gpus = "8xh100"'), tokens=10**9)
+    timed = build_plan(job_on('gpus = "8xh100"'), Goal(tokens=10**9))
     assert timed.costs is not None and timed.costs.own.step is None
     assert "Cost" not in printed(timed) and "1,000,000,000 tokens" in printed(timed)
 
 
 def test_a_cost_is_the_price_of_the_devices_for_as_long_as_they_work() -> None:
-    plan = build_plan(job_on('gpus = "8xh100"\nprice_per_device_hour = 3.6', "layout.shard=8"), tokens=10**9)
+    plan = build_plan(job_on('gpus = "8xh100"\nprice_per_device_hour = 3.6', "layout.shard=8"), Goal(tokens=10**9))
     assert plan.costs is not None
     own, cheapest = plan.costs.own, plan.costs.cheapest
     assert own.run is not None and own.run_s is not None

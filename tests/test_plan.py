@@ -13,6 +13,7 @@ from meshwright.plan import Plan, build_plan, predict
 from meshwright.plan.fit import SPARE, with_layout
 from meshwright.plan.frame import build_frame
 from meshwright.plan.machine import cpu_cluster
+from meshwright.plan.objective import Goal
 from meshwright.plan.plan import predict_framed, rank_predictions
 from meshwright.plan.search import search_layouts
 from meshwright.plan.verdict import explain_verdict
@@ -283,14 +284,21 @@ def test_the_first_of_layouts_that_tie_is_not_called_the_fastest() -> None:
     assert "; the fastest found is" in explain_verdict(job, prediction, None, [quicker, simple, fewest])
 
 
-def test_a_job_that_fits_by_offloading_alone_is_said_to() -> None:
+def test_offloading_is_offered_where_nothing_else_fits() -> None:
     job = job_on("2xh100", "llama3-8b", 8192, 2)
-    whole = build_plan(with_layout(job, msgspec.structs.replace(job.layout, shard=2)))
-    assert whole.ranked == () and not whole.job_fits
-    assert whole.verdict.startswith("Nothing fits") and 'layout.offload = "parameters"' in whole.verdict
-    offloaded = build_plan(with_layout(job, msgspec.structs.replace(job.layout, shard=2, offload="parameters")))
-    assert offloaded.ranked == () and offloaded.job_fits
-    assert offloaded.verdict.startswith("This job's layout fits (53.")
+    plan = build_plan(job)
+    assert plan.ranked and not plan.job_fits
+    assert {p.layout.offload for p in plan.ranked} <= {"optimizer", "parameters"}
+    # It is not what one device is called enough for.
+    assert plan.one_device is None
+    assert plan.verdict.startswith("One device is not enough")
+
+
+def test_a_host_that_is_too_small_is_said_to() -> None:
+    """70B and its states are 1.1 TB."""
+    plan = build_plan(job_on("1xh200", "llama3-70b", 2048, 1), Goal(fixed={"offload": "parameters"}))
+    assert plan.ranked == ()
+    assert any("a host is taken to have 250.0" in one.reason for one in plan.rejected)
 
 
 def test_candidates_that_recompute_are_predicted_with_their_own_stages() -> None:

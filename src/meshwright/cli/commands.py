@@ -1,5 +1,6 @@
 """The command line: the only reader of arguments and environment. Every verb imports what it needs when it runs."""
 
+import gc
 import os
 import sys
 import time
@@ -19,7 +20,6 @@ from meshwright.cli.machine import (
     read,
     read_runnable,
     under_torchrun,
-    whole_tokens,
 )
 from meshwright.spec.errors import SettingError, closest
 
@@ -54,7 +54,18 @@ def cli() -> None:
 )
 @click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
+@click.option(
+    "--objective",
+    default="fastest",
+    show_default=True,
+    metavar="GOAL",
+    help="fastest, cheapest, fewest (devices for a deadline), longest (sequence) or largest (model).",
+)
 @click.option("--tokens", type=float, help="To train on in all: how long it takes, and at what cost.")
+@click.option("--deadline-hours", type=float, help="Of --objective fewest: how long all --tokens may take.")
+@click.option("--fix", "fixes", multiple=True, metavar="LAYOUT.X=Y", help="Leave a setting of the layout as it is.")
+@click.option("--curve", is_flag=True, help="Also plan for fewer devices: speed and efficiency against their number.")
+@click.option("--noise-tokens", type=float, help="The gradient noise scale, in tokens; with --curve.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a page: plan.html.")
 @SET
@@ -65,15 +76,22 @@ def plan(
     clusters: tuple[str, ...],
     sequence: int | None,
     global_batch: int | None,
+    objective: str,
     tokens: float | None,
+    deadline_hours: float | None,
+    fixes: tuple[str, ...],
+    curve: bool,
+    noise_tokens: float | None,
     as_json: bool,
     html: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
-    from meshwright.plan import build_plan, decide, make_offer
-    from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
+    from meshwright.cli.goal import read_goal, show_plan
 
+    # What a search makes has no cycles to speak of, and looking for them takes a tenth of its time.
+    gc.disable()
+    goal = read_goal(objective, tokens, deadline_hours, fixes, curve=curve, noise_tokens=noise_tokens)
     if job is not None:
         given = {"--model": model, "--gpus": gpus, "--sequence": sequence, "--global-batch": global_batch}
         for option, value in given.items():
@@ -85,31 +103,9 @@ def plan(
             return read(job, settings, cluster)
         return described(model, gpus, cluster, sequence, global_batch, settings)
 
-    budget = None if tokens is None else whole_tokens(tokens)
-    if len(clusters) > 1:
-        if gpus is not None:
-            raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
-        if html is not None:
-            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
-        jobs = {name: wanted(name) for name in clusters}
-        decision = decide([make_offer(n, one, build_plan(one, tokens=budget), budget) for n, one in jobs.items()])
-        if as_json:
-            click.echo(decision_json(decision))
-        else:
-            decision_text(decision, console())
-        return
-    one = wanted(clusters[0] if clusters else None)
-    if job is not None and budget is None and one.cluster.price_per_device_hour is not None:
-        budget = one.run.steps * one.data.global_batch * one.data.sequence
-    planned = build_plan(one, tokens=budget)
-    if html is not None:
-        from meshwright.report.plan_page import write_plan
-
-        write_plan(planned, html)
-    if as_json:
-        click.echo(plan_json(planned))
-    else:
-        plan_text(planned, console())
+    if len(clusters) > 1 and gpus is not None:
+        raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
+    show_plan(wanted, clusters, goal, console(), whole=job is not None, as_json=as_json, html=html)
 
 
 @cli.command()

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 PLANNING_TOKENS = 2**20
 PLANNING_SEQUENCE = 8192
 # A thousand times what the largest runs so far were trained on.
-MOST_TOKENS = 1e17
 
 
 def as_setting(option: str) -> str:
@@ -78,13 +77,6 @@ def described(
     return planning_job(
         model=model, gpus=section, sequence=sequence, global_batch=global_batch, settings=settings, local=local
     )
-
-
-def whole_tokens(tokens: float) -> int:
-    """A number of tokens to train on, which may be typed as 1e12."""
-    if not 1 <= tokens <= MOST_TOKENS:
-        raise SettingError(f"--tokens {tokens:g}", f"must lie between 1 and {MOST_TOKENS:g}", "--tokens 1e12")
-    return int(tokens)
 
 
 def local(processes: int) -> "Cluster":

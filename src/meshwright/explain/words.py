@@ -71,11 +71,6 @@ def kernel_text(name: str) -> str:
     return bare if len(bare) <= NAME_LENGTH else f"{bare[: NAME_LENGTH - 3]}..."
 
 
-def plain(text: str) -> str:
-    """One line of text from elsewhere without characters that steer a terminal or turn the reading direction."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
 def counted(number: int, thing: str) -> str:
     """ "1 step", "3 steps"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -5,15 +5,19 @@ from meshwright.plan.fit import Rejected
 from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
 from meshwright.plan.memory import predict_memory
+from meshwright.plan.objective import Goal, Objective, check_goal
 from meshwright.plan.plan import Plan, build_plan, predict
 from meshwright.plan.time import predict_step, share_machine
 
 __all__ = [
     "Decision",
+    "Goal",
+    "Objective",
     "Offer",
     "Plan",
     "Rejected",
     "build_plan",
+    "check_goal",
     "decide",
     "local_cluster",
     "make_offer",

@@ -8,13 +8,21 @@ import msgspec
 from meshwright.account import MemoryAccount
 from meshwright.plan.frame import Frame
 from meshwright.plan.memory import predict_memory
+from meshwright.plan.part import STATE_BYTES
 from meshwright.plan.time import share_machine
-from meshwright.spec import Job, Layout
+from meshwright.spec import Job, Layout, Recompute
 
 # Where the number of recomputed blocks is the plan's choice, it leaves this share of the device free: the model of
 # memory is a few per cent off (tests/test_plan_memory.py), and retries near the limit cost more than a block
 # (microbatch 3 in the notes on GPU baselines).
 SPARE = 0.05
+
+# What a host's memory holds for each of its devices: 2 TB for 8 in NVIDIA's DGX H100 and H200 (their datasheets).
+# Clusters do not say; what offloads more than this is not offered.
+HOST_BYTES_PER_DEVICE = 250e9
+
+# Of a model's blocks, how many a rough answer may be off.
+ROUGHLY = 1 / 8
 
 FrameOf = Callable[[Job], Frame]
 
@@ -28,13 +36,27 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryAccount | None = None
 
 
-def fit_recompute(job: Job, frame_of: FrameOf) -> tuple[list[Job], Rejected | None]:
+def fit_recompute(
+    job: Job,
+    frame_of: FrameOf,
+    fixed: Recompute | int | None = None,
+    *,
+    roughly: bool = False,
+    at_least: int = 1,
+) -> tuple[list[Job], Rejected | None]:
     """The job with what it must recompute to fit its device: nothing, or else what costs least of each kind.
 
     Those are the element-wise work alone, and as few first blocks as it takes. What recomputes more than it must
     is slower and no better, so it is not among them. The rejection is of the job that recomputes everything.
-    frame_of: stages are balanced by what they recompute too, so each of these has its own.
+    frame_of: stages are balanced by what they recompute too, so each of these has its own. fixed: recompute this and
+    nothing else. roughly: of a pipeline's blocks, fewer than it takes will do, to save time. at_least: blocks
+    that are known to be needed, if any are.
     """
+    if error := host_refusal(job, frame_of):
+        return [], error
+    if fixed is not None:
+        job = with_layout(job, msgspec.structs.replace(job.layout, recompute=fixed))
+        return ([job], None) if missing_bytes(job, frame_of) <= 0 else ([], reject_memory(job, frame_of))
     missing = missing_bytes(job, frame_of)
     if missing <= 0:
         return [job], None
@@ -43,10 +65,12 @@ def fit_recompute(job: Job, frame_of: FrameOf) -> tuple[list[Job], Rejected | No
         return [], reject_memory(full, frame_of)
     selective = with_layout(job, msgspec.structs.replace(job.layout, recompute="selective"))
     fitting = [selective] if missing_bytes(selective, frame_of) <= 0 else []
-    return [*fitting, fewest_recomputed(job, full, frame_of, missing)], None
+    return [*fitting, fewest_recomputed(job, full, frame_of, missing, roughly=roughly, at_least=at_least)], None
 
 
-def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float) -> Job:
+def fewest_recomputed(
+    job: Job, full: Job, frame_of: FrameOf, missing: float, *, roughly: bool = False, at_least: int = 1
+) -> Job:
     """The job with as few first blocks recomputed as leave SPARE free; `full`, which fits, where all are needed.
 
     missing: bytes of the job as it is.
@@ -62,11 +86,30 @@ def fewest_recomputed(job: Job, full: Job, frame_of: FrameOf, missing: float) ->
         layers = ceil((missing + spare_bytes) / saved_bytes) if saved_bytes > 0 else job.model.layers
         return first(layers) if layers < job.model.layers else full
     # First blocks are those of the first ranks; once these have room, others are the fullest.
-    low, high = 0, job.model.layers
-    while high - low > 1:
+    low, high = at_least - 1, job.model.layers
+    if 1 < at_least < high and missing_bytes(first(at_least), frame_of) + spare_bytes <= 0:
+        return first(at_least)
+    while high - low > (max(1, ROUGHLY * job.model.layers) if roughly else 1):
         middle = (low + high) // 2
         low, high = (low, middle) if missing_bytes(first(middle), frame_of) + spare_bytes <= 0 else (middle, high)
+    if roughly:
+        return first(low + 1)
     return first(high) if high < job.model.layers else full
+
+
+def host_refusal(job: Job, frame_of: FrameOf) -> Rejected | None:
+    """The rejection of a layout that offloads more than a host holds; None where it does not."""
+    offload = job.layout.offload
+    if offload == "none":
+        return None
+    # Moments alone, or with parameters and gradients.
+    numbers = {"optimizer": 2, "parameters": 4 if job.optimizer.name == "adamw" else 2}[offload]
+    needed = STATE_BYTES * numbers * max(part.local for part in frame_of(job).parts)
+    if needed <= HOST_BYTES_PER_DEVICE:
+        return None
+    reason = f"offloads {gb(needed)} GB a rank, and a host is taken to have {gb(HOST_BYTES_PER_DEVICE)}"
+    memory = predict_memory(job, frame_of(job))
+    return Rejected(layout=job.layout, reason=reason, nearest="", memory=memory)
 
 
 def with_layout(job: Job, layout: Layout) -> Job:

@@ -6,7 +6,7 @@ from meshwright.account import MemoryAccount
 from meshwright.plan.activations import peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
-from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.frame import Frame, Peaks, build_frame
 from meshwright.plan.held import divided_elements, state_bytes, whole_bytes
 from meshwright.plan.kept import BYTES, tokens_of
 from meshwright.plan.kernels import residual_width
@@ -40,8 +40,9 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     """
     frame = frame or build_frame(job)
     alive = frame.timetable.alive
+    apart = [frame.parts[place] for place in frame.apart] or tell_apart(job, frame)
     return with_framework(
-        job, max((held_bytes(job, part, alive[part.rank]) for part in tell_apart(job, frame)), key=sum_held)
+        job, max((held_bytes(job, part, alive[part.rank], frame.peaks) for part in apart), key=sum_held)
     )
 
 
@@ -84,12 +85,15 @@ def sum_held(account: MemoryAccount) -> float:
     )
 
 
-def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> MemoryAccount:
+def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], peaks: Peaks | None = None) -> MemoryAccount:
     """What a rank along pipeline holds but for the framework and fragmentation."""
+    peaks = {} if peaks is None else peaks
+    if part.rank not in peaks:
+        peaks[part.rank] = peak_bytes(job, part, alive)
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
     groups = part.groups
-    activations, logits = peak_bytes(job, part, alive)
+    activations, logits = peaks[part.rank]
     routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
     buffers = context_buffer_bytes(job, part.cut)
     if job.trainer.gathers:

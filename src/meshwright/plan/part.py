@@ -134,11 +134,14 @@ def build_part(job: Job, rank: int = 0) -> Part:
     return build_parts(job, (rank,))[0]
 
 
-def build_parts(job: Job, ranks: Sequence[int] | None = None, cut: Cut | None = None) -> tuple[Part, ...]:
-    """The parts of these ranks along pipeline, or of all. cut: what cut_model gives, where the caller has it."""
+def build_parts(
+    job: Job, ranks: Sequence[int] | None = None, cut: Cut | None = None, stages: Sequence[Stage] | None = None
+) -> tuple[Part, ...]:
+    """The parts of these ranks along pipeline, or of all. cut, stages: what cut_model and build_stages give, where the
+    caller has it."""
     layout = job.layout
     cut = cut or cut_model(job)
-    stages = build_stages(job)
+    stages = stages or build_stages(job)
     return tuple(
         part_of(cut, rank, tuple(stages[stage] for stage in held_stages(layout, rank)))
         for rank in (range(layout.pipeline) if ranks is None else ranks)

@@ -53,7 +53,7 @@ class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
 
 def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
     """Every stage's passes, first to last."""
-    pieces = build_pieces(job, frame.cut)
+    pieces = frame.pieces or build_pieces(job, frame.cut)
     known: dict[tuple[object, ...], StageWalks] = {}
     walks: dict[int, StageWalks] = {}
     again = job.layout.recomputed_layers(job.model.layers)

@@ -8,21 +8,26 @@ import msgspec
 from meshwright.account import MemoryAccount
 from meshwright.plan.compute import has_known_peak
 from meshwright.plan.cost import Costs, predict_costs
+from meshwright.plan.curve import Curve, build_curve
 from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memories, predict_memory
+from meshwright.plan.objective import Goal, check_goal, search_goal, weigh_by
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
-from meshwright.plan.search import axes_in_use, search_layouts
+from meshwright.plan.search import TIE, search_layouts
+from meshwright.plan.smallest import largest_model, longest_sequence
+from meshwright.plan.space import axes_in_use
 from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
-from meshwright.plan.verdict import TIE, explain_verdict
+from meshwright.plan.verdict import explain_verdict
+from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
 
 # Layouts that a plan lists; the rest are counted.
-LISTED = 20
+LISTED = 10
 
 PRECISION_NOTE = {
     "cuda": "constants measured on H200s, and held against published steps of A100s, H100s and GB200s",
@@ -52,10 +57,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What planning found.
 
     verdict: whether one device is enough, in a sentence. job: the job's own layout as predicted; job_fits, whether
-    it fits its device. one_device: the best layout of a single rank, None where none fits. ranked: fastest first,
-    of `considered` that fit, and the fastest with each axis that is not among them. capacity_bytes: of one device, for
-    the job's own number of ranks. memories: of each of the job's ranks along pipeline. alone: where nodes are not
-    alike, each kind without the others. costs: where there is a price, or a number of tokens to train on.
+    it fits its device. one_device: the best layout of a single rank without offloading, None where none fits. ranked:
+    best first, of `considered` that were predicted (no other can be among the first), and a good one with each axis
+    that is not among them. capacity_bytes: of one device, for the job's own number of ranks. memories: of each of the
+    job's ranks along pipeline. alone: where nodes are not alike, each kind without the others. costs: where there is a
+    price, or a number of tokens to train on. goal: what was asked for; longest and largest plan for the sequence and
+    the model that they found. curve: where it was asked for.
     """
 
     verdict: str
@@ -73,6 +80,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     rejected: tuple[Rejected, ...]
     alone: tuple[Alone, ...] = ()
     costs: Costs | None = None
+    goal: Goal = Goal()
+    curve: Curve | None = None
 
 
 def predict(job: Job) -> Prediction:
@@ -130,21 +139,25 @@ def is_fp16(job: Job) -> bool:
     return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
 
 
-def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
+def build_plan(job: Job, goal: Goal | None = None) -> Plan:
     """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
 
-    tokens: to train on in all, whose time and cost are asked for.
+    Raises SettingError for a goal that cannot be meant, and where what it fixes leaves no layout.
     """
-    found, rejected = search_layouts(job, partial(predict_framed, brief=True))
+    goal = goal or Goal()
+    check_goal(goal)
+    job = stretch(job, goal)
+    brief = partial(predict_framed, brief=True)
+    found, rejected = search_goal(job, brief, goal)
     own = predict(job)
-    ranked = rank_predictions(found)
-    one = next((p for p in ranked if p.layout.world_size == 1), None)
+    ranked = rank_predictions(found, weigh_by(goal))
+    one = next((p for p in ranked if p.layout.world_size == 1 and p.layout.offload == "none"), None)
     shared = share_machine(job)
     capacity_bytes = shared.cluster.device.memory_bytes
     alone = plan_alone(job, best_layout)
     uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
-        verdict=f"{explain_verdict(job, own, one, ranked)} {uneven}".rstrip(),
+        verdict=f"{explain_verdict(job, own, one, ranked, goal)} {uneven}".rstrip(),
         model=job.model.name,
         cluster=job.cluster,
         sequence=job.data.sequence,
@@ -154,12 +167,24 @@ def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
+        ranked=tuple(rank_predictions((in_full(job, one) for one in list_of(ranked)), weigh_by(goal))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
         alone=alone,
-        costs=predict_costs(job, own, ranked, tokens),
+        costs=predict_costs(job, own, ranked, None if goal.tokens is None else int(goal.tokens)),
+        goal=goal,
+        curve=build_curve(job, brief, goal) if goal.curve else None,
     )
+
+
+def stretch(job: Job, goal: Goal) -> Job:
+    """The job with the longest sequence or the largest model that fits, where that is the goal; its layout is one that
+    then fits."""
+    if goal.objective == "longest" and (sequence := longest_sequence(job, goal.fixed)):
+        return msgspec.structs.replace(job, data=msgspec.structs.replace(job.data, sequence=sequence))
+    if goal.objective == "largest" and (model := largest_model(job, goal.fixed)):
+        return msgspec.structs.replace(job, model=model)
+    return job
 
 
 def best_layout(job: Job) -> Prediction | None:
@@ -183,12 +208,16 @@ def in_full(job: Job, prediction: Prediction) -> Prediction:
     return predict_framed(job, build_frame(job))
 
 
-def rank_predictions(predictions: Iterable[Prediction]) -> list[Prediction]:
-    """Fastest first; within TIE of the fastest that is left, simplest first."""
-    left = sorted(predictions, key=lambda p: p.step_s)
+def rank_predictions(predictions: Iterable[Prediction], weigh: Weigh = by_time) -> list[Prediction]:
+    """Best first; within TIE of the best that is left, simplest first."""
+
+    def value(prediction: Prediction) -> float:
+        return weigh(prediction.step_s, prediction.layout.world_size)
+
+    left = sorted(predictions, key=value)
     ranked: list[Prediction] = []
     while left:
-        ties = [p for p in left if p.step_s <= left[0].step_s * (1 + TIE)]
+        ties = [p for p in left if value(p) <= value(left[0]) * (1 + TIE)]
         ranked += sorted(ties, key=complexity)
         left = left[len(ties) :]
     return ranked

@@ -14,6 +14,7 @@ from meshwright.spec import (
     fullest_moments,
     held_stages,
     is_within,
+    rank_schedule,
     stage_count,
 )
 
@@ -49,16 +50,7 @@ class Timetable(msgspec.Struct, frozen=True, kw_only=True):
 
 def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> Timetable:
     """The timetable of a step of `microbatches` on each rank, no more than `rounds` of them in the table."""
-    per_round = layout.pipeline
-    if layout.schedule in ("interleaved", "zero-bubble"):
-        per_round = microbatches // max(1, microbatches // layout.pipeline)
-    repeats = max(0, microbatches // per_round - rounds)
-    if layout.schedule == "gpipe":
-        # Every microbatch is alive at once, however many there are.
-        repeats = 0
-    if layout.pipeline == 1:
-        # One after another.
-        repeats = microbatches - 1
+    per_round, repeats = split_rounds(layout, microbatches, rounds)
     shortened = microbatches - repeats * per_round
     table = build_schedule(layout, shortened)
     alive = tuple(fullest_moments(rank) for rank in table)
@@ -72,6 +64,37 @@ def build_timetable(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> 
         alive=alive,
         emptier=(False, *covered),
     )
+
+
+def end_timetable(layout: Layout, microbatches: int) -> Timetable:
+    """The timetable without its passes: what is alive on the first rank, and on the last, which stands for others."""
+    per_round, repeats = split_rounds(layout, microbatches)
+    shortened, last = microbatches - repeats * per_round, layout.pipeline - 1
+    first, other = (fullest_moments(rank_schedule(layout, rank, shortened)) for rank in (0, last))
+    return Timetable(
+        table=(),
+        steps=(),
+        microbatches=shortened,
+        per_round=per_round,
+        repeats=repeats,
+        alive=(first, *([other] * last)),
+        emptier=(False,) * layout.pipeline,
+    )
+
+
+def split_rounds(layout: Layout, microbatches: int, rounds: int = ROUNDS) -> tuple[int, int]:
+    """Microbatches of a round, and how many rounds are left out of the table."""
+    per_round = layout.pipeline
+    if layout.schedule in ("interleaved", "zero-bubble"):
+        per_round = microbatches // max(1, microbatches // layout.pipeline)
+    repeats = max(0, microbatches // per_round - rounds)
+    if layout.schedule == "gpipe":
+        # Every microbatch is alive at once, however many there are.
+        repeats = 0
+    if layout.pipeline == 1:
+        # One after another.
+        repeats = microbatches - 1
+    return per_round, repeats
 
 
 def step_of(action: Action, microbatches: int) -> Step:

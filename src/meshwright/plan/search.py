@@ -1,338 +1,394 @@
-"""The layouts a job could have: which fit, how fast they are, and which of them are worth trying."""
+"""The fastest (or cheapest) layouts of a job, found without a look at most of the others.
 
-from collections.abc import Callable, Iterable, Iterator
-from math import gcd
+A search goes from the coarse to the fine: how the model is divided and runs, then how data are shared, then what has
+to be recomputed to fit. At each level it goes on with what has the least bound (plan/bound.py), and ends where no bound
+is below what is found already, so that it finds what predicting every layout would find.
+"""
+
+from bisect import insort
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from heapq import heapify, heappop, heappush, nsmallest
+from typing import Any
 
 import msgspec
 
-from meshwright.plan.fit import Rejected, fit_recompute, with_layout
+from meshwright.plan.bound import bound_passes, bound_shared, bound_step, compute_seconds
+from meshwright.plan.compute import has_known_peak
+from meshwright.plan.fit import Rejected, fit_recompute, host_refusal, reject_memory, with_layout
 from meshwright.plan.frame import Frame
-from meshwright.plan.kept import is_masked
-from meshwright.plan.part import Cut, Part, build_parts, cut_model
-from meshwright.plan.replay import Timetable, build_timetable
-from meshwright.plan.time import bound_step
+from meshwright.plan.memory import predict_memory
+from meshwright.plan.shared import Shared
+from meshwright.plan.space import MOST_EXPERT_RANKS, Space
+from meshwright.plan.time import share_machine
+from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
 from meshwright.spec import (
-    MESHWRIGHT,
-    Axis,
+    AXES,
+    SPLIT_BACKWARD,
     Job,
     Layout,
-    Schedule,
+    Recompute,
     SettingError,
-    check_context,
-    check_expert,
-    check_layout,
-    check_schedule,
-    check_split,
 )
-from meshwright.spec.numbers import divisors
 
-# Larger microbatches fill no kernel better; gradient accumulation serves as well.
-LARGEST_MICROBATCH = 64
-# With a pipeline or a divided sequence memory is what such a layout is for, and more microbatches make less bubble.
-LARGEST_DIVIDED_MICROBATCH = 4
-# A rank's piece of a sequence is no shorter than this: attention's kernels and the ring's messages become too small.
-SHORTEST_PIECE = 1024
-# Of pipeline, context and tensor together, as many are tried in every variant.
-GRIDS = 6
-# No longer pipelines are tried; and none that cannot come this near to the fastest found.
-LONGEST_PIPELINE = 32
-SLACK = 1.25
-# Of the step, what a pipeline must wait for other schedules to be worth a try.
-WORTH_A_TRY = 0.02
-# gpipe holds more and is never faster than 1f1b, which is what a grid is tried with first.
-SCHEDULES: tuple[tuple[Schedule, tuple[int, ...]], ...] = (
-    ("interleaved", (2, 4)),
-    ("zero-bubble", (2,)),
-    ("zbv", (2,)),
-    ("dualpipev", (2,)),
-)
-MOST_EXPERT_RANKS = 64
+# Predicted step times closer than this are a tie: the simpler layout comes first.
+TIE = 0.01
+# By how much of itself a bound is taken to grow with each level.
+LOOSE = 0.06
+# So many of the best are looked for, and of each of these axes the best with it.
+MOST = 10
+# Grids that are tried for one with an axis that none of the best has.
+PROMISING = 2
+LEADERS = ("pipeline", "context", "tensor", "expert")
 
 Predict = Callable[[Job, Frame], Prediction]
 
 
-class Search:
-    """What is found and what is refused so far, and what candidates share, so that it is worked out once."""
+class Node(msgspec.Struct, frozen=True, kw_only=True, order=True):
+    """Layouts that have something in common, and their bound. level: how much; place: for ties. turn_s: what decides
+    whose turn it is: the bound, and more of it the less is known, so that some layouts are soon found."""
 
-    def __init__(self, job: Job, predict: Predict) -> None:
+    turn_s: float
+    place: int
+    bound_s: float
+    level: int
+    layout: Layout
+
+
+def build_node(bound_s: float, place: int, level: int, layout: Layout) -> Node:
+    """A node with its turn."""
+    turn_s = bound_s * (1 + LOOSE * (len(LEVELS) - 1 - level))
+    return Node(turn_s=turn_s, place=place, bound_s=bound_s, level=level, layout=layout)
+
+
+class Search:
+    """What is found and what is refused so far.
+
+    most: of the best, how many are sure to be found, and whatever ties with the last of several.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        predict: Predict,
+        *,
+        fixed: Mapping[str, Any] | None = None,
+        weigh: Weigh = by_time,
+        most: int = MOST,
+        shared: Shared | None = None,
+    ) -> None:
         self.job = job
         self.predict = predict
+        self.space = Space(job, fixed)
+        self.weigh = weigh
+        self.most = most
+        self.known = has_known_peak(job.cluster.device, with_layout(job, self.space.base))
+        self.shared = shared or Shared(job, known=self.known)
         self.found: list[Prediction] = []
         self.rejected: list[Rejected] = []
-        self._cuts: dict[tuple[int, ...], Cut] = {}
-        self._timetables: dict[tuple[object, ...], Timetable] = {}
-        self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
+        self._values: list[float] = []
+        # The axis that layouts are looked for with, once the best are found.
+        self.leading = ""
+        self._leaders: dict[str, float] = {}
+        self._nodes = 0
+        self._seen: set[Layout] = set()
+        self._rejected: set[Layout] = set()
+        self._fitting: dict[Layout, list[tuple[int, Recompute | int]]] = {}
+        # Blocks that the ends of a pipeline must recompute.
+        self._ends: dict[Layout, int] = {}
+        self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
+        # Seconds of one device for a sequence, at the least.
+        self._least_s = float("inf")
 
-    def frame(self, job: Job) -> Frame:
-        """The candidate's frame, from parts that others have had made."""
-        layout = job.layout
-        axes = (layout.pipeline > 1, layout.shard, layout.context, layout.tensor, layout.expert)
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        if axes not in self._cuts:
-            self._cuts[axes] = cut_model(job)
-        if order not in self._timetables:
-            self._timetables[order] = build_timetable(layout, microbatches)
-        # Stages are balanced by what their blocks recompute too.
-        split = (*axes, *order[:3], layout.recomputed_layers(job.model.layers), layout.stage_layers)
-        if split not in self._parts:
-            self._parts[split] = build_parts(job, cut=self._cuts[axes])
-        return Frame(cut=self._cuts[axes], parts=self._parts[split], timetable=self._timetables[order])
+    def limit(self) -> float:
+        """What is worse than this is not among the best."""
+        if len(self._values) < self.most:
+            return float("inf")
+        return self._values[self.most - 1] * (1 + TIE if self.most > 1 else 1)
 
-    def is_promising(self, bound_s: float) -> bool:
-        """Whether a step that is no shorter than this could be among the fastest."""
-        return not self.found or bound_s <= SLACK * min(p.step_s for p in self.found)
+    def worth(self, bound_s: float, layout: Layout) -> bool:
+        """Whether a layout with such a bound could be one that is looked for."""
+        if not self.known:
+            return len(self.found) < self.most
+        value = self.weigh(bound_s, layout.world_size)
+        return value <= (self._leaders.get(self.leading, float("inf")) if self.leading else self.limit())
 
-    def add(self, candidates: Iterable[Job]) -> None:
-        """Predict these, but for pipelines that would be left far behind."""
-        for job in candidates:
-            frame = self.frame(job)
-            if job.layout.pipeline == 1 or self.is_promising(bound_step(job, frame)):
-                self.found.append(self.predict(job, frame))
+    def add(self, prediction: Prediction) -> None:
+        """Remember what fits."""
+        layout = prediction.layout
+        value = self.weigh(prediction.step_s, layout.world_size)
+        self.found.append(prediction)
+        insort(self._values, value)
+        for axis in LEADERS:
+            if getattr(layout, axis) > 1:
+                self._leaders[axis] = min(value, self._leaders.get(axis, value))
 
     def refuse(self, layout: Layout, error: SettingError) -> None:
         """Remember why no layout of this kind can run."""
-        self.rejected.append(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
+        self.reject(Rejected(layout=layout, reason=error.reason, nearest=error.nearest))
 
-
-def search_layouts(job: Job, predict: Predict) -> tuple[list[Prediction], list[Rejected]]:
-    """Predictions of the layouts that fit, and a rejection for each split that does not divide or fit."""
-    search = Search(job, predict)
-    search_plain(search)
-    search_grids(search)
-    return search.found, sorted(search.rejected, key=lambda r: r.layout.world_size)
-
-
-def plainest(job: Job, *, pipeline: int = 1, shard: int = 1, context: int = 1, tensor: int = 1) -> Layout:
-    """The job's layout with these axes and none other. What means something along one of the others is left out."""
-    base = job.layout
-    return Layout(
-        pipeline=pipeline,
-        shard=shard,
-        context=context,
-        tensor=tensor,
-        order=base.order,
-        precision=base.precision,
-        context_form=base.context_form if context > 1 else "ring",
-        async_tensor=base.async_tensor and tensor > 1,
-    )
-
-
-def search_plain(search: Search) -> None:
-    """Replica, shard, tensor and expert, on every number of ranks."""
-    job = search.job
-    for tensor in axis_sizes(job.cluster.devices_per_node):
-        layout = plainest(job, tensor=tensor)
-        try:
-            check_split(layout, job.model, job.data.sequence)
-        except SettingError as error:
-            search.refuse(layout, error)
-            continue
-        for ranks in axis_sizes(job.cluster.devices):
-            if ranks % tensor:
+    def run(self, ranks: Sequence[int]) -> None:
+        """Search these numbers of ranks, best in the order of what could be best."""
+        for size in ranks:
+            least_s = self.job.data.global_batch * self._least_s / size
+            hopeless = self._least_s < float("inf") and self.weigh(least_s, size) > self.limit()
+            if hopeless and not self.space.one_machine:
                 continue
-            data = msgspec.structs.replace(layout, shard=ranks // tensor)
-            if divides_batch(search, data):
-                for split in splits(layout, ranks // tensor):
-                    for divided in divide_experts(search, split):
-                        search_split(search, divided)
+            self.search_ranks(size)
 
+    def search_ranks(self, ranks: int) -> None:
+        """Every grid and manner on so many ranks, the most promising first."""
+        nodes = [
+            build_node(self.bound_grid(layout), place, 0, layout) for place, layout in enumerate(self.manners(ranks))
+        ]
+        self._nodes = len(nodes)
+        self.go_through(nodes)
+        for axis in LEADERS if self.known and self.most > 1 else ():
+            if axis not in self._leaders:
+                self.leading = axis
+                others = (node for node in nodes if getattr(node.layout, axis) > 1 or axis == "expert")
+                self.go_through(nsmallest(PROMISING, others))
+        self.leading = ""
 
-def divides_batch(search: Search, layout: Layout) -> bool:
-    """Whether the layout's ranks can share the batch; why not is remembered."""
-    try:
-        check_layout(layout, search.job.data.global_batch)
-    except SettingError as error:
-        search.refuse(layout, error)
-        return False
-    return True
+    def manners(self, ranks: int) -> Iterator[Layout]:
+        """Every grid with every schedule and microbatch; why others cannot run is remembered."""
+        for grid in self.space.grids(ranks):
+            error = self.space.grid_refusal(grid)
+            if error is not None:
+                self.refuse(grid, error)
+                continue
+            if grid.pipeline * grid.context == 1:
+                self.reject_splits(grid)
+            for manner in self.space.manners(grid):
+                for microbatch in self.space.microbatches(manner):
+                    layout = msgspec.structs.replace(manner, microbatch=microbatch)
+                    error = self.space.manner_refusal(layout)
+                    if error is None:
+                        yield layout
+                    elif layout.schedule == "1f1b" or "schedule" in self.space.fixed:
+                        # Other schedules of a grid are just not among its layouts.
+                        self.refuse(layout, error)
 
+    def go_through(self, nodes: Iterable[Node]) -> None:
+        """Take the most promising apart until nothing that is left could be among the best."""
+        heap = list(nodes)
+        heapify(heap)
+        while heap:
+            node = heappop(heap)
+            if not self.worth(node.bound_s, node.layout):
+                continue
+            for layout, bound_s in LEVELS[node.level](self, node.layout):
+                if bound_s < float("inf") and self.worth(bound_s, layout):
+                    self._nodes += 1
+                    bound_s = max(bound_s, node.bound_s)
+                    heappush(heap, build_node(bound_s, self._nodes, node.level + 1, layout))
 
-def search_split(search: Search, split: Layout) -> None:
-    """Add the predictions of one split over the axes, with every zero and microbatch, or why they cannot run."""
-    job = search.job
-    share = job.data.global_batch // split.data_size
-    for zero in (3, 2, 1) if split.parameter_shards > 1 else (3,):
-        for microbatch in microbatches(share, split):
-            candidate = with_layout(job, msgspec.structs.replace(split, zero=zero, microbatch=microbatch))
-            fitting, missing = fit_recompute(candidate, search.frame)
-            search.add(fitting)
+    def bound_grid(self, layout: Layout) -> float:
+        """The bound that needs nothing but how the model is divided and runs."""
+        if not self.known:
+            return 0.0
+        experts = self.job.model.experts
+        if experts:
+            # The more ranks divide the experts, the longer are their products, and the faster.
+            most = min(MOST_EXPERT_RANKS, layout.expert_ranks)
+            sizes = [1 << power for power in range(most.bit_length()) if (1 << power) <= most]
+            layout = msgspec.structs.replace(layout, expert=max(n for n in sizes if experts.count % n == 0))
+        return self.bound_compute(layout, least=True)
+
+    def bound_compute(self, layout: Layout, *, least: bool = False) -> float:
+        """The bound of what a rank computes. least: remember how little of a device a sequence takes."""
+        if not self.known:
+            return 0.0
+        job = share_machine(with_layout(self.job, layout))
+        whole_s, block_s = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
+        if least:
+            self._least_s = min(self._least_s, whole_s / layout.microbatch * layout.context * layout.tensor)
+        return bound_passes(job, layout.accumulation(job.data.global_batch), whole_s, block_s)
+
+    def fit_grid(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """The same with what must be recomputed in the schedule that keeps least, and with least held whole."""
+        plain = msgspec.structs.replace(layout, schedule="1f1b", stages_per_rank=0, stage_layers=(), zero=3)
+        yield layout, self.bound_fitting(layout, plain)
+
+    def fit_manner(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """With what must be recomputed in the layout's own schedule, and by what is held whole."""
+        split = layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD
+        for zero in self.space.among("zero", (1, 2, 3)):
+            kept = msgspec.structs.replace(layout, zero=zero)
+            if not split or zero == 1 or layout.parameter_shards == 1:
+                yield kept, self.bound_fitting(kept, kept)
+
+    def bound_fitting(self, layout: Layout, like: Layout) -> float:
+        """The bound with what `like` must recompute even where parameters are divided most, and as much as can be lies
+        with the host; inf where it does not fit. Whatever is divided less recomputes as much or more."""
+        if like not in self._fitting:
+            self._fitting[like] = list(self.least_recomputed(like))
+        return min(
+            (
+                self.bound_compute(msgspec.structs.replace(layout, expert=expert, recompute=recompute))
+                for expert, recompute in self._fitting[like]
+            ),
+            default=float("inf"),
+        )
+
+    def least_recomputed(self, layout: Layout) -> Iterator[tuple[int, Recompute | int]]:
+        """Sizes of expert, and what must be recomputed with each."""
+        offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
+        offload = offloads[-1]
+        sharings = [split for split in self.space.sharings(layout) if self.space.expert_refusal(split) is None]
+        # Where nothing is divided, no gather needs a buffer.
+        ends = {split.replica for split in sharings}
+        for split in (split for split in sharings if ends and split.replica in (min(ends), max(ends))):
+            job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
+            fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
+            for each in fitting:
+                yield split.expert, each.layout.recompute
+
+    def share(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """Every way to share data and to place ranks."""
+        for sharing in self.space.sharings(layout):
+            if layout.zero not in self.space.zeros(sharing) or self.space.expert_refusal(sharing) is not None:
+                continue
+            again = [recompute for expert, recompute in self._fitting[layout] if expert == sharing.expert]
+            placed: set[tuple[object, ...]] = set()
+            for order in self.space.orders(sharing):
+                placement = self.shared.sharing(order)
+                if placement not in placed:
+                    placed.add(placement)
+                    bounds = [self.bound_leaf(msgspec.structs.replace(order, recompute=each)) for each in again]
+                    yield order, min(bounds, default=float("inf"))
+
+    def bound_leaf(self, layout: Layout) -> float:
+        """The bound that knows all but what is recomputed and what a pipeline waits for."""
+        if not self.known:
+            return 0.0
+        job = share_machine(with_layout(self.job, layout))
+        pieces = self.shared.pieces(job, self.shared.sharing(layout))
+        return bound_shared(job, self.shared.cut(job), pieces, layout.accumulation(job.data.global_batch))
+
+    def fit_ends(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """The layout with what a pipeline's ends must recompute: other ranks may need more."""
+        if layout.pipeline == 1:
+            yield layout, 0.0
+            return
+        job = with_layout(self.job, layout)
+        fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"))
+        self._ends[layout] = max(
+            (again for each in fitting if isinstance(again := each.layout.recompute, int)), default=1
+        )
+        bounds = [self.bound_leaf(each.layout) for each in fitting]
+        if self.known and any(self.worth(bound_s, layout) for bound_s in bounds):
+            bounds = [bound_step(each, self.shared.walk_frame(each)) for each in fitting]
+        yield layout, min(bounds, default=float("inf"))
+
+    def fit(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """The layout with what it must recompute or offload to fit."""
+        kind = msgspec.structs.replace(layout, order=AXES, zero=1, microbatch=1, replica=layout.data_size, shard=1)
+        offloads = self.space.offloads(layout)
+        for offload in offloads:
+            candidate = with_layout(self.job, msgspec.structs.replace(layout, offload=offload))
+            if not self.space.may_offload(candidate):
+                continue
+            if offload != "none" and not self.worth(self.bound_leaf(candidate.layout), layout):
+                continue
+            larger = range(layout.shard, layout.world_size + 1) if layout.shard > 1 else ()
+            misfits = self._misfits.setdefault(msgspec.structs.replace(kind, offload=offload), [])
+            # Larger microbatches need more, and so does holding more whole, or over fewer ranks, but for one. A single
+            # microbatch needs no room for sums of gradients.
+            alone = layout.accumulation(self.job.data.global_batch) == 1
+            if any(
+                layout.zero <= zero
+                and (microbatch == layout.microbatch or (microbatch < layout.microbatch and not alone))
+                and shard in (layout.shard, *larger)
+                for zero, shard, microbatch in misfits
+            ):
+                continue
+            fitting, missing = fit_recompute(
+                candidate,
+                self.shared.frame,
+                self.space.fixed.get("recompute"),
+                at_least=self._ends.get(candidate.layout, 1),
+            )
             if missing is not None:
-                # Larger microbatches need more still.
-                search.rejected.append(missing)
-                if microbatch == 1:
-                    # And so does holding more whole.
-                    return
-                break
+                misfits.append((layout.zero, layout.shard, layout.microbatch))
+                if offload == offloads[0] and layout.microbatch == 1 and layout.zero == max(self.space.zeros(layout)):
+                    self.reject(missing)
+            yield from ((each.layout, self.bound_leaf(each.layout)) for each in fitting)
+            if fitting and fitting[0].layout.recompute in ("none", 0):
+                # What gives nothing up for memory is not offered with less.
+                return
+
+    def walk(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """The layout with the bound of its pipeline's ranks."""
+        job = with_layout(self.job, layout)
+        yield layout, bound_step(job, self.shared.frame(job)) if layout.pipeline > 1 else 0.0
+
+    def finish(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
+        """Predict the layout."""
+        if layout not in self._seen:
+            self._seen.add(layout)
+            job = with_layout(self.job, layout)
+            self.add(self.predict(job, self.shared.frame(job)))
+        yield from ()
+
+    def reject(self, missing: Rejected) -> None:
+        """Remember what does not fit, once."""
+        if missing.layout not in self._rejected:
+            self._rejected.add(missing.layout)
+            self.rejected.append(missing)
+
+    def reject_splits(self, grid: Layout) -> None:
+        """Remember which divisions over replica and shard do not fit, however much is recomputed."""
+        if "recompute" in self.space.fixed:
+            return
+        legal, refused = False, list[tuple[Layout, SettingError]]()
+        for split in self.space.sharings(grid):
+            given = {name: value for name, value in self.space.fixed.items() if name != "replica"}
+            full = with_layout(self.job, msgspec.structs.replace(split, recompute="full", **given))
+            error = self.space.refusal(full.layout)
+            if error is not None:
+                refused.append((split, error))
+                continue
+            legal = True
+            if on_host := host_refusal(full, self.shared.frame):
+                self.reject(on_host)
+                continue
+            shared = share_machine(full)
+            if predict_memory(shared, self.shared.frame(shared)).total() > shared.cluster.device.memory_bytes:
+                self.reject(reject_memory(full, self.shared.frame))
+        if refused and not legal:
+            self.refuse(*refused[0])
 
 
-def search_grids(search: Search) -> None:
-    """Pipelines and divided sequences, on all devices: each grid by a bound, then the most promising in every way."""
-    tried = [(bound_s, candidate) for grid in grids(search.job) for bound_s, candidate in try_grid(search, grid)]
-    for bound_s, candidate in sorted(tried, key=lambda pair: pair[0])[:GRIDS]:
-        if search.is_promising(bound_s):
-            vary_grid(search, candidate.layout)
+# What takes a layout apart, from coarse to fine: layouts, each with a bound.
+LEVELS: tuple[Callable[[Search, Layout], Iterator[tuple[Layout, float]]], ...] = (
+    Search.fit_grid,
+    Search.fit_manner,
+    Search.share,
+    Search.fit_ends,
+    Search.fit,
+    Search.walk,
+    Search.finish,
+)
 
 
-def grids(job: Job) -> Iterator[Layout]:
-    """Every choice of pipeline, context and tensor, where one of the first two is there, on all devices."""
-    devices, model = job.cluster.devices, job.model
-    if job.cluster.device.kind == "cpu" and job.cluster.nodes == 1:
-        # Ranks that share a machine's cores are no faster for being more; what fits a rank fits one process.
-        return
-    for tensor in axis_sizes(job.cluster.devices_per_node):
-        for pipeline in axis_sizes(min(devices, LONGEST_PIPELINE)):
-            for context in axis_sizes(devices):
-                inner = pipeline * context * tensor
-                long = job.data.sequence // (context * tensor) >= SHORTEST_PIECE or context == 1
-                if pipeline * context == 1 or devices % inner or pipeline > model.layers or not long:
-                    continue
-                if not divides_model(job, tensor):
-                    continue
-                grid = plainest(job, pipeline=pipeline, shard=devices // inner, context=context, tensor=tensor)
-                yield choose_form(job, grid)
+def search_layouts(
+    job: Job,
+    predict: Predict,
+    *,
+    fixed: Mapping[str, Any] | None = None,
+    ranks: Sequence[int] | None = None,
+    weigh: Weigh = by_time,
+    most: int = MOST,
+    shared: Shared | None = None,
+) -> tuple[list[Prediction], list[Rejected]]:
+    """Predictions of the best layouts that fit, and rejections of what does not divide or fit.
 
-
-def choose_form(job: Job, grid: Layout) -> Layout:
-    """The grid with heads exchanged where it can be and a ring would be slow: with documents or windows."""
-    if grid.context == 1 or not is_masked(job):
-        return grid
-    exchanged = msgspec.structs.replace(grid, context_form="all-to-all")
-    try:
-        check_context(exchanged, job.model, job.data.sequence)
-    except SettingError:
-        return grid
-    return exchanged
-
-
-def divides_model(job: Job, tensor: int) -> bool:
-    """Whether tensor ranks can share the model; search_plain says why they cannot."""
-    try:
-        check_split(plainest(job, tensor=tensor), job.model, job.data.sequence)
-    except SettingError:
-        return False
-    return True
-
-
-def check_grid(job: Job, layout: Layout) -> None:
-    """Raise SettingError for what no cluster could run, however experts are divided."""
-    check_layout(layout, job.data.global_batch)
-    check_context(layout, job.model, job.data.sequence)
-    microbatches, own = layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
-    check_schedule(layout, microbatches, job.model.layers, short=not own)
-
-
-def try_grid(search: Search, grid: Layout) -> list[tuple[float, Job]]:
-    """The grid sharded over all its data ranks, a sequence at a time, with as little freed between passes as fits.
-
-    With a bound on its step; nothing where it cannot run or does not fit.
+    ranks: numbers of them to search, all unless given. shared: of another search of the job, with the same fixed but
+    for sizes and offload. Whatever is within TIE of the last of `most` is found too.
     """
-    try:
-        check_grid(search.job, grid)
-    except SettingError as error:
-        search.refuse(grid, error)
-        return []
-    missing: Rejected | None = None
-    for divided in reversed(divide_experts(search, grid)):
-        for zero in (1, 3) if grid.parameter_shards > 1 else (1,):
-            candidate = with_layout(search.job, msgspec.structs.replace(divided, zero=zero))
-            fitting, missing = fit_recompute(candidate, search.frame)
-            if fitting:
-                return [
-                    min(((bound_step(each, search.frame(each)), each) for each in fitting), key=lambda pair: pair[0])
-                ]
-    search.rejected += [missing] if missing is not None else []
-    return []
-
-
-def vary_grid(search: Search, grid: Layout) -> None:
-    """Every way to share data and parameters within a grid, then other schedules for the fastest of them."""
-    job = search.job
-    before = len(search.found)
-    ranks = grid.data_size
-    for shard in shard_sizes(job, grid, ranks):
-        sizes = {"replica": ranks // shard, "shard": shard, "expert": 1}
-        split = msgspec.structs.replace(grid, recompute="none", **sizes)
-        for divided in divide_experts(search, split):
-            search_split(search, divided)
-    found = search.found[before:]
-    if not found:
-        return
-    best = min(found, key=lambda p: p.step_s)
-    # In brief, all that a pipeline waits for is bubble.
-    waits = best.step.bubble > WORTH_A_TRY * best.step_s
-    for layout in manners(best.layout, schedules=waits):
-        try:
-            check_grid(job, layout)
-        except SettingError:
-            # The grid has its layouts; this way of running it is just not one of them.
-            continue
-        candidate = with_layout(job, layout)
-        search.add(fit_recompute(candidate, search.frame)[0])
-
-
-def manners(best: Layout, *, schedules: bool) -> Iterator[Layout]:
-    """The layout with other schedules and, where it divides sequences, with heads exchanged for tokens."""
-    best = msgspec.structs.replace(best, recompute="none")
-    if best.context > 1:
-        other = "ring" if best.context_form == "all-to-all" else "all-to-all"
-        yield msgspec.structs.replace(best, context_form=other)
-    if best.pipeline > 1 and schedules:
-        for schedule, held in SCHEDULES:
-            for stages in held:
-                # Weights' gradients that come late need parameters that stay.
-                zero = best.zero if schedule == "interleaved" else 1
-                yield msgspec.structs.replace(best, schedule=schedule, stages_per_rank=stages, zero=zero)
-
-
-def shard_sizes(job: Job, grid: Layout, ranks: int) -> list[int]:
-    """Over all data ranks, over those of a node, or not at all."""
-    inside = max(1, job.cluster.devices_per_node // (grid.context * grid.tensor))
-    return sorted({ranks, gcd(ranks, inside), 1}, reverse=True)
-
-
-def divide_experts(search: Search, layout: Layout) -> list[Layout]:
-    """The layout with every power of two along expert that can divide the model's experts; why none can is remembered.
-
-    What `expert` leaves of the ranks divides each expert's matrices, so that it may work with one size and not another.
-    """
-    found: list[Layout] = []
-    refusals: list[tuple[Layout, SettingError]] = []
-    most = MOST_EXPERT_RANKS if search.job.model.experts else 1
-    for size in (1 << power for power in range(most.bit_length())):
-        divided = msgspec.structs.replace(layout, expert=size)
-        try:
-            check_expert(divided, search.job.model)
-        except SettingError as error:
-            refusals.append((divided, error))
-        else:
-            found.append(divided)
-    if not found:
-        search.refuse(*refusals[0])
-    return found
-
-
-def axis_sizes(devices: int) -> list[int]:
-    """Powers of two and divisors up to a number of devices."""
-    powers = {1 << exponent for exponent in range(devices.bit_length()) if 1 << exponent <= devices}
-    return sorted(powers.union(divisors(devices)))
-
-
-def splits(layout: Layout, ranks: int) -> Iterator[Layout]:
-    """Every division of `ranks` over replica and shard."""
-    for shard in divisors(ranks):
-        yield msgspec.structs.replace(layout, replica=ranks // shard, shard=shard)
-
-
-def microbatches(share: int, layout: Layout) -> list[int]:
-    """Sequences at once that divide a rank's share of the batch, into as many microbatches as a pipeline needs."""
-    divided = layout.pipeline * layout.context > 1
-    most = min(share // layout.pipeline, LARGEST_DIVIDED_MICROBATCH if divided else LARGEST_MICROBATCH)
-    return [n for n in range(1, most + 1) if share % n == 0]
-
-
-def axes_in_use(layout: Layout) -> int:
-    """How many kinds of communication a layout has."""
-    axes: tuple[Axis, ...] = ("pipeline", "replica", "shard", "context", "tensor")
-    return sum(layout.size(axis) > 1 for axis in axes) + (layout.expert > 1)
+    search = Search(job, predict, fixed=fixed, weigh=weigh, most=most, shared=shared)
+    sizes = search.space.ranks() if ranks is None else list(ranks)
+    # More ranks are faster, as a rule; where time is not known, fewer are simpler.
+    search.run(sizes[::-1] if search.known else sizes)
+    return search.found, sorted(search.rejected, key=lambda r: r.layout.world_size)

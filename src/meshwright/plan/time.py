@@ -57,23 +57,6 @@ def predict_step(job: Job, frame: Frame | None = None, *, brief: bool = False) -
     return account, hidden_seconds(stages, walk, idle, microbatches, ranks)
 
 
-def bound_step(job: Job, frame: Frame) -> float:
-    """Seconds that a 1F1B step cannot be shorter than, but for what all layouts have alike; 0 without known peaks.
-
-    A stage begins when the first microbatch has come through those before it, and when it ends the last one's gradient
-    has to go back through them.
-    """
-    if not has_known_peak(job.cluster.device, job):
-        return 0.0
-    microbatches = accumulation_of(job)
-    before_s = bound_s = 0.0
-    for stage in walk_stages(job, frame):
-        whole_s = stage.first.busy_s() + stage.last.busy_s() + (microbatches - 1) * stage.middle.busy_s()
-        bound_s = max(bound_s, before_s + whole_s)
-        before_s += stage.middle.busy_s()
-    return bound_s
-
-
 def hidden_seconds(stages: list[StageWalks], walk: Walk, idle: Idle, microbatches: int, ranks: int) -> dict[str, float]:
     """Transfers that run while the device computes, by purpose."""
     inside = {

@@ -5,21 +5,52 @@ from collections.abc import Sequence
 import msgspec
 
 from meshwright.plan.fit import gb
+from meshwright.plan.objective import Goal
+from meshwright.plan.search import TIE
+from meshwright.plan.smallest import smallest_cluster
 from meshwright.plan.time import share_machine
 from meshwright.record import Prediction
-from meshwright.spec import Job
-
-# Predicted step times closer than this are a tie: the simpler layout comes first.
-TIE = 0.01
+from meshwright.spec import Job, count_parameters
 
 
-def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction]) -> str:
-    """Whether one device is enough, how it compares with the best layout and with the job's own."""
+def explain_verdict(
+    job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction], goal: Goal | None = None
+) -> str:
+    """Whether one device is enough, how it compares with the best layout and with the job's own; before that, what the
+    goal comes to, where it is not the shortest step."""
+    goal = goal or Goal()
+    first = f"{explain_goal(job, ranked, goal)} " if ranked and goal.objective != "fastest" else ""
+    return first + explain_need(job, own, one, ranked, goal)
+
+
+def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
+    """The best layout for a goal that is not the shortest step."""
+    best = ranked[0]
+    if goal.objective == "longest":
+        most = job.model.max_positions
+        meant = ", as many as the model is meant for" if 0 < most < 2 * job.data.sequence else ""
+        return f"The longest sequence that {job.cluster.label()} hold: about {job.data.sequence:,} tokens{meant}."
+    if goal.objective == "largest":
+        billions = count_parameters(job.model) / 1e9
+        return f"The largest model of this shape that {job.cluster.label()} hold: {job.model.name}, {billions:.3g}B."
+    if goal.objective == "cheapest":
+        per_million = 1e6 * best.layout.world_size / best.tokens_per_s if best.tokens_per_s else 0.0
+        return f"Cheapest: {in_words(best)}, {per_million:,.3g} device-seconds a million tokens."
+    limit_s = goal.step_limit_s(job)
+    if limit_s is None or best.step_s > limit_s:
+        return f"No number of devices here makes {goal.deadline_hours:g} hours. The fastest: {in_words(best)}."
+    hours = goal.deadline_hours * best.step_s / limit_s if goal.deadline_hours else 0.0
+    return f"{best.layout.world_size} devices are enough: {hours:,.3g} hours of {goal.deadline_hours:g}."
+
+
+def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction], goal: Goal) -> str:
+    """Whether one device is enough, and how it compares."""
     device = "process" if job.cluster.device.kind == "cpu" else "device"
     if not ranked:
-        return nothing_searched_fits(job, own)
+        return nothing_searched_fits(job, own, goal)
     if one is None:
-        fewest = min(ranked, key=lambda p: p.layout.world_size)  # of several, the first in rank
+        # Of several, the first in rank; offloading is not what distributing is compared with.
+        fewest = min(ranked, key=lambda p: (p.layout.offload != "none", p.layout.world_size))
         which = "the fastest found"
         if ranked[0].step_s > min(p.step_s for p in ranked):
             which = f"the simplest within {TIE:.0%} of the fastest found"
@@ -42,19 +73,26 @@ def explain_verdict(job: Job, own: Prediction, one: Prediction | None, ranked: S
     return f"One {device} is enough: {fits}{compare_own(own, one, device)}."
 
 
-def nothing_searched_fits(job: Job, own: Prediction) -> str:
-    """The verdict where no layout of the search fits; the job's own may, by what the search leaves out."""
+def nothing_searched_fits(job: Job, own: Prediction, goal: Goal) -> str:
+    """The verdict where no layout of the search fits: what would do. The job's own may fit, by what is left out."""
     needed, capacity = own.memory.total(), share_machine(job).cluster.device.memory_bytes
     if needed <= capacity:
         pace = f", {own.step_s:.3g} s a step" if own.step_s else ""
         fits = f"This job's layout fits ({gb(needed)} of {gb(capacity)} GB){pace}: {own.layout.label()}."
-        return f"{fits} Nothing else does on {job.cluster.label()}; offloading is not searched."
+        return f"{fits} Nothing that was searched does on {job.cluster.label()}."
     name, size_bytes = max(own.memory.rows(), key=lambda row: row[1])
     largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
-    verdict = f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}. The largest term is {largest}."
-    if job.cluster.device.kind == "cpu" or job.layout.offload != "none":
+    fixed = f" with {' and '.join(f'layout.{name}' for name in goal.fixed)} fixed" if goal.fixed else ""
+    verdict = (
+        f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}{fixed}. The largest term is {largest}."
+    )
+    if job.cluster.device.kind == "cpu":
         return verdict
-    return f'{verdict} layout.offload = "parameters" was not searched: it keeps states in the host\'s memory.'
+    enough = smallest_cluster(job, goal.fixed)
+    if enough is None:
+        return f"{verdict} No cluster of such nodes would do, as far as was looked."
+    cluster, layout = enough
+    return f"{verdict} The smallest cluster that would do: {cluster.label()} ({layout.label()})."
 
 
 def compare_own(own: Prediction, one: Prediction, device: str) -> str:

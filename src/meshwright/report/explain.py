@@ -8,9 +8,9 @@ import msgspec
 
 from meshwright.account import StepAccount
 from meshwright.explain import Explanation, MeasuredSteps
-from meshwright.explain.words import counted, plain, steps_text
+from meshwright.explain.words import counted, steps_text
 from meshwright.report.details import Grid, advice_text, grids
-from meshwright.report.text import labelled, show
+from meshwright.report.text import labelled, plain, show
 from meshwright.report.words import (
     Row,
     Unit,

@@ -4,9 +4,9 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from meshwright.explain.words import plain
 from meshwright.report.colours import COLOURS
 from meshwright.report.details import Grid
+from meshwright.report.text import plain
 
 
 def text(words: object) -> str:

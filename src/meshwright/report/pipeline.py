@@ -3,6 +3,7 @@
 from meshwright.record import PlannedPass, PlannedPipeline
 from meshwright.report.charts import AXES_HEIGHT, CLOSE_BAR_HEIGHT, DRAWN_RANKS, Figure
 from meshwright.report.colours import COLOURS
+from meshwright.report.text import blocks_held
 from meshwright.report.words import Unit
 
 # Passes drawn of each rank: more are too narrow to be seen.
@@ -69,10 +70,3 @@ def pipeline_words(planned: PlannedPipeline) -> str:
     elif planned.left_out:
         words += f"; {planned.left_out} microbatches like those in the middle are left out"
     return words + "."
-
-
-def blocks_held(planned: PlannedPipeline) -> str:
-    """The schedule with the blocks of each rank: "1f1b; blocks on each rank: 9, 9, 8, 6"."""
-    stages = list(zip(planned.stage_layers, planned.stage_ranks, strict=True))
-    held = ["+".join(str(layers) for layers, rank in stages if rank == place) for place in range(len(planned.ranks))]
-    return f"{planned.schedule}; blocks on each rank: {', '.join(held)}"

@@ -8,9 +8,9 @@ import msgspec
 from meshwright.account import MEANINGS
 from meshwright.plan import Decision, Offer, Plan, Rejected
 from meshwright.plan.cost import HOUR_S, Cost, Costs
+from meshwright.plan.curve import KNEE
 from meshwright.record import Prediction
-from meshwright.report.pipeline import blocks_held
-from meshwright.report.text import labelled, show
+from meshwright.report.text import blocks_held, labelled, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,7 +70,7 @@ def offer_cells(offer: Offer) -> list[str]:
 
 def plan_text(plan: Plan, console: "Console") -> None:
     """Print the verdict, the job's own layout in detail, the ranking and the rejections."""
-    parts = [headline(plan), job_table(plan), ranking(plan), rejections(plan.rejected), notes(plan.job)]
+    parts = [headline(plan), job_table(plan), ranking(plan), scaling(plan), rejections(plan.rejected), notes(plan.job)]
     show([part for part in parts if part is not None], console)
 
 
@@ -180,9 +180,10 @@ def ranking(plan: Plan) -> "Table | None":
         return None
     fastest = plan.ranked[:LISTED_LAYOUTS]
     shown = [p for place, p in enumerate(plan.ranked) if place < LISTED_LAYOUTS or leads(plan.ranked, place)]
-    order = f"{'Fastest' if fastest[0].step_s else 'First'} {len(fastest)}"
-    others = " and the first with each other axis" if len(shown) > len(fastest) else ""
-    title = f"{order} of the {plan.considered} layouts that fit (within 1%: the simpler first){others}"
+    best = "Cheapest" if plan.goal.objective == "cheapest" else "Fastest"
+    order = f"{best if fastest[0].step_s else 'First'} {len(fastest)}"
+    others = ", and one with each other axis" if len(shown) > len(fastest) else ""
+    title = f"{order} of all that fit (within 1%: the simpler first; {plan.considered} had to be predicted){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
     for prediction in shown:
         own = prediction.layout == plan.job.layout
@@ -192,6 +193,41 @@ def ranking(plan: Plan) -> "Table | None":
     if plan.job_fits and all(p.layout != plan.job.layout for p in shown):
         table.add_row("...", *layout_cells(plan.job, own=True), style="bold")
     return titled(title, table)
+
+
+def scaling(plan: Plan) -> "Table | None":
+    """Speed and efficiency against the number of devices, and what a noise scale says of the batch."""
+    curve = plan.curve
+    if curve is None or not curve.points:
+        return None
+    columns = ["step", "from", "to", "tokens/s", "efficiency", "device-s a million tokens", "layout"]
+    table = new_table(["devices"], columns[:-1])
+    table.add_column("layout", overflow="fold")
+    for point in curve.points:
+        low_s, high_s = point.step_interval_s
+        cells = [seconds_text(seconds) for seconds in (point.step_s, low_s, high_s)]
+        cells += [f"{point.tokens_per_s:,.0f}", f"{point.efficiency:.0%}", f"{point.device_s_per_million_tokens:,.3g}"]
+        table.add_row(f"{point.devices}", *cells, point.layout.label())
+    title = "Scaling, at this batch"
+    if curve.knee is not None:
+        title += f": at least {KNEE:.0%} of the fewest devices' efficiency up to {curve.knee}"
+    if (noise := curve.noise) is None:
+        return titled(title, table)
+    line = (
+        f"a noise scale of {noise.noise_tokens:,.0f} tokens: of this batch's tokens {noise.batch_efficiency:.0%} are "
+        f"learnt from; a sequence a replica on more than {noise.devices:,} devices is half noise or worse"
+    )
+    return titled(title, titled_below(table, line))
+
+
+def titled_below(inner: "Table", line: str) -> "Table":
+    """Something with a line under it."""
+    from rich.table import Table
+
+    grid = Table.grid()
+    grid.add_row(inner)
+    grid.add_row(line)
+    return grid
 
 
 def leads(ranked: Sequence[Prediction], place: int) -> bool:

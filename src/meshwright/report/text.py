@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from meshwright.explain.words import plain
+from meshwright.record import PlannedPipeline
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -42,3 +42,15 @@ def labelled(lines: Sequence[tuple[str, str]]) -> "Table":
     for label, text in lines:
         grid.add_row(Text(label, style="bold"), Text(plain(text)))
     return grid
+
+
+def plain(text: str) -> str:
+    """One line of text from elsewhere without characters that steer a terminal or turn the reading direction."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def blocks_held(planned: PlannedPipeline) -> str:
+    """The schedule with the blocks of each rank: "1f1b; blocks on each rank: 9, 9, 8, 6"."""
+    stages = list(zip(planned.stage_layers, planned.stage_ranks, strict=True))
+    held = ["+".join(str(layers) for layers, rank in stages if rank == place) for place in range(len(planned.ranks))]
+    return f"{planned.schedule}; blocks on each rank: {', '.join(held)}"

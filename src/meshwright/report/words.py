@@ -9,8 +9,9 @@ import msgspec
 from meshwright.account import MEANINGS, Account, MemoryAccount, RunAccount, StepAccount
 from meshwright.explain import Explanation
 from meshwright.explain.program import program_mfu
-from meshwright.explain.words import bytes_text, plain, seconds_text
+from meshwright.explain.words import bytes_text, seconds_text
 from meshwright.record import Metrics
+from meshwright.report.text import plain
 from meshwright.spec import count_parameters
 
 MEMORY_MEANINGS = {

@@ -71,6 +71,7 @@ from meshwright.spec.schedule import (
     check_schedule,
     held_stages,
     rank_of_stage,
+    rank_schedule,
     stage_count,
     stages_per_rank,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "parameter_shapes",
     "rank_flops",
     "rank_of_stage",
+    "rank_schedule",
     "split_layers",
     "split_of",
     "split_table",

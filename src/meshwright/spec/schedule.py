@@ -67,16 +67,25 @@ def rank_of_stage(layout: Layout, stage: int) -> int:
 
 def held_stages(layout: Layout, rank: int) -> tuple[int, ...]:
     """The stages that a rank along pipeline holds, first to last."""
-    return tuple(stage for stage in range(stage_count(layout)) if rank_of_stage(layout, stage) == rank)
+    ranks, stages = layout.pipeline, stage_count(layout)
+    if layout.schedule not in TURNING:
+        return tuple(range(rank, stages, ranks))
+    # Down the ranks and back up, each second turn.
+    return tuple(turn + (ranks - 1 - rank if turn // ranks % 2 else rank) for turn in range(0, stages, ranks))
 
 
 def build_schedule(layout: Layout, microbatches: int) -> Table:
     """What each rank along pipeline runs in a step, in order. For layouts that check_schedule lets through."""
+    return tuple(rank_schedule(layout, rank, microbatches) for rank in range(layout.pipeline))
+
+
+def rank_schedule(layout: Layout, rank: int, microbatches: int) -> tuple[Action, ...]:
+    """The same of one of them."""
     if layout.schedule == "zbv":
-        return tuple(zbv_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
+        return zbv_rank(layout, rank, microbatches)
     if layout.schedule == "dualpipev":
-        return tuple(dualpipev_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
-    return tuple(alternating_rank(layout, rank, microbatches) for rank in range(layout.pipeline))
+        return dualpipev_rank(layout, rank, microbatches)
+    return alternating_rank(layout, rank, microbatches)
 
 
 def alternating_rank(layout: Layout, rank: int, microbatches: int) -> tuple[Action, ...]:

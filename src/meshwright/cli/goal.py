@@ -1,0 +1,120 @@
+"""What is wanted of a plan, from what the user typed, and the plan or the comparison that comes of it."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import click
+
+from meshwright.spec.errors import SettingError, closest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.plan import Goal
+    from meshwright.spec import Job
+
+MOST_TOKENS = 1e18
+
+
+def read_goal(
+    objective: str,
+    tokens: float | None,
+    deadline_hours: float | None,
+    fixes: Sequence[str],
+    *,
+    curve: bool,
+    noise_tokens: float | None,
+) -> "Goal":
+    """The goal of the options. Raises SettingError for what cannot be meant."""
+    from meshwright.plan import Goal, Objective, check_goal
+
+    known = get_args(Objective)
+    if objective not in known:
+        raise SettingError(f"--objective {objective}", "is none", f"--objective {closest(objective, known)}")
+    if tokens is not None and not 1 <= tokens <= MOST_TOKENS:
+        raise SettingError(f"--tokens {tokens:g}", f"must lie between 1 and {MOST_TOKENS:g}", "--tokens 1e12")
+    goal = Goal(
+        objective=cast(Objective, objective),
+        tokens=None if tokens is None else int(tokens),
+        deadline_hours=deadline_hours,
+        fixed=read_fixed(fixes),
+        curve=curve,
+        noise_tokens=noise_tokens,
+    )
+    check_goal(goal)
+    return goal
+
+
+def read_fixed(fixes: Sequence[str]) -> dict[str, Any]:
+    """Settings of the layout by their names, from texts like layout.tensor=8."""
+    from meshwright.spec import Layout
+    from meshwright.spec.convert import convert
+    from meshwright.spec.decode import apply_setting, check_keys
+    from meshwright.spec.layout import check_axes
+
+    fixed: dict[str, Any] = {}
+    for fix in fixes:
+        key, equals, _ = fix.partition("=")
+        if not equals or not key.strip():
+            raise SettingError(f"--fix {fix}", "must look like layout.key=value", "--fix layout.tensor=8")
+        table: dict[str, Any] = {}
+        apply_setting(table, fix)
+        if list(table) != ["layout"]:
+            near = closest(key.strip().rpartition(".")[2], Layout.__struct_fields__)
+            raise SettingError(
+                f"--fix {key.strip()}", "only settings of the layout are chosen", f"--fix layout.{near}=..."
+            )
+        check_keys(table["layout"], Layout, "layout.")
+        layout = convert(table["layout"], Layout, "layout")
+        check_axes(layout)
+        for name in table["layout"]:
+            value = getattr(layout, name)
+            if name in fixed and fixed[name] != value:
+                both = f"--fix layout.{name}={fixed[name]} and layout.{name}={value}"
+                raise SettingError(both, "contradict each other", f"--fix layout.{name}={value}")
+            fixed[name] = value
+    return fixed
+
+
+def show_plan(
+    wanted: Callable[[str | None], "Job"],
+    clusters: Sequence[str],
+    goal: "Goal",
+    console: "Console",
+    *,
+    whole: bool,
+    as_json: bool,
+    html: Path | None,
+) -> None:
+    """Plan for one cluster, or compare several, and print what comes of it.
+
+    wanted: the job on a cluster, None for its own. whole: it says how many tokens it trains on in all.
+    """
+    import msgspec
+
+    from meshwright.plan import build_plan, decide, make_offer
+    from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
+
+    if len(clusters) > 1:
+        if html is not None:
+            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
+        jobs = {name: wanted(name) for name in clusters}
+        decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
+        if as_json:
+            click.echo(decision_json(decision))
+        else:
+            decision_text(decision, console)
+        return
+    job = wanted(clusters[0] if clusters else None)
+    if whole and goal.tokens is None and job.cluster.price_per_device_hour is not None:
+        goal = msgspec.structs.replace(goal, tokens=job.run.steps * job.data.global_batch * job.data.sequence)
+    planned = build_plan(job, goal)
+    if html is not None:
+        from meshwright.report.plan_page import write_plan
+
+        write_plan(planned, html)
+    if as_json:
+        click.echo(plan_json(planned))
+    else:
+        plan_text(planned, console)
