@@ -267,6 +267,7 @@ def test_the_programs_own_profiler_goes_first(tmp_path: Path) -> None:
 
 def test_samples_at_a_set_distance_are_all_taken_and_let_go_of(tmp_path: Path) -> None:
     """However long it takes to read them; also where garbage is never collected."""
+    gc.collect()
     gc.disable()
     try:
         model, optimizer, recorder = record_alone(tmp_path / "run", every_steps=4)
