@@ -93,7 +93,8 @@ def test_two_ranks_record_one_run(tmp_path: Path, split: Callable[[nn.Sequential
         assert held == memory.account.gradients == memory.account.optimizer_states
         # Biases of what is multiplied row by row are whole on each.
         assert held == 4 * whole if split is split_data else 4 * whole / 2 <= held < 4 * whole
-    explained(run, {split_data: "replica", split_parameters: "shard", split_matrices: "tensor"}[split])
+    carried: dict[Any, str] = {split_data: "replica", split_parameters: "shard", split_matrices: "tensor"}
+    explained(run, carried[split])
     spans = sorted((s for s in run.of(Span) if s.name != "measurement"), key=lambda s: s.start_s)
     assert all(a.end_s <= b.start_s + 1e-6 for a, b in pairwise(spans))
 
@@ -267,6 +268,7 @@ def test_the_programs_own_profiler_goes_first(tmp_path: Path) -> None:
 
 def test_samples_at_a_set_distance_are_all_taken_and_let_go_of(tmp_path: Path) -> None:
     """However long it takes to read them; also where garbage is never collected."""
+    gc.collect()
     gc.disable()
     try:
         model, optimizer, recorder = record_alone(tmp_path / "run", every_steps=4)

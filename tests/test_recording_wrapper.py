@@ -122,6 +122,19 @@ def test_a_module_is_recorded_on_every_rank_of_torchrun(tmp_path: Path) -> None:
         assert {transfer.purpose for transfer in step.measured.transfers} == {"replica"}
 
 
+def test_a_package_that_reads_its_arguments_at_import_gets_its_own(tmp_path: Path) -> None:
+    """torchtitan's does; to see whether there is such a module its package is imported."""
+    package = tmp_path / "early"
+    package.mkdir()
+    (package / "__init__.py").write_text("import sys\nARGUMENTS = sys.argv[1:]\n")
+    (package / "go.py").write_text("from early import ARGUMENTS\nprint(ARGUMENTS)\n")
+    words = ["-m", "meshwright.trace", "--record", "run", "-m", "early.go", "--of-its-own", "7"]
+    found = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert found.stdout == "['--of-its-own', '7']\n", found.stderr
+
+
 def test_however_it_ends_its_steps_are_there(tmp_path: Path, program: Path) -> None:
     endings = {"raise": 1, "exit": 3, "kill": -signal.SIGKILL, "interrupt": -signal.SIGINT}
     processes = {ending: wrapped(tmp_path, ending, str(program), "40", ending) for ending in endings}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import click
 
 from meshwright.spec import SettingError
-from meshwright.trace.wrapper import check_program, run_program
+from meshwright.trace.wrapper import arguments_of, check_program, run_program
 
 FLAGS = ("--keep-traces", "--help")
 
@@ -50,6 +50,8 @@ def read_command(run: Path, groups: tuple[str, ...], program: tuple[str, ...], *
     """
     named = {group.rpartition("=")[0]: group.rpartition("=")[2] for group in groups}
     command = Command(run, {**options, "groups": named, "first_step": 0, "trainer": words(program)}, list(program))
+    # Looking for a module imports its package, which may read the arguments there and then, as torchtitan's does.
+    sys.argv = arguments_of(program)
     check_program(*command)
     return command
 

@@ -92,6 +92,11 @@ def check_program(run: Path, options: Mapping[str, Any], program: Sequence[str])
         raise SettingError(program[0], "is no file", "the path of a Python script, or -m and the name of a module")
 
 
+def arguments_of(program: Sequence[str]) -> list[str]:
+    """The program's sys.argv."""
+    return list(program[1:] if program and program[0] == "-m" else program)
+
+
 def can_be_run(module: str) -> bool:
     """Whether `python -m` would. What a package of it raises when it is imported is raised."""
     try:
@@ -111,11 +116,10 @@ def can_be_run(module: str) -> bool:
 def run_program(run: Path, options: Mapping[str, Any], program: Sequence[str]) -> None:
     """Run `-m module arguments...` or `script.py arguments...` as Python itself would, recorded into `run`."""
     with Follower(run, options):
+        sys.argv = arguments_of(program)
         if program[0] == "-m":
-            sys.argv = list(program[1:])
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = list(program)
             # In place of the folder of this package's caller, as Python does for a script.
             sys.path[0] = str(Path(program[0]).resolve().parent)
             runpy.run_path(program[0], run_name="__main__")
