@@ -1,14 +1,28 @@
 """A rank's microbatches, made ready by one thread while the step before runs."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from meshwright.data.stream import Batch, Stream, Tokens
+from meshwright.data.stream import Batch, Tokens
 
 DEPTH = 2
+
+
+class Samples(Protocol):
+    """What batches are made of: a Stream, or what stands in for one."""
+
+    global_batch: int
+
+    def batch(self, step: int, first_index: int, count: int) -> Batch[Tokens]:
+        """Samples `first_index` and on of a step's global batch."""
+        ...
+
+    def counted(self, step: int) -> int:
+        """How many targets of a step's whole global batch are counted."""
+        ...
 
 
 class StepBatches(NamedTuple):
@@ -31,7 +45,7 @@ class Batches:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Samples,
         *,
         data_rank: int,
         data_size: int,

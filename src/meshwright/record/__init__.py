@@ -31,18 +31,23 @@ from meshwright.record.folder import (
     write_program,
 )
 from meshwright.record.program import Program
+from meshwright.record.rehearsal import Asked, Curve, GroupPace, Kind, Rehearsal, RehearsalTask, Rehearsed
 
 __all__ = [
     "HOST_CAUSES",
     "MANIFEST",
+    "Asked",
+    "Curve",
     "Ended",
     "Evaluation",
     "Event",
     "Fault",
     "Gap",
     "GroupTransfers",
+    "GroupPace",
     "HostCause",
     "KernelGroup",
+    "Kind",
     "LineWriter",
     "Memory",
     "Metrics",
@@ -50,6 +55,9 @@ __all__ = [
     "PlannedPipeline",
     "Prediction",
     "Program",
+    "Rehearsal",
+    "RehearsalTask",
+    "Rehearsed",
     "RunFolder",
     "Span",
     "Step",
