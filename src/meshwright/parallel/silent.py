@@ -194,7 +194,7 @@ class SilentGroup(dist.ProcessGroup):
         self._stream = clock.stream()
         self._name = self._description = ""
 
-    def getBackendName(self) -> str:  # noqa: N802 (torch's name)
+    def getBackendName(self) -> str:
         """As torch asks."""
         return BACKEND
 

@@ -1,4 +1,4 @@
-"""Rehearsing: one rank's steps of a layout of any size, with nobody else there. A job goes in, a run folder comes out."""
+"""Rehearsing: one rank's steps of a layout of any size, with nobody else there."""
 
 import sys
 import time

@@ -162,16 +162,12 @@ def stand_in_of(event: Event, on_device: DeviceStep, standing: Sequence[StandIn]
     return standing[at] if at >= 0 and launch_s <= standing[at].interval[1] else None
 
 
-def sent_of(
-    event: Event, on_device: DeviceStep, walk: Walk, groups: Groups, stand_in: StandIn | None = None
-) -> Sent:
+def sent_of(event: Event, on_device: DeviceStep, walk: Walk, groups: Groups, stand_in: StandIn | None = None) -> Sent:
     """A transfer's kernel, with what it or the operator that launched it says of its process group."""
     args, launch_s = event.args, on_device.launch(event)[0]
     if stand_in is not None:
         _, kind, description = stand_in
-        return Sent(
-            kind=kind, launch_s=launch_s, start_s=event.start_s, end_s=event.end_s, description=description
-        )
+        return Sent(kind=kind, launch_s=launch_s, start_s=event.start_s, end_s=event.end_s, description=description)
     if not args.group and not args.description:
         at = bisect_right(walk.records, launch_s, key=lambda record: record.start_s) - 1
         if at >= 0 and launch_s <= walk.records[at].end_s:

@@ -1,0 +1,228 @@
+"""Rehearsing one rank: which one, how long its transfers are predicted to take, what is predicted for it, and what
+takes the place of the plan's figures once it has been rehearsed."""
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import msgspec
+
+from meshwright.account import MemoryAccount, StepAccount
+from meshwright.plan.collective import Ring, hop_seconds, place_ring, predict_collective, predict_exchange, stride_of
+from meshwright.plan.compute import has_known_peak, predict_optimizer
+from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.held import predict_states
+from meshwright.plan.interval import memory_interval, step_interval
+from meshwright.plan.memory import predict_memories
+from meshwright.plan.passes import walk_stages
+from meshwright.plan.rates import Collective, rates_of
+from meshwright.plan.time import accumulation_of, predict_control, share_machine
+from meshwright.plan.walk import Walk
+from meshwright.record import Curve, GroupPace, Kind, Prediction, Rehearsal
+from meshwright.spec import AXES, Axis, Job, Layout, rank_flops
+
+# Where curves have their points: powers of two from 1 KiB to 1 TiB. Predictions are straight lines over bytes.
+SIZES = (0.0, *(2.0**power for power in range(10, 41, 2)))
+RINGED: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+# Buckets of a step that a rank by itself does not have: it waits for nobody. They stay the plan's.
+WAITING = ("comm_pipeline", "imbalance", "straggler", "bubble")
+
+NOTE = (
+    "rehearsed: rank {rank}'s compute and memory were measured on {device}; transfers between ranks, and waiting for "
+    "other stages, are predictions; so are all other layouts"
+)
+MEMORY_NOTE = (
+    "rehearsed: rank {rank}'s memory was measured on {device}; times are predictions, for the cluster's devices are "
+    "others ({planned})"
+)
+
+
+def fullest_rank(job: Job) -> int:
+    """The rank that is predicted to need most memory; of several, the first."""
+    job = share_machine(job)
+    totals = [memory.total() for memory in predict_memories(job, build_frame(job))]
+    return totals.index(max(totals)) * stride_of(job.layout, "pipeline")
+
+
+def rank_memory(job: Job, rank: int) -> MemoryAccount:
+    """Predicted bytes of one rank of the world at its peak; its states to the byte."""
+    job = share_machine(job)
+    along = job.layout.coordinates(rank)["pipeline"]
+    memory, states = predict_memories(job, build_frame(job))[along], predict_states(job, rank)
+    return msgspec.structs.replace(
+        memory,
+        parameters=states.parameters,
+        gradients=states.gradients,
+        optimizer_states=states.optimizer_states,
+    )
+
+
+def rank_step(job: Job, rank: int) -> StepAccount:
+    """Predicted seconds of one rank's step without its waiting for others; all zero where the device's peak is unknown.
+
+    What the plan's account of a layout has as the mean over ranks along pipeline, for one of them.
+    """
+    job = share_machine(job)
+    device, layout = job.cluster.device, job.layout
+    if not has_known_peak(device, job):
+        return StepAccount()
+    along, microbatches, frame = layout.coordinates(rank)["pipeline"], accumulation_of(job), build_frame(job)
+    stages = walk_stages(job, frame)
+    part = frame.parts[along]
+    walk, host_s = Walk(), rates_of(device).step_s
+    for stage in (stages[held.index] for held in part.stages):
+        walk = walk + stage.first + stage.last + stage.middle.repeated(microbatches - 1)
+        host_s += stage.host_s(microbatches)
+    flops = rank_flops(job.model, layout, job.data.sequence, along) * job.data.global_batch
+    useful_s = flops * layout.pipeline / layout.world_size / device.peak_flops_per_s(layout.precision)
+    return StepAccount(
+        useful=useful_s,
+        contention=walk.contention_s,
+        inefficiency=walk.compute_s - useful_s,
+        recompute=walk.recompute_s,
+        optimizer=predict_optimizer(job, part.local),
+        comm_shard=walk.exposed_shard_s,
+        comm_replica=walk.exposed_replica_s,
+        comm_tensor=walk.tensor_s,
+        comm_context=walk.context_s,
+        comm_expert=walk.expert_s,
+        comm_control=predict_control(job),
+        host=host_s,
+    )
+
+
+def build_paces(job: Job, rank: int) -> tuple[GroupPace, ...]:
+    """How long the transfers of every group that a rank is in take, as the plan reckons them."""
+    job = share_machine(job)
+    groups = {tuple(sorted(group)) for group in groups_of(job.layout, rank)}
+    paces = [group_pace(job, ranks) for ranks in sorted(groups) if len(ranks) > 1]
+    return (*paces, *pair_paces(job, rank))
+
+
+def groups_of(layout: Layout, rank: int) -> list[list[int]]:
+    """The ranks of the world along each axis, along shard and context together, of the experts' two, and all."""
+    experts = experts_along(layout, rank)
+    place = experts.index(rank)
+    first = place // layout.expert * layout.expert
+    return [
+        *(along(layout, rank, (axis,)) for axis in AXES),
+        along(layout, rank, ("shard", "context")),
+        experts[first : first + layout.expert],
+        experts[place % layout.expert :: layout.expert],
+        list(range(layout.world_size)),
+    ]
+
+
+def experts_along(layout: Layout, rank: int) -> list[int]:
+    """The ranks that hold a mixture's experts once, in the order in which experts are divided over them."""
+    return along(layout, rank, ("shard", "context", "tensor"))
+
+
+def along(layout: Layout, rank: int, axes: Sequence[Axis]) -> list[int]:
+    """The rank's group along these axes together, the last of them fastest."""
+    places = layout.coordinates(rank)
+    base = rank - sum(places[axis] * stride_of(layout, axis) for axis in axes)
+    steps = [[place * stride_of(layout, axis) for place in range(layout.size(axis))] for axis in axes]
+    return [base + sum(each) for each in product(*steps)]
+
+
+def group_pace(job: Job, ranks: tuple[int, ...]) -> GroupPace:
+    """The pace of a group, wherever the cluster has its ranks."""
+    cluster, rates = job.cluster, rates_of(job.cluster.device)
+    ring = place_ring(ranks, job.layout.world_size, cluster)
+
+    def collective(kind: Collective) -> Curve:
+        return curve(lambda size_bytes: predict_collective(kind, size_bytes, ring, rates))
+
+    curves: dict[Kind, Curve] = {kind: collective(kind) for kind in RINGED}
+    curves["all_to_all"] = curve(lambda size_bytes: predict_exchange(size_bytes, ring, cluster, rates))
+    curves["pass"] = curve(lambda size_bytes: pass_seconds(job, ring, size_bytes))
+    return GroupPace(ranks=ranks, curves=curves)
+
+
+def pass_seconds(job: Job, ring: Ring, size_bytes: float) -> float:
+    """A turn of a ring: all send at once, so that it lasts as long as the slowest hop."""
+    link = job.cluster.inter if ring.nodes > 1 else job.cluster.intra
+    return size_bytes / (link.bytes_per_s * rates_of(job.cluster.device).links["send"]) + link.latency_s
+
+
+def pair_paces(job: Job, rank: int) -> list[GroupPace]:
+    """The pace of a message to each other rank along pipeline."""
+    layout, rates = job.layout, rates_of(job.cluster.device)
+    pipe, own = along(layout, rank, ("pipeline",)), layout.coordinates(rank)["pipeline"]
+
+    def to(place: int) -> Curve:
+        return curve(lambda size_bytes: hop_seconds(layout, job.cluster, (own, place), size_bytes, rates))
+
+    pairs = {tuple(sorted((rank, other))): to(place) for place, other in enumerate(pipe) if other != rank}
+    return [GroupPace(ranks=ranks, curves={"send": one}) for ranks, one in pairs.items()]
+
+
+def curve(predict_s: Callable[[float], float]) -> Curve:
+    """A prediction at SIZES."""
+    return tuple((size_bytes, predict_s(size_bytes)) for size_bytes in SIZES)
+
+
+def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame: Frame | None = None) -> Prediction:
+    """The layout's prediction with what was rehearsed in the place of what was predicted.
+
+    A pipeline's ranks are not alike: what the rehearsed one took of its prediction, the others are taken to take of
+    theirs, and waiting for each other grows with it. Times stay the plan's where the rehearsal's device is another.
+    """
+    job = share_machine(job)
+    memories = predict_memories(job, frame or build_frame(job))
+    fullest = max(memories, key=MemoryAccount.total)
+    rehearsed_there = job.layout.coordinates(rehearsal.rank)["pipeline"] == memories.index(fullest)
+    memory = rehearsal.memory if rehearsed_there else with_measured_memory(fullest, rehearsal)
+    same_device = rehearsal.device == job.cluster.device.name
+    step = with_measured(prediction.step, rehearsal) if same_device and prediction.step_s else prediction.step
+    note = (NOTE if same_device else MEMORY_NOTE).format(
+        rank=rehearsal.rank, device=rehearsal.device, planned=job.cluster.device.name
+    )
+    step_s = step.total()
+    return msgspec.structs.replace(
+        prediction,
+        step=step,
+        overlapped=rehearsal.overlapped if same_device else prediction.overlapped,
+        memory=memory,
+        step_s=step_s,
+        step_interval_s=step_interval(job, step),
+        memory_interval_bytes=memory_interval(job, memory),
+        tokens_per_s=job.data.global_batch * job.data.sequence / step_s if step_s else 0.0,
+        notes=(note, *prediction.notes),
+    )
+
+
+def with_measured(mean: StepAccount, rehearsal: Rehearsal) -> StepAccount:
+    """The mean rank's account, its own work as rehearsed."""
+    predicted, measured = rehearsal.predicted, rehearsal.measured
+
+    def more(name: str) -> float:
+        own, before, after = (getattr(account, name) for account in (mean, predicted, measured))
+        return max(0.0, own + after - before)
+
+    made = StepAccount(**{name: more(name) for name in mean.__struct_fields__ if name not in WAITING})
+    compute_s = in_proportion(mean.compute, predicted.compute, measured.compute)
+    made = msgspec.structs.replace(
+        made,
+        useful=mean.useful,
+        inefficiency=compute_s - mean.useful - made.contention,
+        recompute=in_proportion(mean.recompute, predicted.recompute, measured.recompute),
+        optimizer=in_proportion(mean.optimizer, predicted.optimizer, measured.optimizer),
+    )
+    alone_s = mean.total() - sum(getattr(mean, name) for name in WAITING)
+    slower = made.total() / alone_s if alone_s else 1.0
+    return msgspec.structs.replace(made, **{name: getattr(mean, name) * slower for name in WAITING})
+
+
+def with_measured_memory(fullest: MemoryAccount, rehearsal: Rehearsal) -> MemoryAccount:
+    """The fullest rank's account where another one was rehearsed."""
+    predicted, measured = rehearsal.predicted_memory, rehearsal.memory
+    names = fullest.__struct_fields__
+    return MemoryAccount(
+        **{name: in_proportion(*(getattr(one, name) for one in (fullest, predicted, measured))) for name in names}
+    )
+
+
+def in_proportion(own: float, before: float, after: float) -> float:
+    """`own` as many times as `after` is `before`; of what was not predicted, what is there."""
+    return own * after / before if before > 0 else own + after
