@@ -20,18 +20,15 @@ from meshwright.cli.machine import (
     under_torchrun,
     whole_tokens,
 )
+from meshwright.cli.options import SET, console
+from meshwright.cli.rehearsal import rehearse, rehearse_agent
 from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import ModuleType
 
-    from rich.console import Console
-
     from meshwright.spec import Job
-
-
-SET = click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change one key of the job.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -54,6 +51,7 @@ def cli() -> None:
 @click.option("--sequence", type=int, default=None, help="Tokens per sample.  [default: 8192]")
 @click.option("--global-batch", type=int, default=None, help="Samples per step.  [default: about 1M tokens]")
 @click.option("--tokens", type=float, help="To train on in all: how long it takes, and at what cost.")
+@click.option("--rehearsed", type=click.Path(path_type=Path), metavar="FILE", help="What `rehearse` measured of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a page: plan.html.")
 @SET
@@ -65,12 +63,14 @@ def plan(
     sequence: int | None,
     global_batch: int | None,
     tokens: float | None,
+    rehearsed: Path | None,
     as_json: bool,
     html: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
     from meshwright.plan import build_plan, decide, make_offer
+    from meshwright.record import read_rehearsal
     from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
 
     if job is not None:
@@ -88,8 +88,9 @@ def plan(
     if len(clusters) > 1:
         if gpus is not None:
             raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
-        if html is not None:
-            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
+        for option, value in (("--html", html), ("--rehearsed", rehearsed)):
+            if value is not None:
+                raise SettingError(option, "is of one cluster's plan", "one --cluster")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(n, one, build_plan(one, tokens=budget), budget) for n, one in jobs.items()])
         if as_json:
@@ -100,7 +101,8 @@ def plan(
     one = wanted(clusters[0] if clusters else None)
     if job is not None and budget is None and one.cluster.price_per_device_hour is not None:
         budget = one.run.steps * one.data.global_batch * one.data.sequence
-    planned = build_plan(one, tokens=budget)
+    rehearsal = None if rehearsed is None else read_rehearsal(rehearsed)
+    planned = build_plan(one, tokens=budget, rehearsal=rehearsal)
     if html is not None:
         from meshwright.report.plan_page import write_plan
 
@@ -317,6 +319,10 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     sys.exit(watch_ranks(run, attempt, began_s))
 
 
+for command in (rehearse, rehearse_agent):
+    cli.add_command(command)
+
+
 def data_module(command: str) -> "ModuleType":
     """What looks at data, once it is sure that it can be loaded."""
     from meshwright import launch
@@ -355,13 +361,6 @@ def join(job: "Job", resume: Path | None, began_s: float) -> None:
         launch.forget_untrained(RunFolder(Path(run)), attempt)
 
     join_ranks(job, begin, forget, began_s)
-
-
-def console() -> "Console":
-    """Where tables go: 100 columns where there is no terminal to ask."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def main() -> None:

@@ -3,9 +3,11 @@
 from meshwright.launch.attempt import begin_attempt, forget_untrained, reopen_run
 from meshwright.launch.hub import find_model
 from meshwright.launch.process import become_agent, needs_torch, run_attempt
+from meshwright.launch.rehearsal import RehearsalEnded, run_rehearsal, write_rehearsal
 from meshwright.launch.verification import VerificationEnded, run_trials
 
 __all__ = [
+    "RehearsalEnded",
     "VerificationEnded",
     "become_agent",
     "begin_attempt",
@@ -14,5 +16,7 @@ __all__ = [
     "needs_torch",
     "reopen_run",
     "run_attempt",
+    "run_rehearsal",
     "run_trials",
+    "write_rehearsal",
 ]

@@ -6,6 +6,9 @@ kernels do, beside the compute that does not wait for it; on a CPU, where gloo b
 between stages of a pipeline are there at once: when they would come is known to whoever replays the whole schedule.
 """
 
+# torch's stubs name parameters otherwise from version to version, and hand them over by their places.
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
+
 import time
 from collections.abc import Callable, Sequence
 from functools import partial

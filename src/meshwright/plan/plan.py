@@ -14,11 +14,12 @@ from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memories, predict_memory
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
+from meshwright.plan.rehearsal import check_rehearsal, with_rehearsal
 from meshwright.plan.search import axes_in_use, search_layouts
 from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
 from meshwright.plan.verdict import TIE, explain_verdict
-from meshwright.record import Prediction
+from meshwright.record import Prediction, Rehearsal
 from meshwright.spec import Cluster, Job, Layout
 
 # Layouts that a plan lists; the rest are counted.
@@ -116,13 +117,19 @@ def is_fp16(job: Job) -> bool:
     return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
 
 
-def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
+def build_plan(job: Job, *, tokens: int | None = None, rehearsal: Rehearsal | None = None) -> Plan:
     """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
 
-    tokens: to train on in all, whose time and cost are asked for.
+    tokens: to train on in all, whose time and cost are asked for. rehearsal: of a rank of the job's own layout, whose
+    figures take the place of the predicted ones. Raises SettingError where it is of another job.
     """
+    if rehearsal is not None:
+        check_rehearsal(job, rehearsal)
     found, rejected = search_layouts(job, partial(predict_framed, brief=True))
     own = predict(job)
+    if rehearsal is not None:
+        own = with_rehearsal(job, own, rehearsal)
+        found = [own if one.layout == own.layout else one for one in found]
     ranked = rank_predictions(found)
     one = next((p for p in ranked if p.layout.world_size == 1), None)
     shared = share_machine(job)
@@ -140,7 +147,7 @@ def build_plan(job: Job, *, tokens: int | None = None) -> Plan:
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(rank_predictions(in_full(job, one) for one in list_of(ranked))),
+        ranked=tuple(rank_predictions(own if one is own else in_full(job, one) for one in list_of(ranked))),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
         alone=alone,

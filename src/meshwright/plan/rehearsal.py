@@ -18,10 +18,10 @@ from meshwright.plan.rates import Collective, rates_of
 from meshwright.plan.time import accumulation_of, predict_control, share_machine
 from meshwright.plan.walk import Walk
 from meshwright.record import Curve, GroupPace, Kind, Prediction, Rehearsal
-from meshwright.spec import AXES, Axis, Job, Layout, rank_flops
+from meshwright.spec import AXES, Axis, Job, Layout, SettingError, rank_flops
 
-# Where curves have their points: powers of two from 1 KiB to 1 TiB. Predictions are straight lines over bytes.
-SIZES = (0.0, *(2.0**power for power in range(10, 41, 2)))
+# Where curves have their points: powers of two from 1 KiB to 1 TiB, straight between them as predictions are.
+SIZES = (0.0, *(2.0**power for power in range(10, 41)))
 RINGED: tuple[Collective, ...] = ("all_reduce", "all_gather", "reduce_scatter")
 # Buckets of a step that a rank by itself does not have: it waits for nobody. They stay the plan's.
 WAITING = ("comm_pipeline", "imbalance", "straggler", "bubble")
@@ -93,9 +93,14 @@ def rank_step(job: Job, rank: int) -> StepAccount:
 def build_paces(job: Job, rank: int) -> tuple[GroupPace, ...]:
     """How long the transfers of every group that a rank is in take, as the plan reckons them."""
     job = share_machine(job)
-    groups = {tuple(sorted(group)) for group in groups_of(job.layout, rank)}
-    paces = [group_pace(job, ranks) for ranks in sorted(groups) if len(ranks) > 1]
-    return (*paces, *pair_paces(job, rank))
+    groups: set[tuple[int, ...]] = {tuple(sorted(group)) for group in groups_of(job.layout, rank)}
+    paces: dict[tuple[int, ...], dict[Kind, Curve]] = {
+        ranks: group_curves(job, ranks) for ranks in sorted(groups) if len(ranks) > 1
+    }
+    for ranks, sent in pair_curves(job, rank).items():
+        # Two ranks may be a group too.
+        paces[ranks] = paces.get(ranks, {}) | {"send": sent}
+    return tuple(GroupPace(ranks=ranks, curves=curves) for ranks, curves in paces.items())
 
 
 def groups_of(layout: Layout, rank: int) -> list[list[int]]:
@@ -125,8 +130,8 @@ def along(layout: Layout, rank: int, axes: Sequence[Axis]) -> list[int]:
     return [base + sum(each) for each in product(*steps)]
 
 
-def group_pace(job: Job, ranks: tuple[int, ...]) -> GroupPace:
-    """The pace of a group, wherever the cluster has its ranks."""
+def group_curves(job: Job, ranks: tuple[int, ...]) -> dict[Kind, Curve]:
+    """Of a group, wherever the cluster has its ranks."""
     cluster, rates = job.cluster, rates_of(job.cluster.device)
     ring = place_ring(ranks, job.layout.world_size, cluster)
 
@@ -136,7 +141,7 @@ def group_pace(job: Job, ranks: tuple[int, ...]) -> GroupPace:
     curves: dict[Kind, Curve] = {kind: collective(kind) for kind in RINGED}
     curves["all_to_all"] = curve(lambda size_bytes: predict_exchange(size_bytes, ring, cluster, rates))
     curves["pass"] = curve(lambda size_bytes: pass_seconds(job, ring, size_bytes))
-    return GroupPace(ranks=ranks, curves=curves)
+    return curves
 
 
 def pass_seconds(job: Job, ring: Ring, size_bytes: float) -> float:
@@ -145,21 +150,35 @@ def pass_seconds(job: Job, ring: Ring, size_bytes: float) -> float:
     return size_bytes / (link.bytes_per_s * rates_of(job.cluster.device).links["send"]) + link.latency_s
 
 
-def pair_paces(job: Job, rank: int) -> list[GroupPace]:
-    """The pace of a message to each other rank along pipeline."""
+def pair_curves(job: Job, rank: int) -> dict[tuple[int, ...], Curve]:
+    """Of a message to each other rank along pipeline."""
     layout, rates = job.layout, rates_of(job.cluster.device)
     pipe, own = along(layout, rank, ("pipeline",)), layout.coordinates(rank)["pipeline"]
 
     def to(place: int) -> Curve:
         return curve(lambda size_bytes: hop_seconds(layout, job.cluster, (own, place), size_bytes, rates))
 
-    pairs = {tuple(sorted((rank, other))): to(place) for place, other in enumerate(pipe) if other != rank}
-    return [GroupPace(ranks=ranks, curves={"send": one}) for ranks, one in pairs.items()]
+    return {tuple(sorted((rank, other))): to(place) for place, other in enumerate(pipe) if other != rank}
 
 
 def curve(predict_s: Callable[[float], float]) -> Curve:
     """A prediction at SIZES."""
     return tuple((size_bytes, predict_s(size_bytes)) for size_bytes in SIZES)
+
+
+def check_rehearsal(job: Job, rehearsal: Rehearsal) -> None:
+    """Raise SettingError where a rehearsal is of another job."""
+    for setting, wanted, found in (
+        ("layout", job.layout, rehearsal.layout),
+        ("model", job.model, rehearsal.model),
+        ("data.sequence", job.data.sequence, rehearsal.sequence),
+        ("data.global_batch", job.data.global_batch, rehearsal.global_batch),
+    ):
+        if wanted != found:
+            told = (
+                f" ({found.label()})" if isinstance(found, Layout) else f" ({found})" if isinstance(found, int) else ""
+            )
+            raise SettingError("--rehearsed", f"is of another {setting}{told}", "meshwright rehearse with this job")
 
 
 def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame: Frame | None = None) -> Prediction:

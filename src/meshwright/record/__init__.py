@@ -31,7 +31,16 @@ from meshwright.record.folder import (
     write_program,
 )
 from meshwright.record.program import Program
-from meshwright.record.rehearsal import Asked, Curve, GroupPace, Kind, Rehearsal, RehearsalTask, Rehearsed
+from meshwright.record.rehearsal import (
+    Asked,
+    Curve,
+    GroupPace,
+    Kind,
+    Rehearsal,
+    RehearsalTask,
+    Rehearsed,
+    read_rehearsal,
+)
 
 __all__ = [
     "HOST_CAUSES",
@@ -69,6 +78,7 @@ __all__ = [
     "read_metrics",
     "read_prediction",
     "read_program",
+    "read_rehearsal",
     "replace_text",
     "start_attempt",
     "write_cut_short",

@@ -1,12 +1,13 @@
 """A rehearsal: one rank of a layout run by itself. What it is asked, and what it found."""
 
 from bisect import bisect_right
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from meshwright.account import MemoryAccount, StepAccount
-from meshwright.spec import Layout, ModelSpec
+from meshwright.spec import Layout, ModelSpec, SettingError
 
 # What ranks of a group do together, or two of them: "pass" is each rank's part to the next of a ring. What is received
 # takes no time by itself, and has no curve.
@@ -78,3 +79,14 @@ def seconds_at(curve: Curve, size_bytes: float) -> float:
     at = min(max(1, bisect_right(curve, size_bytes, key=lambda point: point[0])), len(curve) - 1)
     (before, before_s), (after, after_s) = curve[at - 1], curve[at]
     return before_s + (after_s - before_s) * (size_bytes - before) / (after - before)
+
+
+def read_rehearsal(path: Path) -> Rehearsal:
+    """A rehearsal's file. Raises SettingError where it is none."""
+    nearest = "a file that meshwright rehearse wrote"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Rehearsal)
+    except OSError as error:
+        raise SettingError(f"--rehearsed {path}", f"cannot be read ({error.strerror})", nearest) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise SettingError(f"--rehearsed {path}", f"holds no rehearsal ({error})", nearest) from None

@@ -54,19 +54,19 @@ class Invented:
 def rehearse_run(run: str, attempt: int) -> int:
     """Rehearse the task of a run folder; return the exit code."""
     folder = RunFolder(Path(run))
+    job = read_job(folder.job, local=no_machine)
+    task = msgspec.json.decode(folder.task.read_bytes(), type=RehearsalTask)
+    settle_process(job)
+    device, ledger = start_silent(job.cluster, task.rank, job.layout.world_size, task.paces)
     try:
-        job = read_job(folder.job, local=no_machine)
-        task = msgspec.json.decode(folder.task.read_bytes(), type=RehearsalTask)
-        settle_process(job)
-        device, ledger = start_silent(job.cluster, task.rank, job.layout.world_size, task.paces)
         rehearsed = rehearse(job, folder, attempt, device, ledger, task.steps)
-        stop_distributed()
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
     except torch.OutOfMemoryError:
-        print(f"error: {out_of_memory(device, task.rank)}", file=sys.stderr)  # only a device that is there runs out
+        print(f"error: {out_of_memory(device, task.rank)}", file=sys.stderr)
         return REFUSED
+    stop_distributed()
     replace_text(folder.rehearsed, json_text(rehearsed))
     return 0
 
