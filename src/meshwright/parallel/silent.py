@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 from torch.profiler import record_function
 
 from meshwright.record.kineto import STAND_IN
@@ -120,11 +121,11 @@ class HostClock:
 
     device = torch.device("cpu")
 
-    def run(self, name: str, seconds: float, fill: Callable[[], None], *_: Any) -> dist.Work:
+    def run(self, name: str, seconds: float, fill: Callable[[], object], *_: Any) -> dist.Work:
         """A transfer: `fill` makes what it gives, and both together last `seconds`, if they can."""
         until = time.perf_counter() + seconds
         # An operator to the profiler, as gloo's is, and no annotation.
-        with torch._C._profiler._RecordFunctionFast(name):
+        with _RecordFunctionFast(name):
             fill()
             time.sleep(max(0.0, until - time.perf_counter()))
         return Finished()
@@ -152,7 +153,7 @@ class DeviceClock:
         return torch.cuda.Stream(self.device)
 
     def run(
-        self, name: str, seconds: float, fill: Callable[[], None], held: Sequence[Tensor], stream: torch.cuda.Stream
+        self, name: str, seconds: float, fill: Callable[[], object], held: Sequence[Tensor], stream: torch.cuda.Stream
     ) -> dist.Work:
         """A transfer on `stream`, after what the current one has been given so far. held: what it reads and writes."""
         written_bytes = held[0].numel() * held[0].element_size() if held else 0
@@ -192,7 +193,7 @@ class SilentGroup(dist.ProcessGroup):
         clock: HostClock | DeviceClock,
         ledger: Ledger,
     ) -> None:
-        super().__init__(rank, len(ranks))
+        super().__init__(rank, len(ranks))  # pyright: ignore[reportCallIssue] (another of torch's two)
         self._ranks, self._known, self._clock, self._ledger = ranks, known, clock, ledger
         self._stream = clock.stream()
         self._name = self._description = ""
@@ -223,7 +224,7 @@ class SilentGroup(dist.ProcessGroup):
         self,
         kind: Kind,
         size_bytes: float,
-        fill: Callable[[], None],
+        fill: Callable[[], object],
         held: Sequence[Tensor],
         *,
         options: Any = None,

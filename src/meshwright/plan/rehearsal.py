@@ -201,7 +201,7 @@ def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame
     return msgspec.structs.replace(
         prediction,
         step=step,
-        overlapped=rehearsal.overlapped if same_device else prediction.overlapped,
+        overlapped={name: s for name, s in rehearsal.overlapped.items() if s} if same_device else prediction.overlapped,
         memory=memory,
         step_s=step_s,
         step_interval_s=step_interval(job, step),
@@ -212,8 +212,9 @@ def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame
 
 
 def with_measured(mean: StepAccount, rehearsal: Rehearsal) -> StepAccount:
-    """The mean rank's account, its own work as rehearsed."""
-    predicted, measured = rehearsal.predicted, rehearsal.measured
+    """The mean rank's account, its own work as rehearsed: the profiled step's parts of the steps that were not."""
+    predicted = rehearsal.predicted
+    measured = rehearsal.measured.scaled(rehearsal.step_s / rehearsal.measured.total())
 
     def more(name: str) -> float:
         own, before, after = (getattr(account, name) for account in (mean, predicted, measured))

@@ -17,6 +17,8 @@ NOTES = (
     "Transfers took the time that they are predicted to take, and moved nothing. Waiting for other ranks is left out.",
     "Tokens are drawn evenly from the vocabulary; gathered values are the rank's own. The loss means nothing.",
 )
+# Below this, MB with one figure behind the point say little.
+SMALL_BYTES = 1e6
 
 
 def rehearsal_json(rehearsal: Rehearsal) -> str:
@@ -64,7 +66,11 @@ def asked_part(rehearsal: Rehearsal) -> "Table":
     table = new_table(["transfers in a step"], ["ranks", "number", "bytes", "predicted"])
     for one in rehearsal.asked:
         table.add_row(
-            one.kind.replace("_", " "), f"{one.ranks:,}", f"{one.count:,}", gb(one.size_bytes), time_text(one.seconds)
+            one.kind.replace("_", " "),
+            f"{one.ranks:,}",
+            f"{one.count:,}",
+            gb(one.size_bytes) if one.size_bytes >= SMALL_BYTES else f"{one.size_bytes / 1e3:.3g} KB",
+            time_text(one.seconds),
         )
     return titled("Asked of other ranks" if rehearsal.asked else "Nothing was asked of other ranks", table)
 
