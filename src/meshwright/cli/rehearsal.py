@@ -3,11 +3,15 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from meshwright.cli.machine import local, read
 from meshwright.cli.options import SET, console
+
+if TYPE_CHECKING:
+    from meshwright.spec import Job
 
 
 @click.command()
@@ -30,11 +34,12 @@ def rehearse(
     launch.needs_torch("rehearse")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     wanted = read(job, settings)
+    launch.check_rehearsal_file(out or default_file(wanted, 0))
     try:
         rehearsal = launch.run_rehearsal(wanted, rank, steps, local=local)
     except launch.RehearsalEnded as ended:
         sys.exit(ended.code)
-    path = out or Path(wanted.run.folder) / f"{wanted.run.name}-rank-{rehearsal.rank}.json"
+    path = out or default_file(wanted, rehearsal.rank)
     launch.write_rehearsal(rehearsal, path)
     if as_json:
         click.echo(rehearsal_json(rehearsal))
@@ -42,6 +47,11 @@ def rehearse(
     rehearsal_text(rehearsal, console())
     changed = "".join(f" --set {setting}" for setting in settings)
     click.echo(f"\nwritten: {path}; the plan with it: meshwright plan {job}{changed} --rehearsed {path}")
+
+
+def default_file(job: "Job", rank: int) -> Path:
+    """Where a rank's rehearsal goes if nobody says."""
+    return Path(job.run.folder) / f"{job.run.name}-rank-{rank}.json"
 
 
 @click.command(hidden=True)

@@ -3,7 +3,7 @@
 from meshwright.launch.attempt import begin_attempt, forget_untrained, reopen_run
 from meshwright.launch.hub import find_model
 from meshwright.launch.process import become_agent, needs_torch, run_attempt
-from meshwright.launch.rehearsal import RehearsalEnded, run_rehearsal, write_rehearsal
+from meshwright.launch.rehearsal import RehearsalEnded, check_rehearsal_file, run_rehearsal, write_rehearsal
 from meshwright.launch.verification import VerificationEnded, run_trials
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "VerificationEnded",
     "become_agent",
     "begin_attempt",
+    "check_rehearsal_file",
     "find_model",
     "forget_untrained",
     "needs_torch",

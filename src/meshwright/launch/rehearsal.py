@@ -179,10 +179,22 @@ def read_rehearsal_run(job: Job, folder: RunFolder, attempt: int, rank: int, ste
     )
 
 
+def check_rehearsal_file(path: Path) -> None:
+    """Raise SettingError where a file cannot be written, before minutes are spent on what would be in it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        reason = "is a folder" if path.is_dir() else ""
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror})"
+    if not reason and not os.access(path.parent, os.W_OK):
+        reason = "cannot be written (no permission)"
+    if reason:
+        raise SettingError(f"--out {path}", reason, "--out rehearsal.json")
+
+
 def write_rehearsal(rehearsal: Rehearsal, path: Path) -> None:
     """Leave a rehearsal for the plan. Raises SettingError where the file cannot be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json_text(rehearsal))
     except OSError as error:
         raise SettingError(f"--out {path}", f"cannot be written ({error.strerror})", "--out rehearsal.json") from None

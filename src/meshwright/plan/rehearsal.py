@@ -99,7 +99,7 @@ def build_paces(job: Job, rank: int) -> tuple[GroupPace, ...]:
     }
     for ranks, sent in pair_curves(job, rank).items():
         # Two ranks may be a group too.
-        paces[ranks] = paces.get(ranks, {}) | {"send": sent}
+        paces[ranks] = {**paces.get(ranks, {}), **sent}
     return tuple(GroupPace(ranks=ranks, curves=curves) for ranks, curves in paces.items())
 
 
@@ -150,13 +150,13 @@ def pass_seconds(job: Job, ring: Ring, size_bytes: float) -> float:
     return size_bytes / (link.bytes_per_s * rates_of(job.cluster.device).links["send"]) + link.latency_s
 
 
-def pair_curves(job: Job, rank: int) -> dict[tuple[int, ...], Curve]:
+def pair_curves(job: Job, rank: int) -> dict[tuple[int, ...], dict[Kind, Curve]]:
     """Of a message to each other rank along pipeline."""
     layout, rates = job.layout, rates_of(job.cluster.device)
     pipe, own = along(layout, rank, ("pipeline",)), layout.coordinates(rank)["pipeline"]
 
-    def to(place: int) -> Curve:
-        return curve(lambda size_bytes: hop_seconds(layout, job.cluster, (own, place), size_bytes, rates))
+    def to(place: int) -> dict[Kind, Curve]:
+        return {"send": curve(lambda size_bytes: hop_seconds(layout, job.cluster, (own, place), size_bytes, rates))}
 
     return {tuple(sorted((rank, other))): to(place) for place, other in enumerate(pipe) if other != rank}
 
