@@ -227,7 +227,7 @@ class SilentGroup(dist.ProcessGroup):
         fill: Callable[[], object],
         held: Sequence[Tensor],
         *,
-        options: Any = None,
+        opts: Any = None,
         between: tuple[int, ...] = (),
     ) -> dist.Work:
         """A transfer of this group, or of the two ranks `between`."""
@@ -239,54 +239,54 @@ class SilentGroup(dist.ProcessGroup):
         if isinstance(self._clock, HostClock):
             return self._clock.run(OPERATORS[kind], 0.0 if kind == "send" else seconds, fill)
         # As NCCL does: what the caller waits for at once runs on the caller's own stream.
-        beside = options is None or options.asyncOp
+        beside = opts is None or opts.asyncOp
         assert self._stream is not None
         stream = self._stream if beside else torch.cuda.current_stream()
         return self._clock.run(f"{STAND_IN}{kind} {self._description}", seconds, fill, held, stream)
 
     # --- Gathered: its own part in each place ---
 
-    def _allgather_base(self, output: Tensor, given: Tensor, options: Any = None) -> dist.Work:
+    def _allgather_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist.Work:
         def fill() -> None:
             output.view(self.size(), -1).copy_(given.reshape(1, -1).expand(self.size(), -1))
 
-        return self._run("all_gather", bytes_of(output), fill, (output, given), options=options)
+        return self._run("all_gather", bytes_of(output), fill, (output, given), opts=opts)
 
-    def all_gather_single_coalesced(self, outputs: list[Tensor], given: list[Tensor], options: Any = None) -> dist.Work:
+    def all_gather_single_coalesced(self, outputs: list[Tensor], given: list[Tensor], opts: Any = None) -> dist.Work:
         """Several at once."""
-        return last([self._allgather_base(*pair, options) for pair in zip(outputs, given, strict=True)])
+        return last([self._allgather_base(*pair, opts) for pair in zip(outputs, given, strict=True)])
 
-    def allgather(self, outputs: list[list[Tensor]], given: list[Tensor], options: Any = None) -> dist.Work:
+    def allgather(self, outputs: list[list[Tensor]], given: list[Tensor], opts: Any = None) -> dist.Work:
         """Into tensors of their own."""
 
         def fill() -> None:
             for output in outputs[0]:
                 output.copy_(given[0])
 
-        return self._run("all_gather", sum(map(bytes_of, outputs[0])), fill, (*outputs[0], *given), options=options)
+        return self._run("all_gather", sum(map(bytes_of, outputs[0])), fill, (*outputs[0], *given), opts=opts)
 
     # --- Summed: its own ---
 
-    def _reduce_scatter_base(self, output: Tensor, given: Tensor, options: Any = None) -> dist.Work:
+    def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: Any = None) -> dist.Work:
         def fill() -> None:
             output.view(-1).copy_(given.reshape(self.size(), -1)[self.rank()])
 
-        return self._run("reduce_scatter", bytes_of(given), fill, (output, given), options=options)
+        return self._run("reduce_scatter", bytes_of(given), fill, (output, given), opts=opts)
 
     def reduce_scatter_single_coalesced(
-        self, outputs: list[Tensor], given: list[Tensor], options: Any = None
+        self, outputs: list[Tensor], given: list[Tensor], opts: Any = None
     ) -> dist.Work:
         """Several at once."""
-        return last([self._reduce_scatter_base(*pair, options) for pair in zip(outputs, given, strict=True)])
+        return last([self._reduce_scatter_base(*pair, opts) for pair in zip(outputs, given, strict=True)])
 
-    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
+    def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """In place."""
         size_bytes = sum(map(bytes_of, tensors))
-        return self._run("all_reduce", size_bytes, lambda: None, (), options=options)
+        return self._run("all_reduce", size_bytes, lambda: None, (), opts=opts)
 
-    def allreduce_coalesced(self, tensors: list[Tensor], options: Any = None) -> dist.Work:
+    def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         """Several at once."""
-        return self.allreduce(tensors, options)
+        return self.allreduce(tensors, opts)
 
     # --- Exchanged: what it sends comes back to it ---
 
@@ -296,12 +296,12 @@ class SilentGroup(dist.ProcessGroup):
         given: Tensor,
         taken: list[int],  # noqa: ARG002 (as many rows as the output has)
         sent: list[int],
-        options: Any = None,
+        opts: Any = None,
     ) -> dist.Work:
         """Rows; taken, sent: how many from and to each rank, empty where all are equal."""
         # One rank alone is sent anything, and not this one: a turn of a ring.
         kind: Kind = "pass" if sum(map(bool, sent)) == 1 and not sent[self.rank()] else "all_to_all"
-        return self._run(kind, bytes_of(given), partial(repeat_rows, output, given), (output, given), options=options)
+        return self._run(kind, bytes_of(given), partial(repeat_rows, output, given), (output, given), opts=opts)
 
     def send(self, tensors: list[Tensor], target: int, _tag: int = 0) -> dist.Work:
         """To a rank of the group."""
@@ -316,11 +316,11 @@ class SilentGroup(dist.ProcessGroup):
 
     # --- Small syncs outside of the steps ---
 
-    def broadcast(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # noqa: ARG002
+    def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:  # noqa: ARG002
         """Everybody has this rank's."""
         return Finished()
 
-    def barrier(self, options: Any = None) -> dist.Work:  # noqa: ARG002
+    def barrier(self, opts: Any = None) -> dist.Work:  # noqa: ARG002
         """Nobody else comes."""
         return Finished()
 
