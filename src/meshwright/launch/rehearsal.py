@@ -11,6 +11,7 @@ from statistics import median
 import msgspec
 
 from meshwright.launch.attempt import FAR_ABOVE, GIB_OVER_GB, nearest_that_fits
+from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.verification import wait_for
 from meshwright.plan import build_paces, fullest_rank, library_bytes, rank_memory, rank_step
 from meshwright.record import (
@@ -79,7 +80,7 @@ def run_rehearsal(job: Job, rank: int | None, steps: int, *, local: Callable[[in
             code = wait_for(subprocess.Popen([sys.executable, "-m", "meshwright", *arguments], start_new_session=True))
         except KeyboardInterrupt:
             print("\nstopped; nothing was measured", file=sys.stderr)
-            raise
+            raise RehearsalEnded(INTERRUPTED) from None
         if code:
             raise RehearsalEnded(code)
         return read_rehearsal_run(job, folder, attempt, rank, steps)

@@ -168,17 +168,14 @@ def curve(predict_s: Callable[[float], float]) -> Curve:
 
 def check_rehearsal(job: Job, rehearsal: Rehearsal) -> None:
     """Raise SettingError where a rehearsal is of another job."""
-    for setting, wanted, found in (
-        ("layout", job.layout, rehearsal.layout),
-        ("model", job.model, rehearsal.model),
-        ("data.sequence", job.data.sequence, rehearsal.sequence),
-        ("data.global_batch", job.data.global_batch, rehearsal.global_batch),
+    for what, wanted, found, told in (
+        ("model", job.model, rehearsal.model, rehearsal.model.name),
+        ("layout", job.layout, rehearsal.layout, rehearsal.layout.label()),
+        ("data.sequence", job.data.sequence, rehearsal.sequence, f"{rehearsal.sequence:,}"),
+        ("data.global_batch", job.data.global_batch, rehearsal.global_batch, f"{rehearsal.global_batch:,}"),
     ):
         if wanted != found:
-            told = (
-                f" ({found.label()})" if isinstance(found, Layout) else f" ({found})" if isinstance(found, int) else ""
-            )
-            raise SettingError("--rehearsed", f"is of another {setting}{told}", "meshwright rehearse with this job")
+            raise SettingError("--rehearsed", f"is of another {what} ({told})", "meshwright rehearse with this job")
 
 
 def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame: Frame | None = None) -> Prediction:
