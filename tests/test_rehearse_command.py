@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import commands
 import msgspec
@@ -55,7 +56,7 @@ def a_rehearsal(job: Job, rank: int, *, times: float = 1.0, device: str = "h100"
     )
 
 
-def rounded(account: StepAccount | MemoryAccount) -> dict[str, float]:
+def rounded(account: StepAccount | MemoryAccount) -> dict[str, Any]:
     return {name: pytest.approx(value, rel=1e-9, abs=1e-12) for name, value in account.rows()}
 
 
