@@ -12,9 +12,10 @@ DEPTH = 2
 
 
 class Samples(Protocol):
-    """What batches are made of: a Stream, or what stands in for one."""
+    """What training reads: a Stream, or what stands in for one."""
 
     global_batch: int
+    held_out_samples: int
 
     def batch(self, step: int, first_index: int, count: int) -> Batch[Tokens]:
         """Samples `first_index` and on of a step's global batch."""
@@ -22,6 +23,10 @@ class Samples(Protocol):
 
     def counted(self, step: int) -> int:
         """How many targets of a step's whole global batch are counted."""
+        ...
+
+    def held_out_batch(self, index: int, count: int) -> Batch[Tokens]:
+        """Held-out samples `index` and on."""
         ...
 
 

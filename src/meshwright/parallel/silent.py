@@ -238,8 +238,8 @@ class SilentGroup(dist.ProcessGroup):
             self._ledger.note(kind, len(ranks), size_bytes, seconds)
         if isinstance(self._clock, HostClock):
             return self._clock.run(OPERATORS[kind], 0.0 if kind == "send" else seconds, fill)
-        # As NCCL does: what the caller waits for at once runs on the caller's own stream. What is received is there, and
-        # must not queue behind what is sent.
+        # As NCCL does: what the caller waits for at once runs on the caller's own stream. What is received is there
+        # already, and must not queue behind what is sent.
         beside = kind != "recv" and (opts is None or opts.asyncOp)
         assert self._stream is not None
         stream = self._stream if beside else torch.cuda.current_stream()

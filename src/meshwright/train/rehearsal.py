@@ -15,6 +15,7 @@ from meshwright.record.folder import json_text
 from meshwright.spec import Job, SettingError
 from meshwright.spec.decode import read_job
 from meshwright.trace import MemoryProbe, Recorder
+from meshwright.train.evaluate import evaluate
 from meshwright.train.loop import forward_backward, update
 from meshwright.train.optimizer import build_optimizer, set_learning_rate
 from meshwright.train.reporter import Moment
@@ -33,6 +34,8 @@ class Invented:
 
     def __init__(self, job: Job) -> None:
         self.global_batch = job.data.global_batch
+        # One batch of them leaves behind what training's first evaluation leaves in the allocator.
+        self.held_out_samples = 1 if job.data.held_out > 0 else 0
         self._sequence, self._vocabulary, self._seed = job.data.sequence, job.model.vocabulary, job.run.seed
         self._by_document = job.data.attention == "document"
 
@@ -45,6 +48,10 @@ class Invented:
             places = np.arange(self._sequence) * DOCUMENTS // self._sequence
             documents = np.broadcast_to(places, (count, self._sequence)).copy()
         return Batch(np.ascontiguousarray(tokens[:, :-1]), tokens[:, 1:].copy(), documents)
+
+    def held_out_batch(self, index: int, count: int) -> Batch[Tokens]:
+        """As a stream's."""
+        return self.batch(0, index, count)
 
     def counted(self, step: int) -> int:  # noqa: ARG002 (in each step as many)
         """As a stream's."""
@@ -82,8 +89,11 @@ def rehearse(job: Job, folder: RunFolder, attempt: int, device: torch.device, le
     model = build_parallel_model(job, mesh, device)
     optimizer = build_optimizer(model, job.optimizer, job.layout.offload)
     loss_of = build_loss(job, mesh, device)
-    batches = build_batches(Invented(job), job, mesh, device)
+    stream = Invented(job)
+    batches = build_batches(stream, job, mesh, device)
     recorder = Recorder(folder, attempt, job, device, began_s=began_s)
+    with recorder.span("evaluation"):
+        evaluate(model, loss_of, stream, job, mesh, device)
     begins: list[Moment] = []
     ends: list[Moment] = []
     steps_s: list[float] = []
