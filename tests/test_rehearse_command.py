@@ -96,7 +96,22 @@ def test_a_pipelines_other_ranks_are_as_much_slower_as_the_rehearsed_one() -> No
     assert plan.job.step.bubble > 1.5 * own.step.bubble > 0
     # The last stage, with the logits, is the fullest, and not the one that was rehearsed.
     assert fullest_rank(job) == 24
-    assert plan.job.memory.activations == pytest.approx(2 * own.memory.activations)
+    assert [memory.activations for memory in plan.memories] == [
+        pytest.approx(2 * memory.activations) for memory in build_plan(job).memories
+    ]
+    assert plan.job.memory == max(plan.memories, key=MemoryAccount.total)
+    # The rehearsed rank has no logits to tell of.
+    assert plan.memories[-1].logits == own.memory.logits > 0
+
+
+def test_what_no_peak_is_known_of_is_known_once_rehearsed() -> None:
+    job = planned("layout.shard=32")
+    measured = a_rehearsal(job, 0)
+    device = msgspec.structs.replace(job.cluster.device, peak_bf16_flops_per_s=0.0)
+    unknown = msgspec.structs.replace(job, cluster=msgspec.structs.replace(job.cluster, device=device))
+    assert predict(unknown).step_s == 0
+    plan = build_plan(unknown, rehearsal=msgspec.structs.replace(measured, predicted=rank_step(unknown, 0)))
+    assert plan.job.step_s == pytest.approx(measured.step_s)
 
 
 def test_another_device_tells_memory_alone() -> None:

@@ -13,7 +13,7 @@ import msgspec
 from meshwright.launch.attempt import FAR_ABOVE, GIB_OVER_GB, nearest_that_fits
 from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.verification import wait_for
-from meshwright.plan import build_paces, fullest_rank, library_bytes, rank_memory, rank_step
+from meshwright.plan import build_paces, fullest_rank, library_bytes, local_cluster, rank_memory, rank_step
 from meshwright.record import (
     Memory,
     Rehearsal,
@@ -61,9 +61,11 @@ def run_rehearsal(job: Job, rank: int | None, steps: int, *, local: Callable[[in
     """
     check_trained(job)
     check_rehearsed(job, steps)
-    job = on_device(job, local(1).device)
+    # A job for processes is rehearsed in one, whatever GPUs there are.
+    here = local_cluster(1, "").device if job.cluster.device.kind == "cpu" else local(1).device
+    job = on_device(job, here)
     rank = fullest_rank(job) if rank is None else check_rank(job, rank)
-    refuse_memory(job, rank, local(1).device)
+    refuse_memory(job, rank, here)
     print(f"rehearsing rank {rank} of {job.layout.world_size:,}, {steps} steps", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="meshwright-rehearse-") as name:
         small = msgspec.structs.replace(
@@ -108,7 +110,7 @@ def check_rank(job: Job, rank: int) -> int:
 def on_device(job: Job, here: Device) -> Job:
     """The job with its devices as the one that is here, of the same kind. Raises SettingError where none is."""
     planned = job.cluster.device
-    if planned.kind != here.kind and planned.kind == "cuda":
+    if planned.kind != here.kind:
         raise SettingError(
             f"cluster of {job.cluster.label()}",
             "one of its ranks needs one GPU, and this machine has none",

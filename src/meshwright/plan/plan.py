@@ -14,7 +14,7 @@ from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memories, predict_memory
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
-from meshwright.plan.rehearsal import check_rehearsal, with_rehearsal
+from meshwright.plan.rehearsal import check_rehearsal, rehearsed_memories, with_rehearsal
 from meshwright.plan.search import axes_in_use, search_layouts
 from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
@@ -135,6 +135,9 @@ def build_plan(job: Job, *, tokens: int | None = None, rehearsal: Rehearsal | No
     shared = share_machine(job)
     capacity_bytes = shared.cluster.device.memory_bytes
     alone = plan_alone(job, best_layout)
+    memories = predict_memories(shared, build_frame(shared))
+    if rehearsal is not None:
+        memories = rehearsed_memories(memories, job, rehearsal)
     uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
         verdict=f"{explain_verdict(job, own, one, ranked)} {uneven}".rstrip(),
@@ -143,7 +146,7 @@ def build_plan(job: Job, *, tokens: int | None = None, rehearsal: Rehearsal | No
         sequence=job.data.sequence,
         global_batch=job.data.global_batch,
         capacity_bytes=capacity_bytes,
-        memories=predict_memories(shared, build_frame(shared)),
+        memories=memories,
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,

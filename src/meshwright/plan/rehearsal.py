@@ -9,7 +9,7 @@ import msgspec
 from meshwright.account import MemoryAccount, StepAccount
 from meshwright.plan.collective import Ring, hop_seconds, place_ring, predict_collective, predict_exchange, stride_of
 from meshwright.plan.compute import has_known_peak, predict_optimizer
-from meshwright.plan.frame import Frame, build_frame
+from meshwright.plan.frame import build_frame
 from meshwright.plan.held import predict_states
 from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memories
@@ -178,33 +178,45 @@ def check_rehearsal(job: Job, rehearsal: Rehearsal) -> None:
             raise SettingError("--rehearsed", f"is of another {what} ({told})", "meshwright rehearse with this job")
 
 
-def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal, frame: Frame | None = None) -> Prediction:
+def rehearsed_memories(memories: Sequence[MemoryAccount], job: Job, rehearsal: Rehearsal) -> tuple[MemoryAccount, ...]:
+    """Of every rank along pipeline: the rehearsed one's as it was, the others' off by as much as that."""
+    own = job.layout.coordinates(rehearsal.rank)["pipeline"]
+    return tuple(
+        rehearsal.memory if place == own else with_measured_memory(memory, rehearsal)
+        for place, memory in enumerate(memories)
+    )
+
+
+def with_rehearsal(job: Job, prediction: Prediction, rehearsal: Rehearsal) -> Prediction:
     """The layout's prediction with what was rehearsed in the place of what was predicted.
 
     A pipeline's ranks are not alike: what the rehearsed one took of its prediction, the others are taken to take of
     theirs, and waiting for each other grows with it. Times stay the plan's where the rehearsal's device is another.
     """
     job = share_machine(job)
-    memories = predict_memories(job, frame or build_frame(job))
-    fullest = max(memories, key=MemoryAccount.total)
-    rehearsed_there = job.layout.coordinates(rehearsal.rank)["pipeline"] == memories.index(fullest)
-    memory = rehearsal.memory if rehearsed_there else with_measured_memory(fullest, rehearsal)
+    memories = rehearsed_memories(predict_memories(job, build_frame(job)), job, rehearsal)
+    memory = max(memories, key=MemoryAccount.total)
     same_device = rehearsal.device == job.cluster.device.name
-    step = with_measured(prediction.step, rehearsal) if same_device and prediction.step_s else prediction.step
-    note = (NOTE if same_device else MEMORY_NOTE).format(
-        rank=rehearsal.rank, device=rehearsal.device, planned=job.cluster.device.name
-    )
+    note = NOTE if same_device else MEMORY_NOTE
+    step, overlapped = prediction.step, prediction.overlapped
+    # Where no peak is known nothing is, but what a rank waits for in a pipeline.
+    if same_device and (prediction.step_s or job.layout.pipeline == 1):
+        step = with_measured(prediction.step, rehearsal)
+        overlapped = {name: seconds for name, seconds in rehearsal.overlapped.items() if seconds}
     step_s = step.total()
     return msgspec.structs.replace(
         prediction,
         step=step,
-        overlapped={name: s for name, s in rehearsal.overlapped.items() if s} if same_device else prediction.overlapped,
+        overlapped=overlapped,
         memory=memory,
         step_s=step_s,
         step_interval_s=step_interval(job, step),
         memory_interval_bytes=memory_interval(job, memory),
         tokens_per_s=job.data.global_batch * job.data.sequence / step_s if step_s else 0.0,
-        notes=(note, *prediction.notes),
+        notes=(
+            note.format(rank=rehearsal.rank, device=rehearsal.device, planned=job.cluster.device.name),
+            *prediction.notes,
+        ),
     )
 
 
@@ -231,12 +243,12 @@ def with_measured(mean: StepAccount, rehearsal: Rehearsal) -> StepAccount:
     return msgspec.structs.replace(made, **{name: getattr(mean, name) * slower for name in WAITING})
 
 
-def with_measured_memory(fullest: MemoryAccount, rehearsal: Rehearsal) -> MemoryAccount:
-    """The fullest rank's account where another one was rehearsed."""
+def with_measured_memory(other: MemoryAccount, rehearsal: Rehearsal) -> MemoryAccount:
+    """The account of another rank than the one that was rehearsed."""
     predicted, measured = rehearsal.predicted_memory, rehearsal.memory
-    names = fullest.__struct_fields__
+    names = other.__struct_fields__
     return MemoryAccount(
-        **{name: in_proportion(*(getattr(one, name) for one in (fullest, predicted, measured))) for name in names}
+        **{name: in_proportion(*(getattr(one, name) for one in (other, predicted, measured))) for name in names}
     )
 
 
