@@ -104,6 +104,15 @@ def test_a_pipelines_other_ranks_are_as_much_slower_as_the_rehearsed_one() -> No
     assert plan.memories[-1].logits == own.memory.logits > 0
 
 
+def test_the_slow_down_by_transfers_stays_where_they_moved_nothing() -> None:
+    job = planned("layout.shard=32")
+    rehearsal = a_rehearsal(job, 0)
+    assert rehearsal.measured.contention > 0
+    calm = msgspec.structs.replace(rehearsal.measured, contention=0.0)
+    plan = build_plan(job, rehearsal=msgspec.structs.replace(rehearsal, measured=calm, step_s=calm.total()))
+    assert plan.job.step_s == pytest.approx(predict(job).step_s)
+
+
 def test_what_no_peak_is_known_of_is_known_once_rehearsed() -> None:
     job = planned("layout.shard=32")
     measured = a_rehearsal(job, 0)

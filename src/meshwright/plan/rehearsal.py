@@ -230,11 +230,14 @@ def with_measured(mean: StepAccount, rehearsal: Rehearsal) -> StepAccount:
         return max(0.0, own + after - before)
 
     made = StepAccount(**{name: more(name) for name in mean.__struct_fields__ if name not in WAITING})
-    compute_s = in_proportion(mean.compute, predicted.compute, measured.compute)
+    # What stands in for a transfer slows nothing beside it down as the real one will.
+    contention_s = max(mean.contention, made.contention)
+    kernels_s = in_proportion(*(account.compute - account.contention for account in (mean, predicted, measured)))
     made = msgspec.structs.replace(
         made,
         useful=mean.useful,
-        inefficiency=compute_s - mean.useful - made.contention,
+        contention=contention_s,
+        inefficiency=kernels_s - mean.useful,
         recompute=in_proportion(mean.recompute, predicted.recompute, measured.recompute),
         optimizer=in_proportion(mean.optimizer, predicted.optimizer, measured.optimizer),
     )
