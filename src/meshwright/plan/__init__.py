@@ -4,9 +4,9 @@ from meshwright.plan.decision import Decision, Offer, decide, make_offer
 from meshwright.plan.fit import Rejected
 from meshwright.plan.held import predict_states
 from meshwright.plan.machine import local_cluster
-from meshwright.plan.memory import library_bytes, predict_memory
+from meshwright.plan.memory import predict_memory
 from meshwright.plan.plan import Plan, build_plan, predict
-from meshwright.plan.rehearsal import build_paces, fullest_rank, rank_memory, rank_step
+from meshwright.plan.rehearsal import build_paces, fullest_rank, library_bytes, rank_memory, rank_step
 from meshwright.plan.time import predict_step, share_machine
 
 __all__ = [

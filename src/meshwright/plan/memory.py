@@ -129,12 +129,7 @@ def framework_bytes(job: Job) -> float:
     """What the process holds outside the model."""
     if job.cluster.device.kind == "cpu":
         return CPU_PROCESS_BYTES
-    return CONTEXT_BYTES + library_bytes(job)
-
-
-def library_bytes(job: Job) -> float:
-    """What the communication library holds of that; on a CPU too little to tell."""
-    return NCCL_BYTES if job.cluster.device.kind != "cpu" and job.layout.world_size > 1 else 0.0
+    return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
 def fragmentation_bytes(job: Job, held: float) -> float:

@@ -12,7 +12,7 @@ from meshwright.plan.compute import has_known_peak, predict_optimizer
 from meshwright.plan.frame import build_frame
 from meshwright.plan.held import predict_states
 from meshwright.plan.interval import memory_interval, step_interval
-from meshwright.plan.memory import predict_memories
+from meshwright.plan.memory import NCCL_BYTES, predict_memories
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.rates import Collective, rates_of
 from meshwright.plan.time import accumulation_of, predict_control, share_machine
@@ -54,6 +54,11 @@ def rank_memory(job: Job, rank: int) -> MemoryAccount:
         gradients=states.gradients,
         optimizer_states=states.optimizer_states,
     )
+
+
+def library_bytes(job: Job) -> float:
+    """What the communication library holds, which has nothing to hold in a rehearsal; on a CPU too little to tell."""
+    return NCCL_BYTES if job.cluster.device.kind != "cpu" and job.layout.world_size > 1 else 0.0
 
 
 def rank_step(job: Job, rank: int) -> StepAccount:

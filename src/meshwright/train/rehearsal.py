@@ -124,4 +124,4 @@ def out_of_memory(device: torch.device, rank: int) -> SettingError:
     peak_bytes = torch.cuda.max_memory_allocated(device)
     whole_bytes = torch.cuda.mem_get_info(device)[1]
     reason = f"ran out of the {whole_bytes / 1e9:.1f} GB of this device, {peak_bytes / 1e9:.1f} GB of it in tensors"
-    return SettingError(f"--rank {rank}", reason, "--set layout.recompute=full, or a layout that meshwright plan names")
+    return SettingError(f"--rank {rank}", reason, "a layout that meshwright plan says fits, with some to spare")

@@ -9,9 +9,10 @@ import msgspec
 
 from meshwright.account import Purpose, Transfer
 from meshwright.account.intervals import Interval, clip, intersect, subtract, union
-from meshwright.record.kineto.marks import MessageSpan, StandIn, message_spans, span, stand_ins, within
+from meshwright.record.kineto.marks import MessageSpan, message_spans, span, within
 from meshwright.record.kineto.phases import Phases
 from meshwright.record.kineto.purposes import Sent, kind_of, purposes_of
+from meshwright.record.kineto.stand_ins import find_stand_ins, stand_in_sent
 from meshwright.record.kineto.steps import HostStep, Slice
 from meshwright.record.kineto.trace import Event
 from meshwright.record.kineto.walk import Walk
@@ -98,12 +99,15 @@ def gpu_step(
 ) -> GpuStep:
     """What ran, what moved and what the device waited for in one step."""
     during = phases.during
-    standing = stand_ins(events.marks)
-    stands = {id(e): stand_in_of(e, on_device, standing) for e in on_device.inside} if standing else {}
-    moved = [e for e in on_device.inside if is_transfer(e) or stands.get(id(e)) is not None]
-    among = {id(e) for e in moved}
-    kernels = [e for e in on_device.inside if id(e) not in among]
-    sent = [sent_of(e, on_device, walk, groups, stands.get(id(e))) for e in moved]
+    stand_ins = find_stand_ins(events.marks, on_device.inside, on_device.launches)
+    kernels = [e for e in on_device.inside if not is_transfer(e) and id(e) not in stand_ins]
+    moved = [e for e in on_device.inside if is_transfer(e) or id(e) in stand_ins]
+    sent = [
+        stand_in_sent(e, stand_ins[id(e)], on_device.launch(e)[0])
+        if id(e) in stand_ins
+        else sent_of(e, on_device, walk, groups)
+        for e in moved
+    ]
     messages = [m for m in message_spans(events.marks) if m.what != "take" or m.number < 0]
     sent = with_peers([with_ends(one, messages) for one in sent], groups)
     transfers = numbered(
@@ -155,19 +159,9 @@ def kind_at(moment: float, during: Mapping[str, list[Interval]]) -> str:
     return next((phase for phase in APART if within(moment, during[phase])), "compute")
 
 
-def stand_in_of(event: Event, on_device: DeviceStep, standing: Sequence[StandIn]) -> StandIn | None:
-    """What a device event stands in for: the annotation that it was launched in."""
-    launch_s = on_device.launch(event)[0]
-    at = bisect_right(standing, launch_s, key=lambda one: one.interval[0]) - 1
-    return standing[at] if at >= 0 and launch_s <= standing[at].interval[1] else None
-
-
-def sent_of(event: Event, on_device: DeviceStep, walk: Walk, groups: Groups, stand_in: StandIn | None = None) -> Sent:
+def sent_of(event: Event, on_device: DeviceStep, walk: Walk, groups: Groups) -> Sent:
     """A transfer's kernel, with what it or the operator that launched it says of its process group."""
     args, launch_s = event.args, on_device.launch(event)[0]
-    if stand_in is not None:
-        _, kind, description = stand_in
-        return Sent(kind=kind, launch_s=launch_s, start_s=event.start_s, end_s=event.end_s, description=description)
     if not args.group and not args.description:
         at = bisect_right(walk.records, launch_s, key=lambda record: record.start_s) - 1
         if at >= 0 and launch_s <= walk.records[at].end_s:

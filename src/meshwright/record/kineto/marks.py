@@ -19,9 +19,6 @@ ROWS = f"{PREFIX}rows."
 # A mark that ends in the CPU time of the training thread in the step that it closes, microseconds.
 CPU_TIME = f"{PREFIX}cpu "
 
-# Around what stands in for a transfer where one rank runs alone: its kind and its process group's description follow.
-STAND_IN = f"{PREFIX}stands in for "
-
 # What torch.profiler, torch.optim and torch.utils.data annotate by themselves.
 PROFILER_STEP = "ProfilerStep#"
 OPTIMIZER_STEP = "Optimizer.step#"
@@ -50,24 +47,6 @@ class MessageSpan(NamedTuple):
 def message_label(what: str, source: int, target: int, number: int) -> str:
     """The annotation's name."""
     return f"{PREFIX}{what} {source} {target} {number}"
-
-
-class StandIn(NamedTuple):
-    """One such annotation."""
-
-    interval: Interval
-    kind: str
-    description: str
-
-
-def stand_ins(marks: Sequence[Event]) -> list[StandIn]:
-    """All of them, in order of time."""
-    found: list[StandIn] = []
-    for mark in marks:
-        if mark.name.startswith(STAND_IN):
-            kind, _, description = mark.name.removeprefix(STAND_IN).partition(" ")
-            found.append(StandIn(span(mark), kind, description))
-    return sorted(found)
 
 
 def message_spans(marks: Sequence[Event]) -> list[MessageSpan]:
