@@ -1,4 +1,4 @@
-"""What stands in for transfers on a GPU where one rank runs alone: its kernels, by the annotation that launched them."""
+"""What stands in for transfers on a GPU where one rank runs alone, by the annotation that it was launched in."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
