@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from meshwright import __version__
+from meshwright.cli.data import data
 from meshwright.cli.machine import (
     as_setting,
     check_devices,
@@ -25,9 +26,6 @@ from meshwright.cli.rehearsal import rehearse, rehearse_agent
 from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import ModuleType
-
     from meshwright.spec import Job
 
 
@@ -269,41 +267,6 @@ def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
         click.echo(f"warning: {job.model.path} is gone, and with it the tokenizer's files, if it had any", err=True)
 
 
-@cli.group()
-def data() -> None:
-    """Tokenise a JOB's text, and look at what came of it."""
-
-
-@data.command("prepare")
-@click.argument("job", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1), help="Processes that tokenise.  [default: one a core]")
-@SET
-def data_prepare(job: Path, workers: int | None, settings: tuple[str, ...]) -> None:
-    """Tokenise the text of a JOB. After an interruption the same command goes on."""
-    show = data_module("data prepare")
-    print_lines(show.prepared_lines(read(job, settings), workers))
-
-
-@data.command("show")
-@click.argument("job", type=click.Path(path_type=Path))
-@click.option("--step", type=int, default=0, show_default=True, help="Step, from 0.")
-@click.option("--index", type=int, default=0, show_default=True, help="Sample of the step's global batch, from 0.")
-@SET
-def data_show(job: Path, step: int, index: int, settings: tuple[str, ...]) -> None:
-    """Print one sample of a JOB as text."""
-    show = data_module("data show")
-    print_lines(show.sample_lines(read(job, settings), step, index))
-
-
-@data.command("stats")
-@click.argument("job", type=click.Path(path_type=Path))
-@SET
-def data_stats(job: Path, settings: tuple[str, ...]) -> None:
-    """Print how much data a JOB has, and how often it sees it."""
-    show = data_module("data stats")
-    print_lines(show.stats_lines(read(job, settings)))
-
-
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -319,24 +282,8 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     sys.exit(watch_ranks(run, attempt, began_s))
 
 
-for command in (rehearse, rehearse_agent):
+for command in (data, rehearse, rehearse_agent):
     cli.add_command(command)
-
-
-def data_module(command: str) -> "ModuleType":
-    """What looks at data, once it is sure that it can be loaded."""
-    from meshwright import launch
-
-    launch.needs_torch(command)
-    from meshwright.data import show
-
-    return show
-
-
-def print_lines(lines: "Iterable[str]") -> None:
-    """Each as soon as it is known."""
-    for line in lines:
-        click.echo(line)
 
 
 def join(job: "Job", resume: Path | None, began_s: float) -> None:
