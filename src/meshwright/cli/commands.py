@@ -282,8 +282,9 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
     sys.exit(watch_ranks(run, attempt, began_s))
 
 
-for command in (data, rehearse, rehearse_agent):
-    cli.add_command(command)
+cli.add_command(data)
+cli.add_command(rehearse)
+cli.add_command(rehearse_agent)
 
 
 def join(job: "Job", resume: Path | None, began_s: float) -> None:
