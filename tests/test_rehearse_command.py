@@ -9,11 +9,14 @@ from typing import Any
 import commands
 import msgspec
 import pytest
+import torch
 from test_kineto import Trace, ms
 
 from meshwright.account import MemoryAccount, StepAccount
-from meshwright.plan import build_plan, fullest_rank, predict, rank_memory, rank_step
+from meshwright.launch.rehearsal import on_device
+from meshwright.plan import build_plan, fullest_rank, library_bytes, predict, rank_memory, rank_step
 from meshwright.plan.collective import build_shard_ring, predict_collective
+from meshwright.plan.memory import NCCL_BYTES
 from meshwright.plan.rates import rates_of
 from meshwright.plan.rehearsal import build_paces, groups_of
 from meshwright.record import Rehearsal
@@ -27,6 +30,7 @@ def planned(*settings: str, model: str = "llama3-8b", gpus: str = "4x8xh100") ->
     return planning_job(model=model, gpus=gpus, sequence=4096, global_batch=64, settings=settings)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="about GPUs")
 PIPELINE = ("layout.pipeline=4", "layout.shard=8", "layout.recompute=full")
 
 
@@ -179,6 +183,36 @@ def test_what_stands_in_for_a_transfer_on_a_gpu_counts_as_one() -> None:
     step = trace.measured()
     assert ms(step.account) == {"inefficiency": 6, "comm.shard": 2}
     assert step.overlapped == {"shard": pytest.approx(2e-3)}
+
+
+def test_a_gpu_job_takes_the_device_that_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    job = planned("layout.shard=32")
+    same = msgspec.structs.replace(job.cluster.device, memory_bytes=85e9)
+    assert on_device(job, same) is job and not capsys.readouterr().err
+    other = planned(gpus="1xh200").cluster.device
+    assert on_device(job, other).cluster == msgspec.structs.replace(job.cluster, device=other)
+    assert "this machine's GPU is another (h200) than the cluster's (h100)" in capsys.readouterr().err
+    # What is not there in a rehearsal is added as predicted.
+    assert library_bytes(job) == NCCL_BYTES and library_bytes(planned(gpus="1xh100")) == 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("layout", ["shard", "tensor", "context", "pipeline", "replica"])
+def test_a_rank_of_eight_gpus_on_one(tmp_path: Path, layout: str) -> None:
+    big = {"layers": 8, "d_model": 512, "heads": 8, "feed_forward": 1536, "vocabulary": 4096}
+    sizes = {"shard": 1, "precision": "bf16"} | {layout: 8}
+    job = commands.write_job(tmp_path, model=big, data={"sequence": 1024, "global_batch": 16}, layout=sizes)
+    job.write_text(job.read_text().replace("processes = 2", 'gpus = "8xh100"'))
+    done = commands.run("rehearse", job, "--rank", 3, CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0, done.stderr
+    rehearsal = msgspec.json.decode((tmp_path / "runs" / "tiny-rank-3.json").read_bytes(), type=Rehearsal)
+    for term in ("parameters", "gradients", "optimizer_states"):
+        assert getattr(rehearsal.memory, term) == getattr(rehearsal.predicted_memory, term) > 0
+    sent_s = sum(s for name, s in rehearsal.measured.rows() if name.startswith("comm."))
+    asked_s = sum(one.seconds for one in rehearsal.asked)
+    # Exposed or hidden, all that was asked for took the time that it was given; clocks fall under load.
+    assert 0.8 * asked_s < sent_s + sum(rehearsal.overlapped.values()) < 2 * asked_s + 1e-3
+    assert rehearsal.measured.compute > 0 and rehearsal.measured.other < 0.1 * rehearsal.measured.total()
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from meshwright.launch.process import INTERRUPTED
 from meshwright.launch.verification import wait_for
 from meshwright.plan import build_paces, fullest_rank, library_bytes, local_cluster, rank_memory, rank_step
 from meshwright.record import (
+    Fault,
     Memory,
     Rehearsal,
     RehearsalTask,
@@ -157,7 +158,8 @@ def read_rehearsal_run(job: Job, folder: RunFolder, attempt: int, rank: int, ste
     measured = [event.measured for event in events if isinstance(event, Step)]
     memories = [event.account for event in events if isinstance(event, Memory)]
     if not measured or not memories:
-        print("error: the profiled step could not be read", file=sys.stderr)
+        faults = [event.what for event in events if isinstance(event, Fault)] or ["the profiled step left no account"]
+        print(f"rank {rank} ran, but {faults[-1]}", file=sys.stderr)
         raise RehearsalEnded(1)
     memory = memories[-1]
     # A GPU's profiler opens a step ahead.
