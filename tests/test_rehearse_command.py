@@ -210,7 +210,7 @@ def test_a_rank_of_eight_gpus_on_one(tmp_path: Path, layout: str) -> None:
         assert getattr(rehearsal.memory, term) == getattr(rehearsal.predicted_memory, term) > 0
     sent_s = sum(s for name, s in rehearsal.measured.rows() if name.startswith("comm."))
     asked_s = sum(one.seconds for one in rehearsal.asked)
-    # Exposed or hidden, what was asked for took about the time that it was given: two at once are exposed once, and clocks
+    # Exposed or hidden, what was asked for took about as long as it was to: two at once are exposed once, and clocks
     # fall under load.
     assert 0.3 * asked_s < sent_s + sum(rehearsal.overlapped.values()) < 2 * asked_s + 1e-3
     assert rehearsal.measured.compute > 0 and rehearsal.measured.other < 0.1 * rehearsal.measured.total()
