@@ -11,6 +11,7 @@ import click
 
 from meshwright import __version__
 from meshwright.cli.calibration import calibrate, calibrate_agent
+from meshwright.cli.data import data
 from meshwright.cli.machine import (
     as_setting,
     check_devices,
@@ -21,18 +22,12 @@ from meshwright.cli.machine import (
     read_runnable,
     under_torchrun,
 )
+from meshwright.cli.options import SET, console
+from meshwright.cli.rehearsal import rehearse, rehearse_agent
 from meshwright.spec.errors import SettingError, closest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from types import ModuleType
-
-    from rich.console import Console
-
     from meshwright.spec import Job
-
-
-SET = click.option("--set", "settings", multiple=True, metavar="A.B=C", help="Change one key of the job.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -66,6 +61,7 @@ def cli() -> None:
 @click.option("--fix", "fixes", multiple=True, metavar="LAYOUT.X=Y", help="Leave a setting of the layout as it is.")
 @click.option("--curve", is_flag=True, help="Also plan for fewer devices: speed and efficiency against their number.")
 @click.option("--noise-tokens", type=float, help="The gradient noise scale, in tokens; with --curve.")
+@click.option("--rehearsed", type=click.Path(path_type=Path), metavar="FILE", help="What `rehearse` measured of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan as a page: plan.html.")
 @SET
@@ -82,12 +78,13 @@ def plan(
     fixes: tuple[str, ...],
     curve: bool,
     noise_tokens: float | None,
+    rehearsed: Path | None,
     as_json: bool,
     html: Path | None,
     settings: tuple[str, ...],
 ) -> None:
     """Predict layouts for a JOB file, or for --model on --gpus: fit, speed, and why not the others."""
-    from meshwright.cli.goal import read_goal, show_plan
+    from meshwright.cli.goal import Pages, read_goal, show_plan
 
     # What a search makes has no cycles to speak of, and looking for them takes a tenth of its time.
     gc.disable()
@@ -105,7 +102,8 @@ def plan(
 
     if len(clusters) > 1 and gpus is not None:
         raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
-    show_plan(wanted, clusters, goal, console(), whole=job is not None, as_json=as_json, html=html)
+    pages = Pages(as_json=as_json, html=html, rehearsed=rehearsed)
+    show_plan(wanted, clusters, goal, console(), pages, whole=job is not None)
 
 
 @cli.command()
@@ -279,41 +277,6 @@ def convert(run: Path, form: str, out: Path | None, dtype: str | None) -> None:
         click.echo(f"warning: {job.model.path} is gone, and with it the tokenizer's files, if it had any", err=True)
 
 
-@cli.group()
-def data() -> None:
-    """Tokenise a JOB's text, and look at what came of it."""
-
-
-@data.command("prepare")
-@click.argument("job", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1), help="Processes that tokenise.  [default: one a core]")
-@SET
-def data_prepare(job: Path, workers: int | None, settings: tuple[str, ...]) -> None:
-    """Tokenise the text of a JOB. After an interruption the same command goes on."""
-    show = data_module("data prepare")
-    print_lines(show.prepared_lines(read(job, settings), workers))
-
-
-@data.command("show")
-@click.argument("job", type=click.Path(path_type=Path))
-@click.option("--step", type=int, default=0, show_default=True, help="Step, from 0.")
-@click.option("--index", type=int, default=0, show_default=True, help="Sample of the step's global batch, from 0.")
-@SET
-def data_show(job: Path, step: int, index: int, settings: tuple[str, ...]) -> None:
-    """Print one sample of a JOB as text."""
-    show = data_module("data show")
-    print_lines(show.sample_lines(read(job, settings), step, index))
-
-
-@data.command("stats")
-@click.argument("job", type=click.Path(path_type=Path))
-@SET
-def data_stats(job: Path, settings: tuple[str, ...]) -> None:
-    """Print how much data a JOB has, and how often it sees it."""
-    show = data_module("data stats")
-    print_lines(show.stats_lines(read(job, settings)))
-
-
 @cli.command(hidden=True)
 @click.argument("run")
 @click.argument("attempt", type=int)
@@ -331,22 +294,9 @@ def agent(run: str, attempt: int, began_s: float, parent: int) -> None:
 
 cli.add_command(calibrate)
 cli.add_command(calibrate_agent)
-
-
-def data_module(command: str) -> "ModuleType":
-    """What looks at data, once it is sure that it can be loaded."""
-    from meshwright import launch
-
-    launch.needs_torch(command)
-    from meshwright.data import show
-
-    return show
-
-
-def print_lines(lines: "Iterable[str]") -> None:
-    """Each as soon as it is known."""
-    for line in lines:
-        click.echo(line)
+cli.add_command(data)
+cli.add_command(rehearse)
+cli.add_command(rehearse_agent)
 
 
 def join(job: "Job", resume: Path | None, began_s: float) -> None:
@@ -371,13 +321,6 @@ def join(job: "Job", resume: Path | None, began_s: float) -> None:
         launch.forget_untrained(RunFolder(Path(run)), attempt)
 
     join_ranks(job, begin, forget, began_s)
-
-
-def console() -> "Console":
-    """Where tables go: 100 columns where there is no terminal to ask."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 100, highlight=False)
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
 import click
 
@@ -77,15 +77,22 @@ def read_fixed(fixes: Sequence[str]) -> dict[str, Any]:
     return fixed
 
 
+class Pages(NamedTuple):
+    """How a plan is shown, and what a rehearsal's file gives it."""
+
+    as_json: bool
+    html: Path | None
+    rehearsed: Path | None
+
+
 def show_plan(
     wanted: Callable[[str | None], "Job"],
     clusters: Sequence[str],
     goal: "Goal",
     console: "Console",
+    pages: Pages,
     *,
     whole: bool,
-    as_json: bool,
-    html: Path | None,
 ) -> None:
     """Plan for one cluster, or compare several, and print what comes of it.
 
@@ -94,14 +101,16 @@ def show_plan(
     import msgspec
 
     from meshwright.plan import build_plan, decide, make_offer
+    from meshwright.record import read_rehearsal
     from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
 
     if len(clusters) > 1:
-        if html is not None:
-            raise SettingError("--html", "is of one cluster's plan", "one --cluster")
+        for option, value in (("--html", pages.html), ("--rehearsed", pages.rehearsed)):
+            if value is not None:
+                raise SettingError(option, "is of one cluster's plan", "one --cluster")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
-        if as_json:
+        if pages.as_json:
             click.echo(decision_json(decision))
         else:
             decision_text(decision, console)
@@ -109,12 +118,12 @@ def show_plan(
     job = wanted(clusters[0] if clusters else None)
     if whole and goal.tokens is None and job.cluster.price_per_device_hour is not None:
         goal = msgspec.structs.replace(goal, tokens=job.run.steps * job.data.global_batch * job.data.sequence)
-    planned = build_plan(job, goal)
-    if html is not None:
+    planned = build_plan(job, goal, rehearsal=None if pages.rehearsed is None else read_rehearsal(pages.rehearsed))
+    if pages.html is not None:
         from meshwright.report.plan_page import write_plan
 
-        write_plan(planned, html)
-    if as_json:
+        write_plan(planned, pages.html)
+    if pages.as_json:
         click.echo(plan_json(planned))
     else:
         plan_text(planned, console)

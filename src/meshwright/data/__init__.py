@@ -8,7 +8,7 @@ from meshwright.data.stream import Batch, Stream, Tokens, open_stream
 from meshwright.data.tokenizer import Tokenizer, open_reader, open_tokenizer
 
 if TYPE_CHECKING:
-    from meshwright.data.loader import Batches, StepBatches, to_tensors
+    from meshwright.data.loader import Batches, Samples, StepBatches, to_tensors
 
 __all__ = [
     "END",
@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Manifest",
+    "Samples",
     "StepBatches",
     "Stream",
     "TokenFolder",
@@ -33,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The loader alone needs torch, which takes seconds and 200 MB: processes that tokenise never ask for it.
-    if name in ("Batches", "StepBatches", "to_tensors"):
+    if name in ("Batches", "Samples", "StepBatches", "to_tensors"):
         from meshwright.data import loader
 
         return getattr(loader, name)

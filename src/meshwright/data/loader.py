@@ -1,14 +1,33 @@
 """A rank's microbatches, made ready by one thread while the step before runs."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from meshwright.data.stream import Batch, Stream, Tokens
+from meshwright.data.stream import Batch, Tokens
 
 DEPTH = 2
+
+
+class Samples(Protocol):
+    """What training reads: a Stream, or what stands in for one."""
+
+    global_batch: int
+    held_out_samples: int
+
+    def batch(self, step: int, first_index: int, count: int) -> Batch[Tokens]:
+        """Samples `first_index` and on of a step's global batch."""
+        ...
+
+    def counted(self, step: int) -> int:
+        """How many targets of a step's whole global batch are counted."""
+        ...
+
+    def held_out_batch(self, index: int, count: int) -> Batch[Tokens]:
+        """Held-out samples `index` and on."""
+        ...
 
 
 class StepBatches(NamedTuple):
@@ -31,7 +50,7 @@ class Batches:
 
     def __init__(
         self,
-        stream: Stream,
+        stream: Samples,
         *,
         data_rank: int,
         data_size: int,

@@ -14,11 +14,13 @@ from meshwright.parallel.reduce import (
     sum_over_ranks,
 )
 from meshwright.parallel.shard import begin_microbatch, free_gathered
+from meshwright.parallel.silent import Ledger, start_silent
 from meshwright.parallel.tensor import Loss, build_vocabulary_loss
 from meshwright.parallel.update import HostAdamW, PartOptimizer
 
 __all__ = [
     "HostAdamW",
+    "Ledger",
     "LocalBatch",
     "Loss",
     "PartOptimizer",
@@ -43,6 +45,7 @@ __all__ = [
     "reduce_step",
     "squared_norm",
     "start_distributed",
+    "start_silent",
     "stop_distributed",
     "sum_over_ranks",
     "take_loads",

@@ -16,6 +16,7 @@ from meshwright.plan.memory import predict_memories, predict_memory
 from meshwright.plan.objective import Goal, check_goal, search_goal, weigh_by
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
+from meshwright.plan.rehearsal import check_rehearsal, rehearsed_memories, with_rehearsal
 from meshwright.plan.search import TIE, search_layouts
 from meshwright.plan.smallest import largest_model, longest_sequence
 from meshwright.plan.space import axes_in_use
@@ -23,7 +24,7 @@ from meshwright.plan.time import predict_step, share_machine
 from meshwright.plan.uneven import Alone, explain_uneven, plan_alone
 from meshwright.plan.verdict import explain_verdict
 from meshwright.plan.weigh import Weigh, by_time
-from meshwright.record import Prediction
+from meshwright.record import Prediction, Rehearsal
 from meshwright.spec import Cluster, Job, Layout
 
 # Layouts that a plan lists; the rest are counted.
@@ -139,22 +140,31 @@ def is_fp16(job: Job) -> bool:
     return job.layout.plain_precision == "bf16" and 0 == device.peak_bf16_flops_per_s < device.peak_fp16_flops_per_s
 
 
-def build_plan(job: Job, goal: Goal | None = None) -> Plan:
+def build_plan(job: Job, goal: Goal | None = None, *, rehearsal: Rehearsal | None = None) -> Plan:
     """Predict the job's layout, rank the others beside it, and say first whether one device is enough.
 
-    Raises SettingError for a goal that cannot be meant, and where what it fixes leaves no layout.
+    rehearsal: of a rank of the job's own layout, whose figures take the place of the predicted ones. Raises
+    SettingError where it is of another job, for a goal that cannot be meant, and where what it fixes leaves no layout.
     """
     goal = goal or Goal()
     check_goal(goal)
     job = stretch(job, goal)
+    if rehearsal is not None:
+        check_rehearsal(job, rehearsal)
     brief = partial(predict_framed, brief=True)
     found, rejected = search_goal(job, brief, goal)
     own = predict(job)
+    if rehearsal is not None:
+        own = with_rehearsal(job, own, rehearsal)
+        found = [own if one.layout == own.layout else one for one in found]
     ranked = rank_predictions(found, weigh_by(goal))
     one = next((p for p in ranked if p.layout.world_size == 1 and p.layout.offload == "none"), None)
     shared = share_machine(job)
     capacity_bytes = shared.cluster.device.memory_bytes
     alone = plan_alone(job, best_layout)
+    memories = predict_memories(shared, build_frame(shared))
+    if rehearsal is not None:
+        memories = rehearsed_memories(memories, job, rehearsal)
     uneven = explain_uneven(job, ranked[0] if ranked else None, alone)
     return Plan(
         verdict=f"{explain_verdict(job, own, one, ranked, goal)} {uneven}".rstrip(),
@@ -163,11 +173,13 @@ def build_plan(job: Job, goal: Goal | None = None) -> Plan:
         sequence=job.data.sequence,
         global_batch=job.data.global_batch,
         capacity_bytes=capacity_bytes,
-        memories=predict_memories(shared, build_frame(shared)),
+        memories=memories,
         job=own,
         job_fits=own.memory.total() <= capacity_bytes,
         one_device=one,
-        ranked=tuple(rank_predictions((in_full(job, one) for one in list_of(ranked)), weigh_by(goal))),
+        ranked=tuple(
+            rank_predictions((own if one is own else in_full(job, one) for one in list_of(ranked)), weigh_by(goal))
+        ),
         considered=len(ranked),
         rejected=name_nearest(rejected, ranked),
         alone=alone,

@@ -43,6 +43,8 @@ SCHEDULES: tuple[tuple[Schedule, int], ...] = (
     ("zbv", 2),
     ("dualpipev", 2),
 )
+# Of other trainers, what all of them have.
+COMMON_SCHEDULES = ("1f1b", "interleaved")
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "parameters")
 # The axes that may be the one that crosses nodes; tensor is as large as a node at most, and lies inside it.
 OUTERMOST: tuple[Axis, ...] = ("pipeline", "replica", "shard", "context")
@@ -61,7 +63,10 @@ class Space:
         base = {
             name: self.fixed.get(name, getattr(job.layout, name)) for name in ("order", "precision", "async_tensor")
         }
-        self.base = Layout(**base)
+        self.own = job.trainer.name == MESHWRIGHT.name
+        # Whose parameters lie whole knows of states that are divided, and of no other `zero`.
+        zero = {} if job.trainer.gathers else {"zero": 1}
+        self.base = Layout(**zero, **base)
 
     def among(self, name: str, usual: Any) -> list[Any]:
         """What is tried of a setting: the usual choices, or what it is fixed to."""
@@ -105,7 +110,8 @@ class Space:
         if grid.pipeline == 1 and not {"schedule", "stages_per_rank", "stage_layers"} & self.fixed.keys():
             yield grid
             return
-        names = [self.fixed["schedule"]] if "schedule" in self.fixed else list(dict.fromkeys(n for n, _ in SCHEDULES))
+        known = list(dict.fromkeys(name for name, _ in SCHEDULES if self.own or name in COMMON_SCHEDULES))
+        names = [self.fixed["schedule"]] if "schedule" in self.fixed else known
         for schedule in names:
             usual = [held for name, held in SCHEDULES if name == schedule] or [0]
             for held in self.among("stages_per_rank", usual):
@@ -156,11 +162,13 @@ class Space:
     def zeros(self, layout: Layout) -> list[int]:
         """From what takes least memory on; all are one where nothing is divided."""
         divided = layout.parameter_shards > 1 or (self.job.model.experts is not None and layout.expert_shard > 1)
+        if not self.job.trainer.gathers:
+            return self.among("zero", (1,))
         return self.among("zero", (3, 2, 1) if divided else (3,))
 
     def offloads(self, layout: Layout) -> list[Offload]:
         """What the host may hold: nothing first. The ranks of a pipeline hold little that it could."""
-        if self.job.cluster.device.kind == "cpu" or layout.pipeline > 1:
+        if self.job.cluster.device.kind == "cpu" or layout.pipeline > 1 or not self.own:
             return self.among("offload", ("none",))
         return self.among("offload", OFFLOADS)
 

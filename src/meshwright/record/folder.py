@@ -31,6 +31,9 @@ class RunFolder:
         self.job = path / "job.toml"
         # In place of a job, where another trainer recorded the run.
         self.program = path / "program.json"
+        # Of a run in which one rank rehearses: what it is asked, and what it found beside its events.
+        self.task = path / "task.json"
+        self.rehearsed = path / "rehearsed.json"
         self.metrics = path / "metrics.jsonl"
         self.attempts = path / "attempts"
         self.checkpoints = path / "checkpoints"

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.data import Batch, Stream, Tokens, to_tensors
+from meshwright.data import Batch, Samples, Tokens, to_tensors
 from meshwright.models import NOT_COUNTED
 from meshwright.parallel import Loss, Stages, data_rank, sum_over_ranks
 from meshwright.spec import Job
@@ -12,7 +12,7 @@ from meshwright.spec import Job
 
 @torch.no_grad()
 def evaluate(
-    model: Stages, loss_of: Loss, stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device
+    model: Stages, loss_of: Loss, stream: Samples, job: Job, mesh: DeviceMesh, device: torch.device
 ) -> float | None:
     """Mean loss over the first evaluation.sequences held-out samples, nats per counted token; None if there is none.
 
@@ -38,7 +38,7 @@ def evaluate(
     return loss / counted if counted else None
 
 
-def held_out(stream: Stream, first: int, count: int, samples: int) -> Batch[Tokens]:
+def held_out(stream: Samples, first: int, count: int, samples: int) -> Batch[Tokens]:
     """`count` held-out samples from `first` on; past the last of `samples`, its repetition with targets not counted."""
     batches = [stream.held_out_batch(min(number, samples - 1), 1) for number in range(first, first + count)]
     tokens, targets, documents = zip(*batches, strict=True)

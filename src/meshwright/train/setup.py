@@ -8,7 +8,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.checkpoint import CheckpointError, load_checkpoint, load_pretrained, save_checkpoint
-from meshwright.data import Batches, Stream, open_stream
+from meshwright.data import Batches, Samples, Stream, open_stream
 from meshwright.parallel import PartOptimizer, Stages, data_rank, tell_all
 from meshwright.record import RunFolder
 from meshwright.spec import Job, SettingError
@@ -41,7 +41,7 @@ def open_data(job: Job) -> Stream:
     return stream
 
 
-def build_batches(stream: Stream, job: Job, mesh: DeviceMesh, device: torch.device) -> Batches:
+def build_batches(stream: Samples, job: Job, mesh: DeviceMesh, device: torch.device) -> Batches:
     """This rank's share of each step's global batch."""
     layout = job.layout
     return Batches(

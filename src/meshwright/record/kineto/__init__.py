@@ -10,6 +10,7 @@ from meshwright.record.events import Step
 from meshwright.record.kineto.marks import COLLECT, PHASES, PREFIX, ROWS, STEP, message_label
 from meshwright.record.kineto.measure import NO_LEAD, measure_trace
 from meshwright.record.kineto.reading import read_trace
+from meshwright.record.kineto.stand_ins import STAND_IN
 from meshwright.record.kineto.trace import Trace
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PHASES",
     "PREFIX",
     "ROWS",
+    "STAND_IN",
     "STEP",
     "Trace",
     "measure_step",

@@ -13,6 +13,7 @@ from meshwright.record.kineto.marks import MessageSpan, message_spans, span, wit
 from meshwright.record.kineto.peers import ELEMENT_BYTES, PLAIN, Groups, with_peers
 from meshwright.record.kineto.phases import Phases
 from meshwright.record.kineto.purposes import Sent, kind_of, purposes_of
+from meshwright.record.kineto.stand_ins import find_stand_ins, stand_in_sent
 from meshwright.record.kineto.steps import HostStep, Slice
 from meshwright.record.kineto.trace import Event
 from meshwright.record.kineto.walk import Walk
@@ -87,9 +88,15 @@ def gpu_step(
 ) -> GpuStep:
     """What ran, what moved and what the device waited for in one step. rank: -1 where it is not known."""
     during = phases.during
-    kernels = [e for e in on_device.inside if not is_transfer(e)]
-    moved = [e for e in on_device.inside if is_transfer(e)]
-    sent = [sent_of(e, on_device, walk, groups) for e in moved]
+    stand_ins = find_stand_ins(events.marks, on_device.inside, on_device.launches)
+    kernels = [e for e in on_device.inside if not is_transfer(e) and id(e) not in stand_ins]
+    moved = [e for e in on_device.inside if is_transfer(e) or id(e) in stand_ins]
+    sent = [
+        stand_in_sent(e, stand_ins[id(e)], on_device.launch(e)[0])
+        if id(e) in stand_ins
+        else sent_of(e, on_device, walk, groups)
+        for e in moved
+    ]
     messages = [m for m in message_spans(events.marks) if m.what != "take" or m.number < 0]
     sent = with_peers([with_ends(one, messages) for one in sent], walk.records, groups, rank)
     transfers = numbered(
