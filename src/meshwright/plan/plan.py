@@ -236,11 +236,12 @@ def rank_predictions(predictions: Iterable[Prediction], weigh: Weigh = by_time) 
 
 
 def complexity(prediction: Prediction) -> tuple[float, ...]:
-    """What makes a layout the harder one to run: ranks, axes in use and what is recomputed, then memory."""
+    """What makes a layout the harder one to run: ranks, axes in use, what is recomputed or offloaded, then memory."""
     layout = prediction.layout
     again = layout.recompute not in ("none", 0)
     turns = layout.pipeline > 1 and layout.schedule != "1f1b"
-    return (layout.world_size, axes_in_use(layout) + again + turns, prediction.memory.total())
+    away = layout.offload != "none"
+    return (layout.world_size, axes_in_use(layout) + again + turns + away, prediction.memory.total())
 
 
 def name_nearest(rejected: Sequence[Rejected], ranked: Sequence[Prediction]) -> tuple[Rejected, ...]:

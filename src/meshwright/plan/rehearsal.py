@@ -73,7 +73,7 @@ def rank_step(job: Job, rank: int) -> StepAccount:
     along, microbatches, frame = layout.coordinates(rank)["pipeline"], accumulation_of(job), build_frame(job)
     stages = walk_stages(job, frame)
     part = frame.parts[along]
-    walk, host_s = Walk(), rates_of(device).step_s
+    walk, host_s = Walk(), rates_of(job.cluster).step_s
     for stage in (stages[held.index] for held in part.stages):
         walk = walk + stage.first + stage.last + stage.middle.repeated(microbatches - 1)
         host_s += stage.host_s(microbatches)

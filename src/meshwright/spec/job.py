@@ -12,7 +12,7 @@ from meshwright.spec.layout import Layout, check_axes, check_layout, check_split
 from meshwright.spec.model import ModelSpec, check_built, check_model, check_sequence
 from meshwright.spec.numbers import LARGEST, check_range
 from meshwright.spec.schedule import check_schedule
-from meshwright.spec.trainer import MESHWRIGHT, Trainer
+from meshwright.spec.trainer import MESHWRIGHT, Trainer, check_trainer
 
 # A moment's decay must stay below 1.
 LARGEST_BETA = 0.999999
@@ -144,6 +144,7 @@ def check_job(job: Job) -> None:
                 name = f"optimizer.{setting}"
                 raise SettingError(f"{name} = {value}", "means nothing to sgd", f'{name} left out, or "adamw"')
     check_model(job.model)
+    check_trainer(job.trainer)
     for setting, value, low, high in (
         ("run.steps", job.run.steps, 1, LARGEST),
         ("run.seed", job.run.seed, 0, 2**63 - 1),

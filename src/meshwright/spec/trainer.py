@@ -5,6 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from meshwright.spec.errors import SettingError, closest
+from meshwright.spec.numbers import LARGEST, check_range
 
 # How attention's scores are treated: never whole in memory, by cuDNN's kernels or by FlashAttention 2 or 1; whole, with
 # masking and softmax as one kernel; or whole, an operator at a time.
@@ -159,6 +160,13 @@ TRAINERS: dict[str, Trainer] = {
         ),
     )
 }
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise SettingError for shares that are none, and gradients of no size that a number has."""
+    check_range("trainer.fp8", trainer.fp8, 0.01, 1.0)
+    check_range("trainer.async_tensor", trainer.async_tensor, 0.0, 1.0)
+    check_range("trainer.gradient_bytes", trainer.gradient_bytes, 1, LARGEST)
 
 
 def expand_trainer(section: dict[str, Any]) -> dict[str, Any]:
