@@ -17,8 +17,9 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
-# Numbers of a head that fill attention's kernels.
-WHOLE_HEAD = 128
+# Numbers of a head that fill attention's kernels. Narrower ones lose this power of what is missing where scores stay out
+# of memory (64 numbers: an eighth, as FlashAttention 2's own figures, arXiv:2307.08691), and all of it where they do not.
+WHOLE_HEAD, NARROW = 128, 0.2
 # Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, and
 # backward reads softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
 SCORE_PASSES: dict[AttentionKernel, tuple[float, float]] = {"fused-softmax": (2, 3), "plain": (12, 12)}
@@ -182,7 +183,7 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
         return ring_seconds(job, widths_of(job, cut), causal_flops)
     peak, narrow = device.peak_flops_per_s(job.layout.plain_precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
     if shares := rates.attention.get(job.trainer.attention):
-        peak *= narrow**0.5
+        peak *= narrow**NARROW
         return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])
     # Nothing is skipped.
     products_s = whole_flops / (cut.tensor * job.layout.context * peak * narrow * rates.scores)
