@@ -70,11 +70,16 @@ def random_job(seed: int) -> Job:
     device = msgspec.structs.replace(base.device, memory_bytes=draw.uniform(3.5e9, 12e9))
     speed = 10 ** draw.uniform(9.5, 11)
     inter = Link(name="network", bytes_per_s=speed, latency_s=draw.choice((5e-6, 5e-5)), source="drawn")
-    cluster = Cluster(device=device, nodes=nodes, devices_per_node=per_node, intra=base.intra, inter=inter)
+    sequence, batch, intra = draw.choice((2048, 8192)), draw.choice((4, 8)), base.intra
+    if draw.random() < 0.3:
+        # Of which more devices can be slower than fewer.
+        intra = msgspec.structs.replace(intra, bytes_per_s=10 ** draw.uniform(9.0, 11.0))
+        batch = draw.choice((1, 2, 4))
+    cluster = Cluster(device=device, nodes=nodes, devices_per_node=per_node, intra=intra, inter=inter)
     return Job(
         run=RunSettings(name="case", steps=1),
         model=model,
-        data=DataSettings(sequence=draw.choice((2048, 8192)), global_batch=draw.choice((4, 8))),
+        data=DataSettings(sequence=sequence, global_batch=batch),
         layout=Layout(),
         cluster=cluster,
     )

@@ -17,6 +17,7 @@ from meshwright.spec import Job, SettingError, count_parameters
 from meshwright.spec.decode import planning_job
 
 BRIEF = partial(predict_framed, brief=True)
+LINKS = ("intra", "inter")
 
 
 def job_on(gpus: str, model: str = "llama3-8b", sequence: int = 8192, global_batch: int = 32) -> Job:
@@ -34,6 +35,17 @@ def test_the_search_finds_the_best_of_all(seed: int) -> None:
     """benchmarks/search_check.py has fifty such cases."""
     line, same = check_case(seed)
     assert same, line
+
+
+@pytest.mark.parametrize("bytes_per_s", [2e9, 2e10])
+def test_fewer_devices_are_found_where_more_are_slower(bytes_per_s: float) -> None:
+    """All 16 must divide each product for a batch of 2, over links that are slower than that gains."""
+    job = job_on("2x8xh200", "llama-1b-untied", sequence=1024, global_batch=2)
+    links = {name: msgspec.structs.replace(getattr(job.cluster, name), bytes_per_s=bytes_per_s) for name in LINKS}
+    job = msgspec.structs.replace(job, cluster=msgspec.structs.replace(job.cluster, **links))
+    found, _ = search_layouts(job, BRIEF)
+    each = [search_layouts(job, BRIEF, ranks=[ranks], most=1)[0] for ranks in (1, 2, 4, 8, 16)]
+    assert min(p.step_s for p in found) == min(p.step_s for some in each for p in some)
 
 
 def test_what_the_search_shares_changes_no_prediction() -> None:
@@ -107,6 +119,15 @@ def test_the_cheapest_wastes_less_than_the_fastest() -> None:
     cheapest, fastest = (build_plan(job, Goal(objective=word)).ranked[0] for word in ("cheapest", "fastest"))
     assert cheapest.layout.world_size * cheapest.step_s < fastest.layout.world_size * fastest.step_s
     assert cheapest.step_s > fastest.step_s
+
+
+def test_what_is_called_the_cheapest_is() -> None:
+    """Also where the plan is for the fastest, which are others."""
+    job = slow(job_on("4x8xh100", global_batch=64))
+    job = msgspec.structs.replace(job, cluster=msgspec.structs.replace(job.cluster, price_per_device_hour=2.5))
+    fastest, cheapest = (build_plan(job, Goal(objective=word)).costs for word in ("fastest", "cheapest"))
+    assert fastest is not None and cheapest is not None and fastest.cheapest is not None
+    assert fastest.cheapest == cheapest.cheapest != fastest.first
 
 
 def test_the_fewest_devices_meet_the_deadline_and_fewer_do_not() -> None:

@@ -18,7 +18,7 @@ from meshwright.plan.fit import Rejected, fit_recompute, host_refusal, reject_me
 from meshwright.plan.frame import Frame
 from meshwright.plan.memory import predict_memory
 from meshwright.plan.shared import Shared
-from meshwright.plan.space import MOST_EXPERT_RANKS, Space
+from meshwright.plan.space import Space
 from meshwright.plan.time import share_machine
 from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
@@ -98,7 +98,7 @@ class Search:
         self._ends: dict[Layout, int] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
         # Seconds of one device for a sequence, at the least.
-        self._least_s = float("inf")
+        self._least_s = self.least_seconds() if self.known else 0.0
 
     def limit(self) -> float:
         """What is worse than this is not among the best."""
@@ -131,10 +131,20 @@ class Search:
         """Search these numbers of ranks, best in the order of what could be best."""
         for size in ranks:
             least_s = self.job.data.global_batch * self._least_s / size
-            hopeless = self._least_s < float("inf") and self.weigh(least_s, size) > self.limit()
-            if hopeless and not self.space.one_machine:
+            if self.weigh(least_s, size) > self.limit() and not self.space.one_machine:
                 continue
             self.search_ranks(size)
+
+    def least_seconds(self) -> float:
+        """Of one device for a sequence: in the largest microbatch, by kernels alone, which no number of ranks makes
+        shorter. Attention has others where a sequence is divided."""
+        found: list[float] = []
+        for context in self.space.among("context", (1, 2)):
+            layout = self.space.least_divided(context)
+            job = share_machine(with_layout(self.job, layout))
+            whole_s, _ = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
+            found.append(whole_s / layout.microbatch * layout.context * layout.tensor)
+        return min(found)
 
     def search_ranks(self, ranks: int) -> None:
         """Every grid and manner on so many ranks, the most promising first."""
@@ -187,22 +197,14 @@ class Search:
         """The bound that needs nothing but how the model is divided and runs."""
         if not self.known:
             return 0.0
-        experts = self.job.model.experts
-        if experts:
-            # The more ranks divide the experts, the longer are their products, and the faster.
-            most = min(MOST_EXPERT_RANKS, layout.expert_ranks)
-            sizes = [1 << power for power in range(most.bit_length()) if (1 << power) <= most]
-            layout = msgspec.structs.replace(layout, expert=max(n for n in sizes if experts.count % n == 0))
-        return self.bound_compute(layout, least=True)
+        return self.bound_compute(self.space.most_experts(layout))
 
-    def bound_compute(self, layout: Layout, *, least: bool = False) -> float:
-        """The bound of what a rank computes. least: remember how little of a device a sequence takes."""
+    def bound_compute(self, layout: Layout) -> float:
+        """The bound of what a rank computes."""
         if not self.known:
             return 0.0
         job = share_machine(with_layout(self.job, layout))
         whole_s, block_s = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
-        if least:
-            self._least_s = min(self._least_s, whole_s / layout.microbatch * layout.context * layout.tensor)
         return bound_passes(job, layout.accumulation(job.data.global_batch), whole_s, block_s)
 
     def fit_grid(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
@@ -237,8 +239,10 @@ class Search:
         offload = offloads[-1]
         sharings = [split for split in self.space.sharings(layout) if self.space.expert_refusal(split) is None]
         # Where nothing is divided, no gather needs a buffer.
-        ends = {split.replica for split in sharings}
-        for split in (split for split in sharings if ends and split.replica in (min(ends), max(ends))):
+        ends: dict[int, list[int]] = {}
+        for split in sharings:
+            ends.setdefault(split.expert, []).append(split.replica)
+        for split in (one for one in sharings if one.replica in (min(ends[one.expert]), max(ends[one.expert]))):
             job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
             fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
             for each in fitting:

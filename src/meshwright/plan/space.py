@@ -140,6 +140,23 @@ class Space:
             for expert in self.among("expert", experts):
                 yield msgspec.structs.replace(grid, replica=replica, shard=shard, expert=expert)
 
+    def most_experts(self, layout: Layout) -> Layout:
+        """The layout with as many ranks along expert as there may be: the longer are their products, and the faster."""
+        experts = self.job.model.experts
+        if experts is None:
+            return layout
+        most = min(MOST_EXPERT_RANKS, layout.expert_ranks)
+        sizes = [1 << power for power in range(most.bit_length())]
+        return msgspec.structs.replace(layout, expert=max(size for size in sizes if experts.count % size == 0))
+
+    def least_divided(self, context: int) -> Layout:
+        """The layout whose kernels take least of a device for a sequence, with so many ranks along context."""
+        (tensor,), (microbatch,) = self.among("tensor", (1,)), self.among("microbatch", (LARGEST_MICROBATCH,))
+        layout = msgspec.structs.replace(
+            self.base, shard=MOST_EXPERT_RANKS, context=context, tensor=tensor, microbatch=microbatch
+        )
+        return self.most_experts(layout)
+
     def shards(self, grid: Layout, ranks: int) -> list[int]:
         """Every division of the data ranks; where there is a pipeline or a divided sequence, over all of them, over
         those of a node or not at all."""
@@ -181,13 +198,12 @@ class Space:
 
     def refusal(self, layout: Layout) -> SettingError | None:
         """Why the layout is none that could run; None where it could."""
-        job, own = self.job, self.job.trainer.name == MESHWRIGHT.name
+        if error := self.grid_refusal(layout):
+            return error
+        job = self.job
         try:
-            check_split(layout, job.model, job.data.sequence)
-            check_layout(layout, job.data.global_batch)
-            check_context(layout, job.model, job.data.sequence)
             microbatches = layout.accumulation(job.data.global_batch)
-            check_schedule(layout, microbatches, job.model.layers, short=not own)
+            check_schedule(layout, microbatches, job.model.layers, short=not self.own)
             check_expert(layout, job.model)
         except SettingError as error:
             return error
@@ -205,11 +221,11 @@ class Space:
 
     def manner_refusal(self, layout: Layout) -> SettingError | None:
         """Why the layout cannot run in its schedule; None where it can."""
-        job, own = self.job, self.job.trainer.name == MESHWRIGHT.name
+        job = self.job
         try:
             check_layout(layout, job.data.global_batch)
             plain = msgspec.structs.replace(layout, zero=1)
-            check_schedule(plain, layout.accumulation(job.data.global_batch), job.model.layers, short=not own)
+            check_schedule(plain, layout.accumulation(job.data.global_batch), job.model.layers, short=not self.own)
         except SettingError as error:
             return error
         return None
