@@ -17,8 +17,9 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
-# Numbers of a head that fill attention's kernels. Narrower ones lose this power of what is missing where scores stay out
-# of memory (64 numbers: an eighth, as FlashAttention 2's own figures, arXiv:2307.08691), and all of it where they do not.
+# Numbers of a head that fill attention's kernels. Narrower ones lose this power of what is missing where scores stay
+# out of memory (64 numbers: an eighth, as FlashAttention 2's own figures, arXiv:2307.08691), and all of it where they
+# do not.
 WHOLE_HEAD, NARROW = 128, 0.2
 # Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, and
 # backward reads softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
@@ -179,9 +180,9 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     whole_flops = job.layout.microbatch * count_flops(job.model, job.data.sequence).block_attention
     # Ranks of the context axis have equal parts of what the mask lets through.
     causal_flops = whole_flops * visible_share(job.model, job.data.sequence) / (cut.tensor * job.layout.context)
-    if job.layout.context > 1 and job.layout.context_form == "ring":
-        return ring_seconds(job, widths_of(job, cut), causal_flops)
     peak, narrow = device.peak_flops_per_s(job.layout.plain_precision), min(1.0, job.model.head_dim / WHOLE_HEAD)
+    if job.layout.context > 1 and job.layout.context_form == "ring":
+        return ring_seconds(job, widths_of(job, cut), causal_flops, narrow**NARROW)
     if shares := rates.attention.get(job.trainer.attention):
         peak *= narrow**NARROW
         return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])

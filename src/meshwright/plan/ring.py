@@ -24,12 +24,13 @@ PLAIN_BACKWARD_BYTES = 4 * (1 + 2 + 2 + 2 + 2 + 1 + 2 + 3 + 2 + 3)
 PLAIN_BACKWARD_PRODUCTS = 5 / 2
 
 
-def ring_seconds(job: Job, widths: Widths, causal_flops: float) -> tuple[float, float]:
-    """Forward and backward seconds of one block's attention; causal_flops: of its forward pass on one rank."""
+def ring_seconds(job: Job, widths: Widths, causal_flops: float, filled: float) -> tuple[float, float]:
+    """Forward and backward seconds of one block's attention; causal_flops: of its forward pass on one rank; filled: of
+    what attention's kernels reach, what they do with heads as wide as these."""
     device, rates = job.cluster.device, rates_of(job.cluster)
     copy_bytes_per_s = device.memory_bytes_per_s * rates.loss
     if not is_masked(job):
-        peak = device.peak_flops_per_s(job.layout.plain_precision)
+        peak = device.peak_flops_per_s(job.layout.plain_precision) * filled
         forward, backward = rates.attention.get(job.trainer.attention, rates.attention["cudnn"])
         merged = [size / copy_bytes_per_s for size in merge_bytes(job, widths)]
         return (
