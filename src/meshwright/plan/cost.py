@@ -7,7 +7,7 @@ import msgspec
 from meshwright.record import Prediction
 from meshwright.spec import Job, Layout
 
-HOUR_S = 3600
+HOUR_S, DAY_S = 3600, 86400
 MILLION = 1_000_000
 
 

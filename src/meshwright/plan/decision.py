@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from meshwright.plan.interruptions import DAY_S, HOUR_S, Interruptions, predict_interruptions
+from meshwright.plan.cost import DAY_S, HOUR_S, MILLION
+from meshwright.plan.interruptions import Interruptions, predict_interruptions
 from meshwright.plan.plan import Plan
 from meshwright.record import Prediction
 from meshwright.spec import Job
 
 # Offers nearer than this in what decides are as good as each other: the one with fewer devices is taken.
 ALIKE = 0.03
-MILLION = 1e6
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +100,9 @@ def weight(offer: Offer, *, priced: bool) -> float:
 def benefit(taken: Offer, others: Sequence[Offer], *, priced: bool) -> str:
     """What the taken offer is better by."""
     what = "costs least for each token" if priced else "is the fastest"
+    if any(weight(other, priced=priced) < weight(taken, priced=priced) for other in others):
+        alike = "costs as little for each token" if priced else "is as fast"
+        what = f"{alike} as any, within {ALIKE:.0%}, with the fewest devices"
     text = f"Take {taken.name}: it {what}, {taken.tokens_per_s:,.0f} tokens/s with interruptions counted"
     if taken.days:
         text += f", {taken.days[1]:,.1f} days ({taken.days[0]:,.1f} to {taken.days[2]:,.1f}) in all"

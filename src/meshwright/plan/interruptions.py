@@ -4,11 +4,11 @@ from math import sqrt
 
 import msgspec
 
+from meshwright.plan.cost import DAY_S, HOUR_S
 from meshwright.plan.part import STATE_BYTES
 from meshwright.record import Prediction
 from meshwright.spec import Job, count_parameters
 
-HOUR_S, DAY_S = 3600.0, 86400.0
 # Hours of one device between two interruptions: 419 unexpected ones in 54 days of 16,384 H100s (arXiv:2407.21783,
 # section 3.3.4), where cluster.device_hours_per_failure does not say.
 DEVICE_HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419

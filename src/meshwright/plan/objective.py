@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from meshwright.plan.compute import has_known_peak
+from meshwright.plan.cost import HOUR_S
 from meshwright.plan.fit import Rejected, with_layout
 from meshwright.plan.search import Predict, search_layouts
 from meshwright.plan.shared import Shared
@@ -19,7 +20,6 @@ from meshwright.spec import Job, SettingError
 # fewest: the fewest devices that train on `tokens` within the deadline. longest, largest: the longest sequence and the
 # largest model of its shape that the cluster holds, planned to be fast.
 Objective = Literal["fastest", "cheapest", "fewest", "longest", "largest"]
-HOUR_S = 3600
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +49,9 @@ def check_goal(goal: Goal) -> None:
     """Raise SettingError for a goal that lacks what it needs, or has what it would not look at."""
     if goal.objective not in get_args(Objective):
         raise SettingError(f"--objective {goal.objective}", "is none", f"--objective {'|'.join(get_args(Objective))}")
-    for option, value in (("--tokens", goal.tokens), ("--deadline-hours", goal.deadline_hours)):
+    for option, value, near in (("--tokens", goal.tokens, "1e12"), ("--deadline-hours", goal.deadline_hours, "720")):
         if value is not None and not 0 < value < float("inf"):
-            raise SettingError(f"{option} {value}", "must be a number above 0", f"{option} 1e12"[:20])
+            raise SettingError(f"{option} {value}", "must be a number above 0", f"{option} {near}")
     if goal.objective == "fewest" and (goal.tokens is None or goal.deadline_hours is None):
         reason = "needs a number of tokens and a deadline"
         raise SettingError("--objective fewest", reason, "--tokens 1e12 --deadline-hours 720")
@@ -83,6 +83,11 @@ def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction
     if fewest is not None and all(p.layout.world_size != fewest for p in found):
         more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1, shared=shared)
         found, rejected = [*found, *more], [*rejected, *refused]
+    if job.cluster.price_per_device_hour is not None and goal.objective != "cheapest":
+        # So that what is called the cheapest is.
+        cheapest, _ = search_layouts(job, predict, fixed=goal.fixed, weigh=by_cost, most=1, shared=shared)
+        known = {one.layout for one in found}
+        found = [*found, *(one for one in cheapest if one.layout not in known)]
     if not found and not any(one.memory is not None for one in rejected):
         refuse_fixed(goal, rejected)
     return found, rejected

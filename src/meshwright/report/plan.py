@@ -7,7 +7,7 @@ import msgspec
 
 from meshwright.account import MEANINGS
 from meshwright.plan import Decision, Offer, Plan, Rejected
-from meshwright.plan.cost import HOUR_S, Cost, Costs
+from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs
 from meshwright.plan.curve import KNEE
 from meshwright.record import Prediction
 from meshwright.report.text import blocks_held, labelled, show
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
 BAR_CELLS = 20
-DAY_S = 24 * HOUR_S
 # More devices than these in one node are seldom meant.
 USUAL_NODE = 8
 # Buckets below this share of the step are summed into one line.
