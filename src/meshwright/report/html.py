@@ -19,7 +19,7 @@ from meshwright.report.charts import (
 )
 from meshwright.report.details import grids
 from meshwright.report.page import page_html
-from meshwright.report.parts import chart, grid_section, numbers, prose, section, table, text, word
+from meshwright.report.parts import chart, grid_section, numbers, prose, section, table, text, tile_row, word
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.words import (
     Row,
@@ -110,15 +110,7 @@ def tiles(explanation: Explanation) -> str:
         cells.append(("Peak memory", bytes_text(memory.measured.total()), beside))
     if explanation.life.yield_ is not None:
         cells.append(("Yield", f"{explanation.life.yield_:.1%}", "useful over paid"))
-    return '<div class="tiles">' + "".join(tile(*cell) for cell in cells) + "</div>" if cells else ""
-
-
-def tile(name: str, value: str, beside: str) -> str:
-    """One headline number."""
-    return (
-        f'<div class="tile"><div class="name">{text(name)}</div><div class="value">{text(value)}</div>'
-        f'<div class="beside">{text(beside)}</div></div>'
-    )
+    return tile_row(cells)
 
 
 def found(explanation: Explanation) -> str:

@@ -35,6 +35,16 @@ def numbers(values: Sequence[float | None]) -> str:
     return "".join(f'<td class="n">{"-" if value is None else f"{value:z,.1f}"}</td>' for value in values)
 
 
+def tile_row(cells: Sequence[tuple[str, str, str]]) -> str:
+    """The headline numbers: name, value and what stands under it."""
+    tiles = "".join(
+        f'<div class="tile"><div class="name">{text(name)}</div><div class="value">{text(value)}</div>'
+        f'<div class="beside">{text(beside)}</div></div>'
+        for name, value, beside in cells
+    )
+    return f'<div class="tiles">{tiles}</div>' if cells else ""
+
+
 def section(title: str, under: str, inner: str = "") -> str:
     """A card of the page."""
     line = f'<p class="soft">{text(under)}</p>' if under else ""

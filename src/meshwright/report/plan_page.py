@@ -8,7 +8,7 @@ from meshwright.record import Prediction, replace_text
 from meshwright.report.charts import AXES_HEIGHT, DRAWN_RANKS, Figure, stacked
 from meshwright.report.details import Grid
 from meshwright.report.page import page_html
-from meshwright.report.parts import chart, grid_section, section, text
+from meshwright.report.parts import chart, grid_section, section, text, tile_row
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
 from meshwright.report.plan import gb, layout_cells, seconds_text
 from meshwright.report.words import memory_unit, time_unit
@@ -58,15 +58,7 @@ def tiles(plan: Plan) -> str:
     low, high = job.memory_interval_bytes
     cells.append(("Memory", gb(job.memory.total()), f"80%: {gb(low)} to {gb(high)}, of {gb(plan.capacity_bytes)}"))
     cells.append(("Layout", f"{job.layout.world_size:,} ranks", job.layout.label()))
-    return '<div class="tiles">' + "".join(tile(*cell) for cell in cells) + "</div>"
-
-
-def tile(name: str, value: str, beside: str) -> str:
-    """One headline number."""
-    return (
-        f'<div class="tile"><div class="name">{text(name)}</div><div class="value">{text(value)}</div>'
-        f'<div class="beside">{text(beside)}</div></div>'
-    )
+    return tile_row(cells)
 
 
 def compared(plan: Plan) -> list[tuple[str, Prediction]]:
