@@ -105,9 +105,13 @@ def show_plan(
     from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text
 
     if len(clusters) > 1:
-        for option, value in (("--html", pages.html), ("--rehearsed", pages.rehearsed)):
-            if value is not None:
+        ones = {"--html": pages.html is not None, "--rehearsed": pages.rehearsed is not None, "--curve": goal.curve}
+        for option, given in ones.items():
+            if given:
                 raise SettingError(option, "is of one cluster's plan", "one --cluster")
+        if goal.objective in ("longest", "largest"):
+            reason = "gives each cluster another job, and offers are compared by one"
+            raise SettingError(f"--objective {goal.objective}", reason, "one --cluster, or --objective fastest")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
         if pages.as_json:
