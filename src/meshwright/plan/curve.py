@@ -18,7 +18,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     """The fastest layout of one number of devices.
 
     efficiency: its speed a device, of that with the fewest devices that work. device_s_per_million_tokens: seconds of
-    one device; cost: the same in money, where the cluster has a price.
+    one device.
     """
 
     devices: int

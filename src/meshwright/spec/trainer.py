@@ -94,7 +94,6 @@ TRAINERS: dict[str, Trainer] = {
         Trainer(
             name="fsdp",
             attention="flash",
-            fused_norms=True,
             gathers=True,
             selective="products",
             source="PyTorch FSDP, arXiv:2304.11277, with eager blocks and FlashAttention",
@@ -155,7 +154,6 @@ TRAINERS: dict[str, Trainer] = {
             compiled=True,
             dropout=True,
             loss="in-place",
-            overlaps=True,
             source="NVIDIA Megatron-Core with Transformer Engine: fused kernels, distributed optimizer overlapped",
         ),
     )
