@@ -98,7 +98,7 @@ class Search:
         self._ends: dict[Layout, int] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
         # Seconds of one device for a sequence, at the least.
-        self._least_s = self.least_seconds() if self.known else 0.0
+        self._least_s = min(map(self.sequence_seconds, self.space.least_divided())) if self.known else 0.0
 
     def limit(self) -> float:
         """What is worse than this is not among the best."""
@@ -135,16 +135,11 @@ class Search:
                 continue
             self.search_ranks(size)
 
-    def least_seconds(self) -> float:
-        """Of one device for a sequence: in the largest microbatch, by kernels alone, which no number of ranks makes
-        shorter. Attention has others where a sequence is divided."""
-        found: list[float] = []
-        for context in self.space.among("context", (1, 2)):
-            layout = self.space.least_divided(context)
-            job = share_machine(with_layout(self.job, layout))
-            whole_s, _ = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
-            found.append(whole_s / layout.microbatch * layout.context * layout.tensor)
-        return min(found)
+    def sequence_seconds(self, layout: Layout) -> float:
+        """Of one device for a sequence, by kernels alone, which no number of ranks makes shorter."""
+        job = share_machine(with_layout(self.job, layout))
+        whole_s, _ = compute_seconds(job, self.shared.cut(job), self.shared.pieces(job, ()))
+        return whole_s / layout.microbatch * layout.context * layout.tensor
 
     def search_ranks(self, ranks: int) -> None:
         """Every grid and manner on so many ranks, the most promising first."""
@@ -208,27 +203,26 @@ class Search:
         return bound_passes(job, layout.accumulation(job.data.global_batch), whole_s, block_s)
 
     def fit_grid(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
-        """The same with what must be recomputed in the schedule that keeps least, and with least held whole."""
-        plain = msgspec.structs.replace(layout, schedule="1f1b", stages_per_rank=0, stage_layers=(), zero=3)
-        yield layout, self.bound_fitting(layout, plain)
+        """The same with what must be recomputed where least is held whole."""
+        yield layout, self.bound_fitting(msgspec.structs.replace(layout, zero=3))
 
     def fit_manner(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
-        """With what must be recomputed in the layout's own schedule, and by what is held whole."""
+        """With what must be recomputed by what is held whole."""
         split = layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD
         for zero in self.space.among("zero", (1, 2, 3)):
             kept = msgspec.structs.replace(layout, zero=zero)
             if not split or zero == 1 or layout.parameter_shards == 1:
-                yield kept, self.bound_fitting(kept, kept)
+                yield kept, self.bound_fitting(kept)
 
-    def bound_fitting(self, layout: Layout, like: Layout) -> float:
-        """The bound with what `like` must recompute even where parameters are divided most, and as much as can be lies
+    def bound_fitting(self, layout: Layout) -> float:
+        """The bound with what must be recomputed even where parameters are divided most, and as much as can be lies
         with the host; inf where it does not fit. Whatever is divided less recomputes as much or more."""
-        if like not in self._fitting:
-            self._fitting[like] = list(self.least_recomputed(like))
+        if layout not in self._fitting:
+            self._fitting[layout] = list(self.least_recomputed(layout))
         return min(
             (
                 self.bound_compute(msgspec.structs.replace(layout, expert=expert, recompute=recompute))
-                for expert, recompute in self._fitting[like]
+                for expert, recompute in self._fitting[layout]
             ),
             default=float("inf"),
         )
@@ -238,13 +232,18 @@ class Search:
         offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
         offload = offloads[-1]
         sharings = [split for split in self.space.sharings(layout) if self.space.expert_refusal(split) is None]
+        # What holds more whole recomputes as much or more.
+        less = self._fitting.get(msgspec.structs.replace(layout, zero=3), ())
+        known = [(expert, again if isinstance(again, int) else 1) for expert, again in less if again != "selective"]
         # Where nothing is divided, no gather needs a buffer.
         ends: dict[int, list[int]] = {}
         for split in sharings:
             ends.setdefault(split.expert, []).append(split.replica)
         for split in (one for one in sharings if one.replica in (min(ends[one.expert]), max(ends[one.expert]))):
             job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
-            fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"), roughly=True)
+            fixed = self.space.fixed.get("recompute")
+            lowest = min((least for expert, least in known if expert == split.expert), default=1)
+            fitting, _ = fit_recompute(job, self.shared.end_frame, fixed, roughly=True, at_least=lowest)
             for each in fitting:
                 yield split.expert, each.layout.recompute
 

@@ -149,13 +149,15 @@ class Space:
         sizes = [1 << power for power in range(most.bit_length())]
         return msgspec.structs.replace(layout, expert=max(size for size in sizes if experts.count % size == 0))
 
-    def least_divided(self, context: int) -> Layout:
-        """The layout whose kernels take least of a device for a sequence, with so many ranks along context."""
+    def least_divided(self) -> Iterator[Layout]:
+        """Layouts of which one's kernels take least of a device for a sequence: attention has others with context."""
         (tensor,), (microbatch,) = self.among("tensor", (1,)), self.among("microbatch", (LARGEST_MICROBATCH,))
-        layout = msgspec.structs.replace(
-            self.base, shard=MOST_EXPERT_RANKS, context=context, tensor=tensor, microbatch=microbatch
-        )
-        return self.most_experts(layout)
+        for context in self.among("context", (1, 2)):
+            yield self.most_experts(
+                msgspec.structs.replace(
+                    self.base, shard=MOST_EXPERT_RANKS, context=context, tensor=tensor, microbatch=microbatch
+                )
+            )
 
     def shards(self, grid: Layout, ranks: int) -> list[int]:
         """Every division of the data ranks; where there is a pipeline or a divided sequence, over all of them, over
