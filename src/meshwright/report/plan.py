@@ -210,7 +210,7 @@ def scaling(plan: Plan) -> "Table | None":
         table.add_row(f"{point.devices}", *cells, point.layout.label())
     title = "Scaling, at this batch"
     if curve.knee is not None:
-        title += f": at least {KNEE:.0%} of the fewest devices' efficiency up to {curve.knee}"
+        title += f": up to {curve.knee} devices are used at least {KNEE:.0%} as well as at best"
     if (noise := curve.noise) is None:
         return titled(title, table)
     line = (
