@@ -166,7 +166,7 @@ def test_the_curve_falls_to_its_knee(scaled: Plan) -> None:
     curve = scaled.curve
     assert curve is not None
     assert [point.devices for point in curve.points] == [1, 2, 4, 8, 16, 32]
-    assert curve.points[0].efficiency == 1
+    assert max(point.efficiency for point in curve.points) == 1
     assert curve.points[-1].efficiency < 0.8 < curve.points[2].efficiency
     # Its best point is what the plan itself found.
     assert min(point.step_s for point in curve.points) == min(p.step_s for p in scaled.ranked)

@@ -17,8 +17,8 @@ KNEE = 0.8
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """The fastest layout of one number of devices.
 
-    efficiency: its speed a device, of that with the number of devices that are used best. device_s_per_million_tokens: seconds of
-    one device; cost: the same in money, where the cluster has a price.
+    efficiency: its speed a device, of that with the number of devices that are used best. device_s_per_million_tokens:
+    seconds of one device.
     """
 
     devices: int
