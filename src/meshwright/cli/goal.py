@@ -89,7 +89,7 @@ def show_plan(
     wanted: Callable[[str | None], "Job"],
     clusters: Sequence[str],
     goal: "Goal",
-    console: "Console",
+    console: Callable[[], "Console"],
     pages: Pages,
     *,
     whole: bool,
@@ -113,7 +113,7 @@ def show_plan(
         if pages.as_json:
             click.echo(decision_json(decision))
         else:
-            decision_text(decision, console)
+            decision_text(decision, console())
         return
     job = wanted(clusters[0] if clusters else None)
     if whole and goal.tokens is None and job.cluster.price_per_device_hour is not None:
@@ -126,4 +126,4 @@ def show_plan(
     if pages.as_json:
         click.echo(plan_json(planned))
     else:
-        plan_text(planned, console)
+        plan_text(planned, console())
