@@ -64,11 +64,8 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
         if ranked[0].step_s > min(p.step_s for p in ranked):
             which = f"the simplest within {TIE:.0%} of the fastest found"
         best = f"also {which}" if fewest == ranked[0] else f"{which} is {in_words(ranked[0])}"
-        if fewest.layout.world_size == 1:
-            return f"One {device} is enough only by offloading: {in_words(fewest)}; {best}."
-        return (
-            f"One {device} is not enough: the model does not fit it. The fewest that work: {in_words(fewest)}; {best}."
-        )
+        why = " without offloading" if fewest.layout.world_size == 1 else ": the model does not fit it"
+        return f"One {device} is not enough{why}. The fewest that work: {in_words(fewest)}; {best}."
     placed = share_machine(msgspec.structs.replace(job, layout=one.layout))
     recompute = "" if one.layout.recompute == "none" else f" with {one.layout.label()}"
     fits = f"it fits{recompute} ({gb(one.memory.total())} of {gb(placed.cluster.device.memory_bytes)} GB)"
