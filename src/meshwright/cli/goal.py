@@ -108,6 +108,9 @@ def show_plan(
         for option, value in (("--html", pages.html), ("--rehearsed", pages.rehearsed)):
             if value is not None:
                 raise SettingError(option, "is of one cluster's plan", "one --cluster")
+        twice = next((name for name in clusters if clusters.count(name) > 1), None)
+        if twice is not None:
+            raise SettingError(f"--cluster {twice}", "is given twice", "each cluster once")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
         if pages.as_json:
@@ -122,7 +125,11 @@ def show_plan(
     if pages.html is not None:
         from meshwright.report.plan_page import write_plan
 
-        write_plan(planned, pages.html)
+        try:
+            write_plan(planned, pages.html)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise SettingError(f"--html {pages.html}", reason, "--html plan.html") from None
     if pages.as_json:
         click.echo(plan_json(planned))
     else:
