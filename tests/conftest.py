@@ -1,6 +1,7 @@
 """What holds for the whole suite, and what several of its files start from."""
 
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,14 @@ import pytest
 
 # A shell starts background jobs with SIGINT ignored, which their children inherit: Ctrl-C could not be tried.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """What torch.compile has done for tests before, which a forked rank would have done too: a recorder asks for it."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is not None:
+        dynamo.counters.clear()
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def plan(
     if len(clusters) > 1 and gpus is not None:
         raise SettingError("--gpus", "is one cluster more beside --cluster", f"--cluster {gpus}")
     pages = Pages(as_json=as_json, html=html, rehearsed=rehearsed)
-    show_plan(wanted, clusters, goal, console(), pages, whole=job is not None)
+    show_plan(wanted, clusters, goal, console, pages, whole=job is not None)
 
 
 @cli.command()

@@ -89,7 +89,7 @@ def show_plan(
     wanted: Callable[[str | None], "Job"],
     clusters: Sequence[str],
     goal: "Goal",
-    console: "Console",
+    console: Callable[[], "Console"],
     pages: Pages,
     *,
     whole: bool,
@@ -112,12 +112,15 @@ def show_plan(
         if goal.objective in ("longest", "largest"):
             reason = "gives each cluster another job, and offers are compared by one"
             raise SettingError(f"--objective {goal.objective}", reason, "one --cluster, or --objective fastest")
+        twice = next((name for name in clusters if clusters.count(name) > 1), None)
+        if twice is not None:
+            raise SettingError(f"--cluster {twice}", "is given twice", "each cluster once")
         jobs = {name: wanted(name) for name in clusters}
         decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
         if pages.as_json:
             click.echo(decision_json(decision))
         else:
-            decision_text(decision, console)
+            decision_text(decision, console())
         return
     job = wanted(clusters[0] if clusters else None)
     if whole and goal.tokens is None and job.cluster.price_per_device_hour is not None:
@@ -126,8 +129,12 @@ def show_plan(
     if pages.html is not None:
         from meshwright.report.plan_page import write_plan
 
-        write_plan(planned, pages.html)
+        try:
+            write_plan(planned, pages.html)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise SettingError(f"--html {pages.html}", reason, "--html plan.html") from None
     if pages.as_json:
         click.echo(plan_json(planned))
     else:
-        plan_text(planned, console)
+        plan_text(planned, console())

@@ -20,6 +20,7 @@ from meshwright.record import Program, Step
 from meshwright.spec import SettingError
 from meshwright.spec.devices import NODES
 from meshwright.spec.errors import closest
+from meshwright.spec.hardware import closest_device
 
 NAMES = ("*.json", "*.json.gz")
 # Where JAX's profiler puts its traces, under the folder that it was told.
@@ -135,7 +136,7 @@ def explain_traces(
 def useful_seconds(useful: Useful) -> float:
     """Seconds of a step at the GPU's dense bf16 peak."""
     if useful.gpu not in NODES:
-        raise SettingError(f"--gpu {useful.gpu}", "is not in the hardware table", f"--gpu {closest(useful.gpu, NODES)}")
+        raise SettingError(f"--gpu {useful.gpu}", "is not in the hardware table", f"--gpu {closest_device(useful.gpu)}")
     if not 0 < useful.flops_per_step < float("inf"):
         raise SettingError(f"--flops-per-step {useful.flops_per_step:g}", "must be above 0", "--flops-per-step 1e14")
     return useful.flops_per_step / NODES[useful.gpu].device.peak_flops_per_s("bf16")

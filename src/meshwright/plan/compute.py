@@ -17,9 +17,8 @@ EAGER_LOSS_BYTES = 36
 COMPILED_LOSS_PASSES = 4
 
 
-# Numbers of a head that fill attention's kernels. Narrower ones lose this power of what is missing where scores stay
-# out of memory (64 numbers: an eighth, as FlashAttention 2's own figures, arXiv:2307.08691), and all of it where they
-# do not.
+# Numbers of a head that fill attention's kernels. Where scores stay out of memory, narrower ones lose this power of
+# what is missing (64 numbers: an eighth, as in FlashAttention 2's own figures, arXiv:2307.08691); else all of it.
 WHOLE_HEAD, NARROW = 128, 0.2
 # Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, and
 # backward reads softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.

@@ -10,15 +10,15 @@ from meshwright.plan.space import axis_sizes
 from meshwright.record import Prediction
 from meshwright.spec import Cluster, Job, Layout
 
-# The knee is the most devices that are used this well, against the fewest that work.
+# The knee is the most devices that are used this well, against the number that is used best.
 KNEE = 0.8
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
     """The fastest layout of one number of devices.
 
-    efficiency: its speed a device, of that with the fewest devices that work. device_s_per_million_tokens: seconds of
-    one device.
+    efficiency: its speed a device, of that with the number of devices that are used best. device_s_per_million_tokens:
+    seconds of one device.
     """
 
     devices: int
@@ -59,7 +59,9 @@ def build_curve(job: Job, predict: Predict, goal: Goal) -> Curve:
     for ranks in curve_sizes(job.cluster):
         found, _ = search_layouts(job, predict, fixed=goal.fixed, ranks=[ranks], most=1)
         bests += [min(found, key=lambda p: p.step_s)] if found else []
-    points = [point_of(best, bests[0]) for best in bests if best.step_s]
+    bests = [best for best in bests if best.step_s] or bests
+    most = max((best.tokens_per_s / best.layout.world_size for best in bests), default=0.0)
+    points = [point_of(best, most) for best in bests if best.step_s]
     good = [point.devices for point in points if point.efficiency >= KNEE]
     noise = None if goal.noise_tokens is None else explain_noise(job, bests, goal.noise_tokens)
     return Curve(points=tuple(points), knee=max(good, default=None), noise=noise)
@@ -73,8 +75,8 @@ def curve_sizes(cluster: Cluster) -> list[int]:
     return sorted({*powers, *(inside * count for count in (*whole, nodes))})
 
 
-def point_of(best: Prediction, first: Prediction) -> Point:
-    """A point of the curve that begins with `first`."""
+def point_of(best: Prediction, most: float) -> Point:
+    """A point of the curve on which a device does `most` tokens a second at best."""
     devices = best.layout.world_size
     per_device = best.tokens_per_s / devices
     return Point(
@@ -83,7 +85,7 @@ def point_of(best: Prediction, first: Prediction) -> Point:
         step_s=best.step_s,
         step_interval_s=best.step_interval_s,
         tokens_per_s=best.tokens_per_s,
-        efficiency=per_device / (first.tokens_per_s / first.layout.world_size),
+        efficiency=per_device / most,
         device_s_per_million_tokens=1e6 / per_device,
     )
 

@@ -12,7 +12,7 @@ from meshwright.spec import MESHWRIGHT, Job
 Interval = tuple[float, float]
 
 # Of a step, where the trainer's steps on such a device have been held against predictions.
-HELD = 0.13
+HELD = 0.135
 # Where they have not: also what the factors of trainers and devices spread over.
 UNHELD = 0.22
 # Of our own trainer's, where the constants come from (docs/planning.md has its steps on H200s).
@@ -21,7 +21,7 @@ OWN_DEVICES = ("h200",)
 # On processes that share a machine's cores, which other programs use too.
 SHARED = 0.3
 # Of exposed transfers, and of waiting for the host.
-TRANSFERS = 0.15
+TRANSFERS = 0.1
 HOST = 0.10
 # Of memory: our own trainer's, and others'.
 OWN_MEMORY = 0.08

@@ -49,9 +49,10 @@ def check_goal(goal: Goal) -> None:
     """Raise SettingError for a goal that lacks what it needs, or has what it would not look at."""
     if goal.objective not in get_args(Objective):
         raise SettingError(f"--objective {goal.objective}", "is none", f"--objective {'|'.join(get_args(Objective))}")
-    for option, value, near in (("--tokens", goal.tokens, "1e12"), ("--deadline-hours", goal.deadline_hours, "720")):
+    for option, value in (("--tokens", goal.tokens), ("--deadline-hours", goal.deadline_hours)):
         if value is not None and not 0 < value < float("inf"):
-            raise SettingError(f"{option} {value}", "must be a number above 0", f"{option} {near}")
+            near = "720" if option == "--deadline-hours" else "1e12"
+            raise SettingError(f"{option} {value:g}", "must be a number above 0", f"{option} {near}")
     if goal.objective == "fewest" and (goal.tokens is None or goal.deadline_hours is None):
         reason = "needs a number of tokens and a deadline"
         raise SettingError("--objective fewest", reason, "--tokens 1e12 --deadline-hours 720")
@@ -60,7 +61,9 @@ def check_goal(goal: Goal) -> None:
         raise SettingError("--deadline-hours", reason, "--objective fewest")
     if goal.noise_tokens is not None:
         if not 0 < goal.noise_tokens < float("inf"):
-            raise SettingError(f"--noise-tokens {goal.noise_tokens}", "must be a number above 0", "--noise-tokens 1e6")
+            raise SettingError(
+                f"--noise-tokens {goal.noise_tokens:g}", "must be a number above 0", "--noise-tokens 1e6"
+            )
         if not goal.curve:
             raise SettingError("--noise-tokens", "is for the scaling curve", "--curve --noise-tokens 1e6")
 
@@ -80,7 +83,11 @@ def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction
     # These are spoken of, however slow they are.
     unmoved = {"offload": "none", **goal.fixed}
     fewest = fewest_ranks(job, unmoved)
-    if fewest is not None and all(p.layout.world_size != fewest for p in found):
+    # Beside fewer that are fast enough they would only be faster, which is not the goal.
+    limit_s = goal.step_limit_s(job) if goal.objective == "fewest" else None
+    enough = [p.layout.world_size for p in found if limit_s is not None and 0 < p.step_s <= limit_s]
+    spoken = any(p.layout.world_size == fewest for p in found)
+    if fewest is not None and not spoken and all(ranks > fewest for ranks in enough):
         more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1, shared=shared)
         found, rejected = [*found, *more], [*rejected, *refused]
     if job.cluster.price_per_device_hour is not None and goal.objective != "cheapest":

@@ -38,9 +38,18 @@ def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
         return f"Cheapest: {in_words(best)}, {per_million:,.3g} device-seconds a million tokens."
     limit_s = goal.step_limit_s(job)
     if limit_s is None or best.step_s > limit_s:
-        return f"No number of devices here makes {goal.deadline_hours:g} hours. The fastest: {in_words(best)}."
+        return (
+            f"No number of devices here makes {hours_text(goal.deadline_hours or 0.0)}. The fastest: {in_words(best)}."
+        )
     hours = goal.deadline_hours * best.step_s / limit_s if goal.deadline_hours else 0.0
-    return f"{best.layout.world_size} devices are enough: {hours:,.3g} hours of {goal.deadline_hours:g}."
+    ranks = best.layout.world_size
+    are = "device is" if ranks == 1 else "devices are"
+    return f"{ranks} {are} enough: {hours:,.3g} hours of {goal.deadline_hours:g}."
+
+
+def hours_text(hours: float) -> str:
+    """A number of hours in words."""
+    return f"{hours:g} hour{'' if hours == 1 else 's'}"
 
 
 def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequence[Prediction], goal: Goal) -> str:
@@ -55,9 +64,8 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
         if ranked[0].step_s > min(p.step_s for p in ranked):
             which = f"the simplest within {TIE:.0%} of the fastest found"
         best = f"also {which}" if fewest == ranked[0] else f"{which} is {in_words(ranked[0])}"
-        return (
-            f"One {device} is not enough: the model does not fit it. The fewest that work: {in_words(fewest)}; {best}."
-        )
+        why = " without offloading" if fewest.layout.world_size == 1 else ": the model does not fit it"
+        return f"One {device} is not enough{why}. The fewest that work: {in_words(fewest)}; {best}."
     placed = share_machine(msgspec.structs.replace(job, layout=one.layout))
     recompute = "" if one.layout.recompute == "none" else f" with {one.layout.label()}"
     fits = f"it fits{recompute} ({gb(one.memory.total())} of {gb(placed.cluster.device.memory_bytes)} GB)"

@@ -165,7 +165,8 @@ def write_cut_short(folder: RunFolder, attempt: int, code: int) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: under another name first, then renamed into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # A path that ends in no name, as a folder's may, is refused by the renaming.
+    partial = path.parent / f".{path.name}.{os.getpid()}"
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -79,16 +79,19 @@ def headline(plan: Plan) -> "Table":
     node = "1 node of " if plan.cluster.nodes == 1 and plan.cluster.devices > USUAL_NODE else ""
     what = f"{plan.model} on {node}{plan.cluster.label()}: {plan.global_batch:,} sequences of {plan.sequence:,} tokens"
     rows = [("Plan", f"{what}, {tokens:,} tokens a step"), ("Verdict", plan.verdict)]
-    return labelled([*rows, *cost_rows(plan.costs, fits=plan.job_fits)])
+    return labelled([*rows, *cost_rows(plan.costs, plan.goal.objective, fits=plan.job_fits)])
 
 
-def cost_rows(costs: Costs | None, *, fits: bool) -> list[tuple[str, str]]:
+def cost_rows(costs: Costs | None, objective: str, *, fits: bool) -> list[tuple[str, str]]:
     """What the job's layout costs and how long its tokens take; the same of better layouts."""
     if costs is None:
         return []
-    named = [("the fastest", costs.first), ("the cheapest", costs.cheapest)]
-    if costs.first == costs.cheapest:
-        named = [("the fastest and cheapest", costs.first)]
+    first = "the best" if objective == "fewest" else "the fastest"
+    named = [(first, costs.first), ("the cheapest", costs.cheapest)]
+    if objective == "cheapest":
+        named = [("the cheapest", costs.first)]
+    elif costs.first == costs.cheapest:
+        named = [(f"{first} and cheapest", costs.first)]
     lines = [f"this job{'' if fits else ', which does not fit'}: {cost_text(costs.own, costs.tokens)}"]
     for word, cost in named:
         if cost is not None and cost.layout != costs.own.layout:
@@ -209,7 +212,7 @@ def scaling(plan: Plan) -> "Table | None":
         table.add_row(f"{point.devices}", *cells, point.layout.label())
     title = "Scaling, at this batch"
     if curve.knee is not None:
-        title += f": at least {KNEE:.0%} of the fewest devices' efficiency up to {curve.knee}"
+        title += f": up to {curve.knee} devices are used at least {KNEE:.0%} as well as at best"
     if (noise := curve.noise) is None:
         return titled(title, table)
     line = (

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meshwright.plan import Plan
+from meshwright.plan.curve import KNEE, Curve
 from meshwright.record import Prediction, replace_text
 from meshwright.report.charts import AXES_HEIGHT, DRAWN_RANKS, Figure, stacked
+from meshwright.report.colours import COLOURS
 from meshwright.report.details import Grid
 from meshwright.report.page import page_html
 from meshwright.report.parts import chart, grid_section, section, text, tile_row
@@ -40,6 +42,8 @@ def sections(plan: Plan, figures: dict[str, Figure]) -> Iterable[str]:
         unit = time_unit(max(passes[-1].end_s for passes in plan.job.pipeline.ranks))
         figures["pipeline"] = pipeline_figure(plan.job.pipeline, unit)
         yield section("The pipeline over time", pipeline_words(plan.job.pipeline), chart("pipeline"))
+    if plan.curve is not None and plan.curve.points:
+        yield curve_section(plan, plan.curve, figures)
     yield grid_section(layouts_grid(plan))
     if plan.rejected:
         yield grid_section(rejections_grid(plan))
@@ -106,13 +110,62 @@ def memory_section(plan: Plan, figures: dict[str, Figure]) -> str:
     figure["layout"] |= {
         "shapes": [{"type": "line", "x0": limit, "x1": limit, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
         "showlegend": True,
-        "legend": {"orientation": "h", "y": -0.35},
+        # Below the axis, which a chart of few bars has near.
+        "legend": {"orientation": "h", "y": -0.3 - 0.5 / len(rows)},
     }
     figure["layout"]["height"] += AXES_HEIGHT
     figures["memory"] = figure
     more = f"; the first {DRAWN_RANKS} of {len(plan.memories)}" if len(plan.memories) > DRAWN_RANKS else ""
     under = f"Of this job's layout, at the step's peak{more}. The dotted line is what a device has."
     return section("Memory by stage", under, chart("memory"))
+
+
+def curve_section(plan: Plan, curve: Curve, figures: dict[str, Figure]) -> str:
+    """Speed against the number of devices, between what the steps' intervals make of it, beside a straight line."""
+    points, tokens = curve.points, plan.global_batch * plan.sequence
+    devices = [point.devices for point in points]
+    slow, fast = ([tokens / point.step_interval_s[end] for point in points] for end in (1, 0))
+    most = max(point.tokens_per_s / point.devices for point in points)
+    edge: Figure = {"type": "scatter", "mode": "lines", "x": devices, "line": {"width": 0}, "hoverinfo": "skip"}
+    figures["curve"] = {
+        "data": [
+            edge | {"y": slow, "showlegend": False},
+            edge | {"y": fast, "fill": "tonexty", "fillcolor": "rgba(79,155,217,0.25)", "name": "80% interval"},
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": "predicted",
+                "x": devices,
+                "y": [point.tokens_per_s for point in points],
+                "line": {"color": COLOURS["comm.shard"]},
+                "customdata": [f"{point.efficiency:.0%}" for point in points],
+                "hovertemplate": "%{x} devices: %{y:,.0f} tokens/s (%{customdata} efficient)<extra></extra>",
+            },
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "every device used as at best",
+                "x": devices,
+                "y": [most * count for count in devices],
+                "line": {"color": COLOURS["other"], "dash": "dash", "width": 1.2},
+                "hoverinfo": "skip",
+            },
+        ],
+        "layout": {
+            "height": 340,
+            "xaxis": {"title": {"text": "devices"}, "type": "log", "tickvals": devices},
+            "yaxis": {"title": {"text": "tokens per second"}, "type": "log"},
+            "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
+        },
+    }
+    under = "The fastest layout of each number of devices, at the job's batch."
+    if curve.knee is not None:
+        under += f" Up to {curve.knee:,} of them are used at least {KNEE:.0%} as well as at best."
+    if curve.noise is not None:
+        under += (
+            f" Beyond a batch of {curve.noise.batch_tokens:,.0f} tokens, the noise scale, more replicas hardly pay."
+        )
+    return section("Scaling", under, chart("curve"))
 
 
 def layouts_grid(plan: Plan) -> Grid:

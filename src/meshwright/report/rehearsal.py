@@ -69,10 +69,17 @@ def asked_part(rehearsal: Rehearsal) -> "Table":
             one.kind.replace("_", " "),
             f"{one.ranks:,}",
             f"{one.count:,}",
-            gb(one.size_bytes) if one.size_bytes >= SMALL_BYTES else f"{one.size_bytes / 1e3:.3g} KB",
+            size_text(one.size_bytes),
             time_text(one.seconds),
         )
     return titled("Asked of other ranks" if rehearsal.asked else "Nothing was asked of other ranks", table)
+
+
+def size_text(size_bytes: float) -> str:
+    """Bytes in a unit that leaves them more than nothing."""
+    if size_bytes >= SMALL_BYTES:
+        return gb(size_bytes)
+    return f"{size_bytes / 1e3:.3g} KB" if size_bytes >= 1e3 else f"{size_bytes:,.0f} B"
 
 
 def paired(before: Account, after: Account) -> list[tuple[str, float, float]]:

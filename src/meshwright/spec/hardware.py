@@ -82,7 +82,12 @@ def parse_nodes(word: str, named: str) -> tuple[Nodes, Link]:
     if nodes < 1 or devices < 1:
         raise SettingError(named, "holds no device", f"1x{name}")
     if name not in NODES:
-        raise SettingError(named, f'no device "{name}" in the hardware table', closest(name, NODES))
+        raise SettingError(named, f'no device "{name}" in the hardware table', closest_device(name))
     row = NODES[name]
     group = Nodes(device=row.device, nodes=nodes, devices_per_node=devices, intra=row.intra)
     return group, share_ports(row.inter, devices)
+
+
+def closest_device(name: str) -> str:
+    """The devices of that name with something after it, as "a100" is cut short of "a100-80"; else the nearest one."""
+    return " or ".join(known for known in NODES if known.startswith(f"{name}-")) or closest(name, NODES)
