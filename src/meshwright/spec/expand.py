@@ -105,7 +105,7 @@ def expand_numbers(section: Table) -> Table:
         filled["inter"] = expand_network(filled["inter"], devices, "cluster.inter")
     if not groups:
         return filled
-    if measured := sorted({"rates", "measured"} & set(filled)):
+    if measured := [name for name in ("measured", "rates") if filled.get(name) is not None]:
         raise SettingError(f"cluster.{measured[0]}", "are of nodes that are alike", "leave out cluster.groups, or it")
     if "inter" not in filled:
         raise SettingError("cluster.inter", "is missing", f'cluster.inter = "{next(iter(NETWORKS))}"')
