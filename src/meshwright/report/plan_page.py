@@ -67,9 +67,9 @@ def tiles(plan: Plan) -> str:
 
 def compared(plan: Plan) -> list[tuple[str, Prediction]]:
     """The job's own layout, if it fits, and the first in rank."""
-    others = [p for p in plan.ranked[:DRAWN_LAYOUTS] if p.layout != plan.job.layout]
+    first = list(enumerate(plan.ranked[:DRAWN_LAYOUTS], 1))
     own = [(f"this job: {short(plan.job)}", plan.job)] if plan.job_fits else []
-    return own + [(f"{place}. {short(p)}", p) for place, p in enumerate(others, 1)]
+    return own + [(f"{place}. {short(p)}", p) for place, p in first if p.layout != plan.job.layout]
 
 
 def short(prediction: Prediction) -> str:
@@ -171,13 +171,13 @@ def curve_section(plan: Plan, curve: Curve, figures: dict[str, Figure]) -> str:
 def layouts_grid(plan: Plan) -> Grid:
     """The ranking, with intervals."""
     rows: list[tuple[str, ...]] = []
-    for prediction in plan.ranked[:LISTED_LAYOUTS]:
+    for place, prediction in enumerate(plan.ranked[:LISTED_LAYOUTS], 1):
         cells = layout_cells(prediction, own=prediction.layout == plan.job.layout)
         between = " - ".join(map(seconds_text, prediction.step_interval_s)) if prediction.step_s else "-"
-        rows.append((cells[0], *cells[1:6], between, *cells[6:]))
+        rows.append((f"{place}. {cells[0]}", *cells[1:6], between, *cells[6:]))
     return Grid(
         title="Layouts that fit",
-        under=f"The first {len(rows)} of {plan.considered}; within 1% of each other the simpler first.",
+        under=f"The best {len(rows)} of all that fit; within 1% of each other the simpler first.",
         words=("layout",),
         numbers=("zero", "micro", "recompute", "ranks", "step", "80% interval", "tokens/s", "MFU", "memory"),
         rows=tuple(rows),
