@@ -105,14 +105,25 @@ def test_a_script_runs_as_it_would_and_is_recorded(tmp_path: Path, program: Path
     assert [line.how for line in run.of(Ended)] == ["finished"]
 
 
+def values_in(printed: str) -> list[Any]:
+    """JSON values one after the other: two processes that print at once may both do so before either ends its line."""
+    values: list[Any] = []
+    while printed := printed.lstrip():
+        value, end = json.JSONDecoder().raw_decode(printed)
+        values.append(value)
+        printed = printed[end:]
+    return values
+
+
 @pytest.mark.usefixtures("program")
 def test_a_module_is_recorded_on_every_rank_of_torchrun(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "meshwright.trace"]
     process = start(tmp_path, *launcher, "--record=run", "--name", "titan", "-m", "mine.train", "12", "done")
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
-    for line in printed.splitlines():
-        (script, *words), name, _ = json.loads(line)
+    told = values_in(printed)
+    assert len(told) == 2
+    for (script, *words), name, _ in told:
         assert script.endswith("mine/train.py") and (words, name) == (["12", "done"], "__main__")
     run = Read(tmp_path / "run")
     assert set(run.ranks) == {0, 1} and run.faults() == []

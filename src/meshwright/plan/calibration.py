@@ -8,7 +8,15 @@ from math import prod
 import msgspec
 
 from meshwright.plan.calibration_links import fit_contention, fit_links
-from meshwright.plan.compute import WHOLE_HEAD, attention_seconds, block_passes, elementwise_seconds, head_passes
+from meshwright.plan.compute import (
+    CLIP_PASSES,
+    UPDATE_PASSES,
+    WHOLE_HEAD,
+    attention_seconds,
+    block_passes,
+    elementwise_seconds,
+    head_passes,
+)
 from meshwright.plan.fitting import DIGITS, Fit, fit_line, geometric_mean, rounded
 from meshwright.plan.kept import BYTES
 from meshwright.plan.machine import BANDWIDTH, processor_name
@@ -34,8 +42,6 @@ LEAST_ELEMENTWISE = 0.02
 LEAST_WHOLE = 0.5
 # A backward pass of attention is never faster than this share of its forward pass: repeats that were disturbed.
 LEAST_BACKWARD = 0.5
-# Passes over parameters of AdamW's update, and of the norm and clipping (plan/compute.py).
-UPDATE_PASSES, CLIP_PASSES = 7, 3
 
 
 def calibrate_cluster(calibration: Calibration, cluster: Cluster, date: str) -> Cluster:

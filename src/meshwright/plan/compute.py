@@ -15,6 +15,8 @@ from meshwright.spec.trainer import AttentionKernel
 EAGER_LOSS_BYTES = 36
 # Compiled: reads logits for their maximum and sum, again for the gradient, and writes it, in compute precision.
 COMPILED_LOSS_PASSES = 4
+# Over parameters: AdamW's update, and the gradient norm with clipping (predict_optimizer).
+UPDATE_PASSES, CLIP_PASSES = 7, 3
 
 
 # Numbers of a head that fill attention's kernels. Where scores stay out of memory, narrower ones lose this power of
@@ -216,9 +218,9 @@ def predict_optimizer(job: Job, local: int) -> float:
     device, rates, offload = job.cluster.device, rates_of(job.cluster), job.layout.offload
     local_bytes = STATE_BYTES * local
     # AdamW reads parameter, gradient and two moments and writes all but the gradient; SGD has no moments.
-    passes = 7 if job.optimizer.name == "adamw" else 3
+    passes = UPDATE_PASSES if job.optimizer.name == "adamw" else 3
     # The norm reads gradients; clipping reads and writes them again.
-    clip_passes = 3 if job.optimizer.clip_norm > 0 else 1
+    clip_passes = CLIP_PASSES if job.optimizer.clip_norm > 0 else 1
     if offload == "parameters":
         # They come for each gather, twice a microbatch; their gradients go after each backward pass.
         moved = 3 * job.layout.accumulation(job.data.global_batch)

@@ -34,14 +34,13 @@ class Noise(msgspec.Struct, frozen=True, kw_only=True):
     """What the gradient noise scale says of batches (arXiv:1812.06162): a batch of so many tokens learns as much from
     each as a small one does, divided by 1 + batch / noise scale.
 
-    batch_efficiency: of the job's batch. batch_tokens: beyond it half of all tokens are spent on noise, and twice the
-    replicas train at most a third sooner. devices: of the fastest layout, beyond which replicas of a sequence each
-    make the batch larger than that.
+    noise_tokens: beyond a batch of as many half of all tokens are spent on noise, and twice the replicas train at
+    most a third sooner. batch_efficiency: of the job's batch. devices: of the fastest layout, beyond which replicas
+    of a sequence each make the batch larger than that.
     """
 
     noise_tokens: float
     batch_efficiency: float
-    batch_tokens: float
     devices: int
 
 
@@ -101,6 +100,5 @@ def explain_noise(job: Job, bests: Sequence[Prediction], noise_tokens: float) ->
     return Noise(
         noise_tokens=noise_tokens,
         batch_efficiency=1 / (1 + batch_tokens / noise_tokens),
-        batch_tokens=noise_tokens,
         devices=replicas * layout.pipeline * layout.context * layout.tensor,
     )

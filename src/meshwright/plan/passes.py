@@ -72,10 +72,10 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
     split = layout.schedule in SPLIT_BACKWARD
 
     def in_pass(*, backward: bool, first: bool = False, last: bool = False) -> list[Piece]:
-        # A mixture's experts may be split where the rest is not, and the other way round.
         if not job.trainer.gathers:
             accumulates = Does(accumulates=backward and layout.accumulation(job.data.global_batch) > 1)
             return [piece.in_pass(accumulates, accumulates) for piece in pieces]
+        # A mixture's experts may be split where the rest is not, and the other way round.
         does = [
             backward_does(job, shards, last=last)
             if backward

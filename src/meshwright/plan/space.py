@@ -24,6 +24,7 @@ from meshwright.spec import (
     check_schedule,
     check_split,
 )
+from meshwright.spec.numbers import divisors
 
 # Larger microbatches fill no kernel better; gradient accumulation serves as well.
 LARGEST_MICROBATCH = 64
@@ -244,8 +245,7 @@ class Space:
 def axis_sizes(devices: int) -> list[int]:
     """Powers of two and divisors up to a number of devices."""
     powers = {1 << exponent for exponent in range(devices.bit_length()) if 1 << exponent <= devices}
-    small = [n for n in range(1, int(devices**0.5) + 1) if devices % n == 0]
-    return sorted(powers.union(small, (devices // n for n in small)))
+    return sorted(powers.union(divisors(devices)))
 
 
 def axes_in_use(layout: Layout) -> int:

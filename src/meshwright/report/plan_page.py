@@ -163,7 +163,7 @@ def curve_section(plan: Plan, curve: Curve, figures: dict[str, Figure]) -> str:
         under += f" Up to {curve.knee:,} of them are used at least {KNEE:.0%} as well as at best."
     if curve.noise is not None:
         under += (
-            f" Beyond a batch of {curve.noise.batch_tokens:,.0f} tokens, the noise scale, more replicas hardly pay."
+            f" Beyond a batch of {curve.noise.noise_tokens:,.0f} tokens, the noise scale, more replicas hardly pay."
         )
     return section("Scaling", under, chart("curve"))
 

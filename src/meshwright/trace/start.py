@@ -1,7 +1,6 @@
 """Where recording any PyTorch program begins."""
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 
 from meshwright.account import Purpose
 from meshwright.record import RunFolder, start_attempt
+from meshwright.record.process import process_start_s
 from meshwright.spec import Precision, SettingError
 from meshwright.trace.meeting import Meeting
 from meshwright.trace.options import check_folder, check_options, models_of, optimizers_of
@@ -75,15 +75,3 @@ def agree_on_attempt(folder: RunFolder, meeting: Meeting) -> int:
         raise refused from None
     meeting.tell("attempt", str(attempt))
     return attempt
-
-
-def process_start_s() -> float:
-    """When this process was started, seconds since the epoch; now, where the system does not tell."""
-    now = time.time()
-    try:
-        # man proc_pid_stat: starttime is the 22nd field, counted in ticks from boot; the 2nd may hold blanks.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        up_s = float(Path("/proc/uptime").read_text().split()[0])
-        return min(now, now - up_s + ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError):
-        return now

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from meshwright.record.detail import KernelGroup
 
@@ -50,6 +50,11 @@ def group_kernels(found: Iterable[tuple[str, str, bool, float]]) -> tuple[Kernel
             purpose = known[key] = purpose_of(name, operator, updating=updating)
         seconds[purpose][name] += taken
         count[purpose] += 1
+    return purpose_groups(seconds, count)
+
+
+def purpose_groups(seconds: Mapping[str, Mapping[str, float]], count: Mapping[str, int]) -> tuple[KernelGroup, ...]:
+    """Purposes with the seconds of each of their kernels and how many ran, the one that took most first."""
     groups = [
         KernelGroup(
             purpose=purpose,

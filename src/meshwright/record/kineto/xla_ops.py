@@ -10,6 +10,7 @@ import msgspec
 from meshwright.account import Purpose
 from meshwright.account.intervals import Interval
 from meshwright.record.detail import KernelGroup
+from meshwright.record.kineto.kernels import purpose_groups
 from meshwright.record.kineto.trace import Event
 
 DEVICE = re.compile(r"/device:(\w+):(\d+)")
@@ -194,16 +195,7 @@ def kernel_groups(ops: Sequence[Op]) -> tuple[KernelGroup, ...]:
         purpose = "communication" if op.kind else kernel_purpose(op)
         seconds[purpose][op.kernel] += op.end_s - op.start_s
         count[purpose] += 1
-    groups = [
-        KernelGroup(
-            purpose=purpose,
-            seconds=sum(names.values()),
-            count=count[purpose],
-            busiest=max(names, key=lambda name: names[name]),
-        )
-        for purpose, names in seconds.items()
-    ]
-    return tuple(sorted(groups, key=lambda group: -group.seconds))
+    return purpose_groups(seconds, count)
 
 
 def kernel_purpose(op: Op) -> str:
