@@ -12,12 +12,9 @@ from meshwright.plan import predict_memory
 from meshwright.plan.frame import build_frame
 from meshwright.plan.memory import WORKSPACE_BYTES, boundary_bytes, held_bytes, sum_held
 from meshwright.spec import Job
+from meshwright.spec.devices import GIB, LEFT_TO_PROGRAMS
 
 MIB = 2**20
-GIB = 2**30
-# Of a device's memory, which sellers call GB and mean GiB, what the driver leaves to programs: torch reports 79.15 to
-# 79.33 GiB of 80 on A100 and H100, 139.8 of 141 on H200 (measured on H200, benchmarks/training_gpu.py).
-LEFT_TO_PROGRAMS = 0.99
 # What a state may be off by, where 1% of it is less.
 STATE_SLACK_BYTES = 150 * MIB
 
@@ -34,8 +31,7 @@ def report_memory(rows: Sequence[Row]) -> list[Bar]:
 def capacity_bytes(row: Row) -> float:
     """Of the row's device: by the row's own count of GB, else the hardware table's."""
     given = row.cells["gpu_mem_gb"]
-    size = float(given) if given else row.job.cluster.device.memory_bytes / 1e9
-    return LEFT_TO_PROGRAMS * size * GIB
+    return LEFT_TO_PROGRAMS * float(given) * GIB if given else row.job.cluster.device.memory_bytes
 
 
 def report_fit(source: str, rows: Sequence[Row]) -> list[Bar]:

@@ -10,7 +10,7 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
 
@@ -30,7 +30,7 @@ from meshwright.plan.space import (
     axis_sizes,
 )
 from meshwright.plan.time import share_machine
-from meshwright.plan.weigh import by_cost, by_time
+from meshwright.plan.weigh import Weigh, by_cost, by_time
 from meshwright.record import Prediction
 from meshwright.spec import (
     Cluster,
@@ -158,7 +158,7 @@ def predicted(job: Job, layout: Layout) -> Prediction | None:
 
 def with_what_fits(job: Job, layout: Layout) -> Iterator[Prediction]:
     """The layout with nothing recomputed; where that does not fit, with each way of giving up as little as must be."""
-    capacity = share_machine(job).cluster.device.memory_bytes
+    room = (1 - SPARE) * share_machine(job).cluster.device.memory_bytes
     plain = predicted(job, layout)
     if plain is None:
         return
@@ -167,20 +167,19 @@ def with_what_fits(job: Job, layout: Layout) -> Iterator[Prediction]:
         whole = predicted(job, candidate)
         if whole is None or not host_holds(whole, plain, offload):
             continue
-        if whole.memory.total() <= capacity:
+        if whole.memory.total() <= room:
             yield whole
             return
         kinds = ("selective", *range(1, job.model.layers), "full")
         tried = {kind: predicted(job, msgspec.structs.replace(candidate, recompute=kind)) for kind in kinds}
         full = tried["full"]
-        if full is None or full.memory.total() > capacity:
+        if full is None or full.memory.total() > room:
             continue
         selective = tried["selective"]
-        if selective is not None and selective.memory.total() <= capacity:
+        if selective is not None and selective.memory.total() <= room:
             yield selective
-        spare = (1 - SPARE) * capacity
         enough = (tried[n] for n in range(1, job.model.layers))
-        yield next((one for one in enough if one is not None and one.memory.total() <= spare), full)
+        yield next((one for one in enough if one is not None and one.memory.total() <= room), full)
 
 
 def host_holds(whole: Prediction, plain: Prediction, offload: str) -> bool:
@@ -190,23 +189,25 @@ def host_holds(whole: Prediction, plain: Prediction, offload: str) -> bool:
 
 
 def best_of_all(job: Job, *, cost: bool) -> list[tuple[float, Layout]]:
-    """The ten best of everything, without those that differ from another in their order and nothing else."""
+    """The ten best of everything."""
     weigh = by_cost if cost else by_time
-    found: dict[tuple[object, ...], tuple[float, Layout]] = {}
-    for layout in every_layout(job):
-        for one in with_what_fits(job, layout):
-            ranks = one.layout.world_size
-            key = (msgspec.structs.replace(one.layout, order=Layout().order), round(one.step_s, 12))
-            found.setdefault(key, (weigh(one.step_s, ranks), one.layout))
-    return sorted(found.values(), key=lambda pair: pair[0])[:MOST]
+    return ten_best((one for layout in every_layout(job) for one in with_what_fits(job, layout)), weigh)
 
 
 def best_of_search(job: Job, *, cost: bool) -> list[tuple[float, Layout]]:
     """The ten best of the search."""
     weigh = by_cost if cost else by_time
     found, _ = search_layouts(job, partial(predict_framed, brief=True), weigh=weigh)
-    values = [(weigh(one.step_s, one.layout.world_size), one.layout) for one in found]
-    return sorted(values, key=lambda pair: pair[0])[:MOST]
+    return ten_best(found, weigh)
+
+
+def ten_best(predictions: Iterable[Prediction], weigh: Weigh) -> list[tuple[float, Layout]]:
+    """The ten best of them, each once for all its orders that are as fast."""
+    found: dict[tuple[object, ...], tuple[float, Layout]] = {}
+    for one in predictions:
+        key = (msgspec.structs.replace(one.layout, order=Layout().order), round(one.step_s, 12))
+        found.setdefault(key, (weigh(one.step_s, one.layout.world_size), one.layout))
+    return sorted(found.values(), key=lambda pair: pair[0])[:MOST]
 
 
 def check_case(seed: int) -> tuple[str, bool]:

@@ -144,12 +144,12 @@ def test_more_ranks_than_devices(told, tmp_path: Path) -> None:
 
 def test_a_job_that_is_far_too_large_is_refused_with_what_fits(told, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 2e9)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 2.5e9)
     few = ("--set", "cluster.processes=1", "--set", "data.global_batch=64", "--set", "data.sequence=4096")
     wide = ("--set", "model.vocabulary=32000", "--set", "layout.microbatch=64")
     done = told("train", write_job(tmp_path), *few, *wide)
     assert done.code == 2 and done.err.count("\n") == 1
-    assert "GB of the 2.0 GB a device has" in done.err and "--set layout.microbatch=" in done.err
+    assert "GB of the 2.5 GB a device has" in done.err and "--set layout.microbatch=" in done.err
     # Parameters, gradients and optimizer states are no matter of prediction: whatever the layout, they are there.
     done = told("train", write_job(tmp_path), "--set", "cluster.processes=1", "--set", "model.name=llama3-8b")
     assert done.code == 2 and "nearest that works: a smaller model" in done.err

@@ -52,8 +52,8 @@ def printed(plan: Plan) -> str:
 
 def test_8b_on_8_h100_fits_sharded(eight_h100: Plan) -> None:
     assert eight_h100.job_fits
-    assert eight_h100.ranked[0].layout == eight_h100.job.layout
-    assert all(p.memory.total() <= 80e9 for p in eight_h100.ranked)
+    assert eight_h100.ranked[0].layout.placement() == eight_h100.job.layout.placement() == "shard 8"
+    assert all(p.memory.total() <= eight_h100.capacity_bytes for p in eight_h100.ranked)
     # torchtitan's docs: 39% MFU with recompute on 8 H100; 58% without on H200 (notes on GPU baselines).
     assert 0.4 < eight_h100.job.step.useful / eight_h100.job.step_s < 0.62
 
@@ -65,7 +65,7 @@ def test_8b_replicated_is_rejected_for_its_states(eight_h100: Plan) -> None:
     # 8.03e9 parameters: 4 bytes each for masters and gradients, 8 for moments; bf16 copies and whole gradients beside.
     assert memory.parameters == memory.gradients == pytest.approx(32.1e9, rel=0.01)
     assert memory.optimizer_states == pytest.approx(64.2e9, rel=0.01)
-    assert "of 80.0: optimizer states 64.2" in rejected.reason
+    assert "of 80.8 (5% stay free): optimizer states 64.2" in rejected.reason
     assert rejected.nearest == "shard 8, zero 3, microbatch 1"
 
 
@@ -140,14 +140,14 @@ def test_70b_needs_tensor_or_recompute_and_says_how_much() -> None:
     assert plan.ranked
     for prediction in plan.ranked:
         assert prediction.layout.tensor > 1 or prediction.layout.recompute != "none"
-        assert prediction.memory.total() <= 80e9
+        assert prediction.memory.total() <= (1 - SPARE) * plan.capacity_bytes
         layers = prediction.layout.recompute
         if isinstance(layers, int):
             # As few as leave room: one fewer does not.
             fewer = msgspec.structs.replace(prediction.layout, recompute=layers - 1)
             job = job_on("8x8xh100", "llama3-70b", 8192, 64)
             memory = predict(msgspec.structs.replace(job, layout=fewer)).memory
-            assert memory.total() > (1 - SPARE) * 80e9 >= prediction.memory.total()
+            assert memory.total() > (1 - SPARE) * plan.capacity_bytes >= prediction.memory.total()
     # And where all is recomputed and it is not enough, it says so.
     assert any(r.layout.recompute == "full" and r.memory is not None for r in plan.rejected)
 
@@ -229,7 +229,7 @@ def test_the_screen_says_what_matters(eight_h100: Plan) -> None:
         "Verdict",
         "This job: shard 8, zero 3",
         "useful",
-        "of 80.0 GB",
+        "of 85.0 GB",
         "MFU",
         "rejected",
         "nearest that works",
@@ -257,18 +257,16 @@ def test_a_search_stays_small(gpus: str, model: str, global_batch: int) -> None:
     assert build_plan(job_on(gpus, model, 8192, global_batch)).considered < 3000
 
 
-def test_the_command_is_quick_and_loads_no_torch() -> None:
-    """Processor time: the machine may be busy with other tests."""
+def test_the_command_loads_nothing_large() -> None:
+    """How quick it is, benchmarks/planning_speed.py shows."""
     code = (
-        "import sys, time; from meshwright.cli import cli\n"
+        "import sys; from meshwright.cli import cli\n"
         "cli(['plan', '--model', 'llama3-8b', '--gpus', '8xh100', '--sequence', '8192', '--json'],"
         " standalone_mode=False)\n"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules and 'rich' not in sys.modules\n"
-        "print(time.process_time(), file=sys.stderr)"
+        "assert not {'torch', 'numpy', 'rich', 'plotly'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert msgspec.json.decode(done.stdout)["job_fits"]
-    assert float(done.stderr) < 1.0
 
 
 def test_the_first_of_layouts_that_tie_is_not_called_the_fastest() -> None:

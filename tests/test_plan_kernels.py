@@ -7,6 +7,7 @@ import pytest
 
 from meshwright.plan import predict_memory
 from meshwright.plan.activations import activation_bytes, logits_bytes
+from meshwright.plan.compute import attention_seconds
 from meshwright.plan.held import whole_bytes
 from meshwright.plan.kept import keep_block
 from meshwright.plan.kernels import keep_kernels, passing_bytes
@@ -193,3 +194,16 @@ def test_selective_means_what_the_trainer_says() -> None:
     jobs = [gpt_job("megatron-lm", layout, selective=each) for each in ("half-products", "products", "all-but-scores")]
     half, products, scores, nothing = (activation_bytes(job, only_part(job)) for job in (*jobs, gpt_job("megatron-lm")))
     assert half < products < scores < nothing
+
+
+def test_heads_of_an_odd_size_keep_scores_off_the_matrix_units() -> None:
+    """Rows of 16 bytes are what these read. A kernel that fills heads up does not mind."""
+
+    def attention_s(trainer: str, head_dim: int) -> float:
+        job = gpt_job(trainer)
+        model = msgspec.structs.replace(GPT, head_dim=head_dim, d_model=HEADS * head_dim)
+        job = msgspec.structs.replace(job, model=model)
+        return sum(attention_seconds(job, cut_model(job)))
+
+    assert attention_s("megatron-lm", 108) > 2 * attention_s("megatron-lm", 112)
+    assert attention_s("megatron-core", 108) < attention_s("megatron-core", 112)

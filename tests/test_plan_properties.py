@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.search_check import random_job
 from meshwright.plan import predict
-from meshwright.plan.fit import with_layout
+from meshwright.plan.fit import room_bytes, with_layout
 from meshwright.plan.plan import predict_framed
 from meshwright.plan.search import search_layouts
 from meshwright.spec import AXES, Job, Layout, Link, SettingError, check_job
@@ -17,8 +17,9 @@ from meshwright.spec import AXES, Job, Layout, Link, SettingError, check_job
 # Rounding in sums of seconds.
 CLOSE = 1e-9
 
-every = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-some = settings(max_examples=12, deadline=None)
+# The same examples each time: whoever changes something else is not to be stopped by a new one.
+every = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much])
+some = settings(max_examples=12, deadline=None, derandomize=True)
 
 sizes = st.sampled_from((1, 1, 2, 4))
 jobs = st.integers(0, 10**6).map(random_job)
@@ -118,8 +119,8 @@ def test_every_layout_found_is_legal_and_fits(job: Job) -> None:
     for one in found:
         check_job(with_layout(job, one.layout))
         assert one.layout.world_size == prod(one.layout.size(axis) for axis in AXES) <= job.cluster.devices
-        assert one.memory.total() <= job.cluster.device.memory_bytes
+        assert one.memory.total() <= room_bytes(with_layout(job, one.layout))
     for one in rejected:
         assert one.reason
         if one.memory is not None:
-            assert one.memory.total() > job.cluster.device.memory_bytes
+            assert one.memory.total() > room_bytes(with_layout(job, one.layout))

@@ -169,7 +169,7 @@ def test_the_largest_model_keeps_its_shape() -> None:
     assert plan.ranked and "The largest model of this shape" in plan.verdict
     scaled = float(plan.model.rpartition(" x ")[2])
     assert scaled > 1
-    assert count_parameters(job.model) < 80e9 * 8 / 16
+    assert count_parameters(job.model) < job.cluster.device.memory_bytes * 8 / 16
 
 
 def test_a_model_that_fits_nothing_gets_the_smallest_cluster_that_would_do() -> None:

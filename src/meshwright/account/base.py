@@ -27,8 +27,10 @@ class Account(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def total(self) -> float:
         """Sum of all fields."""
-        values = (getattr(self, name) for name in self.__struct_fields__)
-        return float(sum(v.total() if isinstance(v, Account) else v for v in values))
+        total = 0.0
+        for value in msgspec.structs.astuple(self):
+            total += value.total() if isinstance(value, Account) else value
+        return total
 
     def rows(self) -> list[tuple[str, float]]:
         """(name as written in the design and in JSON, value) of every field, in order; a nested account is one row."""

@@ -4,7 +4,7 @@ import msgspec
 
 from meshwright.plan.kept import BYTES, is_compiled, keep_block, keep_load, local_sequence, tokens_of, widths_of
 from meshwright.plan.kernels import has_kernels, keep_kernels, norm_bytes, passing_bytes, residual_width
-from meshwright.plan.part import Cut, Group, Part, Stage
+from meshwright.plan.part import Cut, Group, Kind, Part, Stage
 from meshwright.spec import SPLIT_BACKWARD, Job, LossKernel, Moment
 
 
@@ -16,6 +16,10 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
     kept: float
     again: float
     put_off: float = 0.0
+
+
+# Activations of stages, where all else is alike.
+Known = dict[Kind, Activations]
 
 
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
@@ -107,25 +111,33 @@ def activation_bytes(job: Job, part: Part) -> float:
     return peak_bytes(job, part, (Moment(kept=(1,) * stages, put_off=(0,) * stages),))[0]
 
 
-def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...]) -> tuple[float, float]:
+def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], known: Known | None = None) -> tuple[float, float]:
     """Activations and logits of a rank at their peak, or while a block runs again, if that is more.
 
     alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
     recomputed block of the last stage runs again, the blocks after it and the loss are done and their tensors gone.
+    known: of stages that were looked at before; what is not known yet is added.
     """
-    each = [stage_activations(job, part.cut, stage) for stage in part.stages]
-    ends = [stage.head for stage in part.stages]
-    waiting = waiting_logits_bytes(job) if any(ends) else 0.0
+    known, again = {} if known is None else known, job.layout.recomputed_layers(job.model.layers)
+    each: list[Activations] = []
+    for stage in part.stages:
+        kind = stage.kind(part.cut, again)
+        if kind not in known:
+            known[kind] = stage_activations(job, part.cut, stage)
+        each.append(known[kind])
+    has_head = any(stage.head for stage in part.stages)
+    waiting = waiting_logits_bytes(job) if has_head else 0.0
 
     def at(moment: Moment) -> tuple[float, float]:
-        kept = sum(count * stage.kept for count, stage in zip(moment.kept, each, strict=True))
-        kept += sum(count * stage.put_off for count, stage in zip(moment.put_off, each, strict=True))
+        kept, due = 0.0, 0
+        for between, put_off, stage, activations in zip(*moment, part.stages, each, strict=True):
+            kept += between * activations.kept + put_off * activations.put_off
+            due += between if stage.head else 0
         # The loss's tensors are whole for one microbatch; of others that are due, what its backward pass needs.
-        more = max(0, sum(count for count, end in zip(moment.kept, ends, strict=True) if end) - 1)
-        return kept, more * waiting
+        return kept, max(0, due - 1) * waiting
 
-    kept, others = max((at(moment) for moment in alive), key=sum)
-    logits = logits_bytes(job) if any(ends) else 0.0
+    kept, others = max(map(at, alive), key=sum)
+    logits = logits_bytes(job) if has_head else 0.0
     return kept + max(0.0, max(stage.again for stage in each) - logits), logits + others
 
 

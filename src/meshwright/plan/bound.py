@@ -96,8 +96,13 @@ def bound_shared(job: Job, cut: Cut, pieces: Pieces, microbatches: int) -> float
 
 def bound_optimizer(job: Job, cut: Cut) -> float:
     """The update of the mean rank's parameters."""
+    return predict_optimizer(job, mean_local(job, cut))
+
+
+def mean_local(job: Job, cut: Cut) -> int:
+    """Parameters (elements) that the mean rank along pipeline holds; some hold as many or more."""
     groups = ((1, cut.root), (cut.dense, cut.first), (job.model.layers - cut.dense, cut.others), (1, cut.head))
-    return predict_optimizer(job, sum(count * group.local for count, group in groups) // job.layout.pipeline)
+    return sum(count * group.local for count, group in groups) // job.layout.pipeline
 
 
 def pass_copies(job: Job, piece: Piece, *, head: bool) -> Copies:
@@ -105,7 +110,7 @@ def pass_copies(job: Job, piece: Piece, *, head: bool) -> Copies:
     layout = job.layout
     if not job.trainer.gathers:
         accumulates = Does(accumulates=layout.accumulation(job.data.global_batch) > 1)
-        return piece.in_pass(accumulates, accumulates).copies
+        return piece.copies_in_pass(accumulates, accumulates)
     both: list[Copies] = []
     for backward in (False, True):
         does = [
@@ -114,7 +119,7 @@ def pass_copies(job: Job, piece: Piece, *, head: bool) -> Copies:
         ]
         if head and backward:
             does = [Does(scatters=each.scatters, accumulates=each.accumulates) for each in does]
-        both.append(piece.in_pass(*does).copies)
+        both.append(piece.copies_in_pass(*does))
     return both[0] + both[1]
 
 

@@ -2,24 +2,22 @@
 
 import msgspec
 
+from meshwright.plan.activations import Known
 from meshwright.plan.part import Cut, Part, build_parts, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.work import Pieces
 from meshwright.spec import Job
 
-# A rank's activations and logits in bytes, by its place along pipeline.
-Peaks = dict[int, tuple[float, float]]
-
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """parts: of each rank along pipeline. pieces, peaks, apart: where candidates of a search share them; what of peaks
-    is not known yet is added. apart: places of the parts that could be the fullest."""
+    """parts: of each rank along pipeline. pieces, known, apart: where candidates of a search share them; what is not
+    known yet is added. apart: places of the parts that could be the fullest."""
 
     cut: Cut
     parts: tuple[Part, ...]
     timetable: Timetable
     pieces: Pieces | None = None
-    peaks: Peaks | None = None
+    known: Known | None = None
     apart: tuple[int, ...] = ()
 
 

@@ -3,10 +3,10 @@
 import msgspec
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.activations import peak_bytes
+from meshwright.plan.activations import Known, peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
-from meshwright.plan.frame import Frame, Peaks, build_frame
+from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.held import divided_elements, state_bytes, whole_bytes
 from meshwright.plan.kept import BYTES, tokens_of
 from meshwright.plan.kernels import residual_width
@@ -42,7 +42,7 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     alive = frame.timetable.alive
     apart = [frame.parts[place] for place in frame.apart] or tell_apart(job, frame)
     return with_framework(
-        job, max((held_bytes(job, part, alive[part.rank], frame.peaks) for part in apart), key=sum_held)
+        job, max((held_bytes(job, part, alive[part.rank], frame.known) for part in apart), key=sum_held)
     )
 
 
@@ -60,13 +60,7 @@ def with_framework(job: Job, held: MemoryAccount) -> MemoryAccount:
 def tell_apart(job: Job, frame: Frame) -> list[Part]:
     """The parts that could be the fullest: ranks in the middle of a pipeline differ by the microbatches alive alone."""
     again, apart = job.layout.recomputed_layers(job.model.layers), list(frame.parts[:1])
-    kinds = [
-        [
-            (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
-            for stage in part.stages
-        ]
-        for part in frame.parts
-    ]
+    kinds = [[stage.kind(frame.cut, again) for stage in part.stages] for part in frame.parts]
     for part, before, kind in zip(frame.parts[1:], kinds, kinds[1:], strict=False):
         if kind != before or not frame.timetable.emptier[part.rank]:
             apart.append(part)
@@ -85,16 +79,12 @@ def sum_held(account: MemoryAccount) -> float:
     )
 
 
-def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], peaks: Peaks | None = None) -> MemoryAccount:
+def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], known: Known | None = None) -> MemoryAccount:
     """What a rank along pipeline holds but for the framework and fragmentation."""
-    peaks = {} if peaks is None else peaks
-    if part.rank not in peaks:
-        peaks[part.rank] = peak_bytes(job, part, alive)
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
     groups = part.groups
-    activations, logits = peaks[part.rank]
-    routed = any(group.routed for stage in part.stages for _, group in stage.runs(part.cut))
+    activations, logits = peak_bytes(job, part, alive, known)
     buffers = context_buffer_bytes(job, part.cut)
     if job.trainer.gathers:
         states = state_bytes(job, part.local, part.tensors)
@@ -110,7 +100,7 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], peaks: Peaks | N
         states,
         activations=activations,
         logits=logits,
-        communication_buffers=buffers + (expert_buffer_bytes(job) if routed else 0.0),
+        communication_buffers=buffers + (expert_buffer_bytes(job) if groups.routed else 0.0),
     )
 
 

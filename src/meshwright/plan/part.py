@@ -59,6 +59,10 @@ class Cut(msgspec.Struct, frozen=True, kw_only=True):
     head: Group
 
 
+# Of a stage: root, head, its blocks, and how many of them are recomputed and dense.
+Kind = tuple[bool, bool, int, int, int]
+
+
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """One pipeline stage: blocks `start` to `stop`; root, head: whether the embedding or the head is with them."""
 
@@ -76,6 +80,10 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     def first(self, blocks: int) -> int:
         """How many of the model's first `blocks` it holds."""
         return min(max(0, blocks - self.start), self.layers)
+
+    def kind(self, cut: Cut, again: int) -> Kind:
+        """What stages have in common that hold as much as each other, where the first `again` blocks are recomputed."""
+        return self.root, self.head, self.layers, self.first(again), self.first(cut.dense)
 
     def runs(self, cut: Cut) -> list[tuple[int, Group]]:
         """(number, group) of its blocks that are alike, in order."""

@@ -42,8 +42,9 @@ class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
         return (first, forward, backward, last, *inputs, weights_s, weights_s + closing_s)
 
     def late_s(self, walk: Walk) -> float:
-        """What the device waits for the host in one of the passes."""
-        return self.wait_s + max(0.0, self.launch_s - walk.busy_s())
+        """What the device waits for the host in one of the passes; what closes the last one hides none of it."""
+        busy_s = walk.busy_s() - (self.closing_s if walk is self.last else 0.0)
+        return self.wait_s + max(0.0, self.launch_s - busy_s)
 
     def host_s(self, microbatches: int) -> float:
         """The same of all passes of a step."""

@@ -14,9 +14,17 @@ import msgspec
 
 from meshwright.plan.bound import bound_passes, bound_shared, bound_step, compute_seconds
 from meshwright.plan.compute import has_known_peak
-from meshwright.plan.fit import Rejected, fit_recompute, host_refusal, reject_memory, with_layout
+from meshwright.plan.demand import Demand
+from meshwright.plan.fit import (
+    Rejected,
+    count_least,
+    fit_recompute,
+    host_refusal,
+    missing_bytes,
+    reject_memory,
+    with_layout,
+)
 from meshwright.plan.frame import Frame
-from meshwright.plan.memory import predict_memory
 from meshwright.plan.shared import Shared
 from meshwright.plan.space import Space
 from meshwright.plan.time import share_machine
@@ -27,7 +35,6 @@ from meshwright.spec import (
     SPLIT_BACKWARD,
     Job,
     Layout,
-    Recompute,
     SettingError,
 )
 
@@ -84,6 +91,7 @@ class Search:
         self.most = most
         self.known = has_known_peak(job.cluster.device, with_layout(job, self.space.base))
         self.shared = shared or Shared(job, known=self.known)
+        self.demand = Demand(job, self.space, self.shared)
         self.found: list[Prediction] = []
         self.rejected: list[Rejected] = []
         self._values: list[float] = []
@@ -93,9 +101,8 @@ class Search:
         self._nodes = 0
         self._seen: set[Layout] = set()
         self._rejected: set[Layout] = set()
-        self._fitting: dict[Layout, list[tuple[int, Recompute | int]]] = {}
-        # Blocks that the ends of a pipeline must recompute.
-        self._ends: dict[Layout, int] = {}
+        # Blocks that must be recomputed, as far as is known.
+        self._least: dict[Layout, int] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
         # Seconds of one device for a sequence, at the least.
         self._least_s = min(map(self.sequence_seconds, self.space.least_divided())) if self.known else 0.0
@@ -211,54 +218,38 @@ class Search:
         split = layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD
         for zero in self.space.among("zero", (1, 2, 3)):
             kept = msgspec.structs.replace(layout, zero=zero)
-            if not split or zero == 1 or layout.parameter_shards == 1:
+            # What is divided has to be held whole between passes; where nothing is, zero is 3.
+            if not split or zero == 1 or (zero == 3 and layout.context == 1):
                 yield kept, self.bound_fitting(kept)
 
     def bound_fitting(self, layout: Layout) -> float:
         """The bound with what must be recomputed even where parameters are divided most, and as much as can be lies
         with the host; inf where it does not fit. Whatever is divided less recomputes as much or more."""
-        if layout not in self._fitting:
-            self._fitting[layout] = list(self.least_recomputed(layout))
         return min(
             (
                 self.bound_compute(msgspec.structs.replace(layout, expert=expert, recompute=recompute))
-                for expert, recompute in self._fitting[layout]
+                for expert, choices in self.demand.choices(layout).items()
+                for recompute in choices
             ),
             default=float("inf"),
         )
-
-    def least_recomputed(self, layout: Layout) -> Iterator[tuple[int, Recompute | int]]:
-        """Sizes of expert, and what must be recomputed with each."""
-        offloads = [each for each in self.space.offloads(layout) if each != "parameters" or layout.zero == 3]
-        offload = offloads[-1]
-        sharings = [split for split in self.space.sharings(layout) if self.space.expert_refusal(split) is None]
-        # What holds more whole recomputes as much or more.
-        less = self._fitting.get(msgspec.structs.replace(layout, zero=3), ())
-        known = [(expert, again if isinstance(again, int) else 1) for expert, again in less if again != "selective"]
-        # Where nothing is divided, no gather needs a buffer.
-        ends: dict[int, list[int]] = {}
-        for split in sharings:
-            ends.setdefault(split.expert, []).append(split.replica)
-        for split in (one for one in sharings if one.replica in (min(ends[one.expert]), max(ends[one.expert]))):
-            job = with_layout(self.job, msgspec.structs.replace(split, offload=offload))
-            fixed = self.space.fixed.get("recompute")
-            lowest = min((least for expert, least in known if expert == split.expert), default=1)
-            fitting, _ = fit_recompute(job, self.shared.end_frame, fixed, roughly=True, at_least=lowest)
-            for each in fitting:
-                yield split.expert, each.layout.recompute
 
     def share(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """Every way to share data and to place ranks."""
         for sharing in self.space.sharings(layout):
             if layout.zero not in self.space.zeros(sharing) or self.space.expert_refusal(sharing) is not None:
                 continue
-            again = [recompute for expert, recompute in self._fitting[layout] if expert == sharing.expert]
+            if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and sharing.parameter_shards > 1:
+                # What was put off would have to be gathered once more.
+                continue
+            again = self.demand.choices(layout).get(sharing.expert, [])
             placed: set[tuple[object, ...]] = set()
             for order in self.space.orders(sharing):
                 placement = self.shared.sharing(order)
                 if placement not in placed:
                     placed.add(placement)
                     bounds = [self.bound_leaf(msgspec.structs.replace(order, recompute=each)) for each in again]
+                    self._least[order] = count_least(again)
                     yield order, min(bounds, default=float("inf"))
 
     def bound_leaf(self, layout: Layout) -> float:
@@ -275,10 +266,9 @@ class Search:
             yield layout, 0.0
             return
         job = with_layout(self.job, layout)
-        fitting, _ = fit_recompute(job, self.shared.end_frame, self.space.fixed.get("recompute"))
-        self._ends[layout] = max(
-            (again for each in fitting if isinstance(again := each.layout.recompute, int)), default=1
-        )
+        fixed, least = self.space.fixed.get("recompute"), self._least[layout]
+        fitting, _ = fit_recompute(job, self.shared.end_frame, fixed, at_least=least)
+        self._least[layout] = max((n for each in fitting if isinstance(n := each.layout.recompute, int)), default=least)
         bounds = [self.bound_leaf(each.layout) for each in fitting]
         if self.known and any(self.worth(bound_s, layout) for bound_s in bounds):
             bounds = [bound_step(each, self.shared.walk_frame(each)) for each in fitting]
@@ -310,7 +300,7 @@ class Search:
                 candidate,
                 self.shared.frame,
                 self.space.fixed.get("recompute"),
-                at_least=self._ends.get(candidate.layout, 1),
+                at_least=self._least.get(candidate.layout, 1),
             )
             if missing is not None:
                 misfits.append((layout.zero, layout.shard, layout.microbatch))
@@ -356,8 +346,7 @@ class Search:
             if on_host := host_refusal(full, self.shared.frame):
                 self.reject(on_host)
                 continue
-            shared = share_machine(full)
-            if predict_memory(shared, self.shared.frame(shared)).total() > shared.cluster.device.memory_bytes:
+            if missing_bytes(full, self.shared.frame) > 0:
                 self.reject(reject_memory(full, self.shared.frame))
         if refused and not legal:
             self.refuse(*refused[0])

@@ -2,14 +2,15 @@
 
 import msgspec
 
+from meshwright.plan.activations import Known
 from meshwright.plan.collective import build_expert_rings, build_ring, build_shard_ring, stride_of
-from meshwright.plan.frame import Frame, Peaks
+from meshwright.plan.frame import Frame
 from meshwright.plan.kept import is_compiled
 from meshwright.plan.memory import tell_apart
 from meshwright.plan.part import Cut, Part, Stage, build_parts, build_stages, cut_model
 from meshwright.plan.replay import Timetable, build_timetable, end_timetable, split_rounds
 from meshwright.plan.work import Pieces, build_pieces
-from meshwright.spec import Axis, Cluster, Job, Layout
+from meshwright.spec import SPLIT_BACKWARD, Axis, Cluster, Job, Layout, stage_count
 
 
 class Shared:
@@ -21,13 +22,12 @@ class Shared:
         self._cuts: dict[tuple[object, ...], Cut] = {}
         self._tables: dict[tuple[object, ...], Timetable] = {}
         self._ended: dict[tuple[object, ...], Timetable] = {}
-        self._timetables: dict[tuple[object, ...], Timetable] = {}
         self._parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._pieces: dict[tuple[object, ...], Pieces] = {}
         self._end_parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._stages: dict[tuple[object, ...], list[Stage]] = {}
         self._apart: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._peaks: dict[tuple[object, ...], Peaks] = {}
+        self._known_stages: dict[tuple[object, ...], Known] = {}
         self._placements: dict[tuple[object, ...], tuple[object, ...]] = {}
 
     def cut(self, job: Job) -> Cut:
@@ -40,69 +40,19 @@ class Shared:
 
     def frame(self, job: Job) -> Frame:
         """The candidate's frame."""
-        layout = job.layout
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        if order not in self._timetables:
-            self._timetables[order] = self.timetable(layout, microbatches)
-        stages, divided = self.staging(job)
-        parts = self.parts(job)
-        if stages not in self._apart:
-            whole = Frame(cut=self.cut(job), parts=parts, timetable=self._timetables[order])
-            self._apart[stages] = tuple(part.rank for part in tell_apart(job, whole))
+        timetable, split, parts = self.timetable(job), self.split(job), self.parts(job)
+        place = (*split, timetable.microbatches, timetable.per_round)
+        if place not in self._apart:
+            whole = Frame(cut=self.cut(job), parts=parts, timetable=timetable)
+            self._apart[place] = tuple(part.rank for part in tell_apart(job, whole))
         return Frame(
             cut=self.cut(job),
             parts=parts,
-            timetable=self._timetables[order],
-            pieces=self.pieces(job, self.sharing(layout)) if self.known else None,
-            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
-            apart=self._apart[stages],
+            timetable=timetable,
+            pieces=self.pieces(job, self.sharing(job.layout)) if self.known else None,
+            known=self.known_stages(job),
+            apart=self._apart[place],
         )
-
-    def parts(self, job: Job) -> tuple[Part, ...]:
-        """What each of a pipeline's ranks has of the model."""
-        stages, divided = self.staging(job)
-        split = (*stages, *divided, job.layout.shard)
-        if split not in self._parts:
-            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
-        return self._parts[split]
-
-    def walk_frame(self, job: Job) -> Frame:
-        """The frame without the order of passes: what their seconds take."""
-        ends = self.end_frame(job)
-        pieces = self.pieces(job, self.sharing(job.layout)) if self.known else None
-        return msgspec.structs.replace(ends, parts=self.parts(job), pieces=pieces)
-
-    def staging(self, job: Job) -> tuple[tuple[object, ...], tuple[object, ...]]:
-        """What the order of passes and the stages depend on, and what else is kept between passes does."""
-        layout = job.layout
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
-        # Stages are balanced by what their blocks recompute too.
-        stages = (*order, layout.recomputed_layers(job.model.layers), layout.stage_layers)
-        return stages, (layout.context, layout.context_form, layout.tensor, layout.expert)
-
-    def stages(self, job: Job) -> list[Stage]:
-        """The candidate's stages."""
-        layout = job.layout
-        again = layout.recomputed_layers(job.model.layers)
-        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, again, layout.stage_layers)
-        if key not in self._stages:
-            self._stages[key] = build_stages(job)
-        return self._stages[key]
-
-    def kept(self, layout: Layout, stages: tuple[object, ...], divided: tuple[object, ...]) -> tuple[object, ...]:
-        """What all that is kept between passes depends on: not on how parameters are shared."""
-        return (*stages, *divided, layout.microbatch, layout.recompute, self.machine(layout))
-
-    def timetable(self, layout: Layout, microbatches: int) -> Timetable:
-        """The layout's timetable; of steps that repeat more rounds or fewer, the table is the same."""
-        per_round, repeats = split_rounds(layout, microbatches)
-        shortened = microbatches - repeats * per_round
-        key = (layout.pipeline, layout.schedule, layout.stages_per_rank, shortened, per_round)
-        if key not in self._tables:
-            self._tables[key] = build_timetable(layout, microbatches)
-        return msgspec.structs.replace(self._tables[key], repeats=repeats)
 
     def end_frame(self, job: Job) -> Frame:
         """The frame with a pipeline's first and last rank alone: of most schedules one needs the most or nearly, and
@@ -110,12 +60,10 @@ class Shared:
         layout = job.layout
         if layout.pipeline == 1:
             return self.frame(job)
-        microbatches = layout.accumulation(job.data.global_batch)
-        order = (layout.pipeline, layout.schedule, layout.stages_per_rank, microbatches)
+        order, _ = self.order(job)
         if order not in self._ended:
-            self._ended[order] = end_timetable(layout, microbatches)
-        stages, divided = self.staging(job)
-        split = (*stages, *divided, layout.shard)
+            self._ended[order] = end_timetable(layout, layout.accumulation(job.data.global_batch))
+        split = self.split(job)
         if split not in self._end_parts:
             ends = (0, layout.pipeline - 1)
             self._end_parts[split] = build_parts(job, ends, cut=self.cut(job), stages=self.stages(job))
@@ -123,9 +71,58 @@ class Shared:
             cut=self.cut(job),
             parts=self._end_parts[split],
             timetable=self._ended[order],
-            peaks=self._peaks.setdefault(self.kept(layout, stages, divided), {}),
+            known=self.known_stages(job),
             apart=(0, 1),
         )
+
+    def walk_frame(self, job: Job) -> Frame:
+        """The frame without the order of passes: what their seconds take."""
+        ends = self.end_frame(job)
+        pieces = self.pieces(job, self.sharing(job.layout)) if self.known else None
+        return msgspec.structs.replace(ends, parts=self.parts(job), pieces=pieces)
+
+    def order(self, job: Job) -> tuple[tuple[object, ...], int]:
+        """What a timetable depends on but for the rounds that it leaves out, and how many these are."""
+        layout, microbatches = job.layout, job.layout.accumulation(job.data.global_batch)
+        per_round, repeats = split_rounds(layout, microbatches)
+        shortened = microbatches - repeats * per_round
+        return (layout.pipeline, layout.schedule, layout.stages_per_rank, shortened, per_round), repeats
+
+    def timetable(self, job: Job) -> Timetable:
+        """The candidate's timetable; of steps that repeat more rounds or fewer, the table is the same."""
+        order, repeats = self.order(job)
+        if order not in self._tables:
+            self._tables[order] = build_timetable(job.layout, job.layout.accumulation(job.data.global_batch))
+        return msgspec.structs.replace(self._tables[order], repeats=repeats)
+
+    def split(self, job: Job) -> tuple[object, ...]:
+        """What each rank's part of the model depends on. Stages are balanced by what their blocks recompute too."""
+        layout = job.layout
+        stages = (layout.pipeline, layout.schedule, layout.stages_per_rank, layout.stage_layers)
+        again = layout.recomputed_layers(job.model.layers)
+        return (*stages, again, layout.context, layout.tensor, layout.expert, layout.shard)
+
+    def parts(self, job: Job) -> tuple[Part, ...]:
+        """What each of a pipeline's ranks has of the model."""
+        split = self.split(job)
+        if split not in self._parts:
+            self._parts[split] = build_parts(job, cut=self.cut(job), stages=self.stages(job))
+        return self._parts[split]
+
+    def stages(self, job: Job) -> list[Stage]:
+        """The candidate's stages."""
+        layout = job.layout
+        key = (stage_count(layout), layout.recomputed_layers(job.model.layers), layout.stage_layers)
+        if key not in self._stages:
+            self._stages[key] = build_stages(job)
+        return self._stages[key]
+
+    def known_stages(self, job: Job) -> Known:
+        """What is known of all that stages keep between passes: it does not depend on how parameters are shared."""
+        layout = job.layout
+        divided = (layout.pipeline > 1, layout.context, layout.context_form, layout.tensor, layout.expert)
+        policy = (layout.recompute == "selective", layout.schedule in SPLIT_BACKWARD)
+        return self._known_stages.setdefault((*divided, layout.microbatch, *policy, self.machine(layout)), {})
 
     def machine(self, layout: Layout) -> int:
         """What tells apart the shares that ranks have of a machine."""
