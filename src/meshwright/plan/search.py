@@ -20,7 +20,9 @@ from meshwright.plan.fit import (
     count_least,
     fit_recompute,
     host_refusal,
+    least_recompute,
     missing_bytes,
+    recomputing,
     reject_memory,
     with_layout,
 )
@@ -35,6 +37,7 @@ from meshwright.spec import (
     SPLIT_BACKWARD,
     Job,
     Layout,
+    Recompute,
     SettingError,
 )
 
@@ -101,8 +104,8 @@ class Search:
         self._nodes = 0
         self._seen: set[Layout] = set()
         self._rejected: set[Layout] = set()
-        # Blocks that must be recomputed, as far as is known.
-        self._least: dict[Layout, int] = {}
+        # What must be recomputed at the least, as far as is known.
+        self._choices: dict[Layout, list[Recompute | int]] = {}
         self._misfits: dict[Layout, list[tuple[int, int, int]]] = {}
         # Seconds of one device for a sequence, at the least.
         self._least_s = min(map(self.sequence_seconds, self.space.least_divided())) if self.known else 0.0
@@ -249,7 +252,7 @@ class Search:
                 if placement not in placed:
                     placed.add(placement)
                     bounds = [self.bound_leaf(msgspec.structs.replace(order, recompute=each)) for each in again]
-                    self._least[order] = count_least(again)
+                    self._choices[order] = again
                     yield order, min(bounds, default=float("inf"))
 
     def bound_leaf(self, layout: Layout) -> float:
@@ -266,9 +269,9 @@ class Search:
             yield layout, 0.0
             return
         job = with_layout(self.job, layout)
-        fixed, least = self.space.fixed.get("recompute"), self._least[layout]
-        fitting, _ = fit_recompute(job, self.shared.end_frame, fixed, at_least=least)
-        self._least[layout] = max((n for each in fitting if isinstance(n := each.layout.recompute, int)), default=least)
+        fixed, known = self.space.fixed.get("recompute"), self._choices[layout]
+        self._choices[layout] = least_recompute(job, self.shared.end_frame, fixed, known)
+        fitting = [recomputing(job, each) for each in self._choices[layout]]
         bounds = [self.bound_leaf(each.layout) for each in fitting]
         if self.known and any(self.worth(bound_s, layout) for bound_s in bounds):
             bounds = [bound_step(each, self.shared.walk_frame(each)) for each in fitting]
@@ -300,7 +303,7 @@ class Search:
                 candidate,
                 self.shared.frame,
                 self.space.fixed.get("recompute"),
-                at_least=self._least.get(candidate.layout, 1),
+                at_least=count_least(self._choices.get(candidate.layout, ())),
             )
             if missing is not None:
                 misfits.append((layout.zero, layout.shard, layout.microbatch))
