@@ -6,18 +6,23 @@ compares what is found with everything there is.
 
 from math import ceil
 
+import msgspec
+
 from meshwright.plan.compute import has_known_peak, predict_optimizer
 from meshwright.plan.frame import Frame
 from meshwright.plan.part import Cut, holds_whole
 from meshwright.plan.passes import backward_does, walk_data, walk_stages
 from meshwright.plan.rates import rates_of
-from meshwright.plan.work import Copies, Does, Piece, Pieces
+from meshwright.plan.work import NONE, Does, Piece, Pieces
 from meshwright.spec import SPLIT_BACKWARD, Job, held_stages, stages_per_rank
 
 # Of a microbatch's passes, what the forward pass is at the least: where all of it is done again.
 FORWARD = 1 / 4
 # Stages are not all equal: those that a microbatch comes through first may take this share of their part.
 EVEN = 0.9
+
+# What passes do with parameters: those that are no routed experts', and those that are.
+Passes = list[tuple[Does, Does]]
 
 
 def count_pieces(job: Job, cut: Cut, pieces: Pieces) -> list[tuple[int, Piece]]:
@@ -75,10 +80,13 @@ def bound_shared(job: Job, cut: Cut, pieces: Pieces, microbatches: int) -> float
     whole_s = links_s = ends_s = 0.0
     shortest_s = float("inf")
     counted = count_pieces(job, cut, pieces)
+    block_does, head_does = middle_passes(job)
     for place, (count, piece) in enumerate(counted):
         if not count:
             continue
-        copies = pass_copies(job, piece, head=place == len(counted) - 1)
+        copies = NONE
+        for plain, routed in head_does if place == len(counted) - 1 else block_does:
+            copies += piece.copies_in_pass(plain, routed)
         kernels_s = copies.copy_out_s + copies.copy_in_s + copies.accumulate_s
         moves_s = piece.forward.total() + piece.backward.total() + piece.again.total()
         busy_s = piece.forward_s + piece.backward_s + piece.again_s + moves_s + kernels_s
@@ -105,22 +113,18 @@ def mean_local(job: Job, cut: Cut) -> int:
     return sum(count * group.local for count, group in groups) // job.layout.pipeline
 
 
-def pass_copies(job: Job, piece: Piece, *, head: bool) -> Copies:
-    """What a microbatch in the middle of a step does with a piece's parameters. The head stays between its passes."""
+def middle_passes(job: Job) -> tuple[Passes, Passes]:
+    """What the passes of a microbatch in the middle of a step do with a block's parameters, and with the head's, which
+    stay between its passes."""
     layout = job.layout
     if not job.trainer.gathers:
         accumulates = Does(accumulates=layout.accumulation(job.data.global_batch) > 1)
-        return piece.copies_in_pass(accumulates, accumulates)
-    both: list[Copies] = []
-    for backward in (False, True):
-        does = [
-            backward_does(job, shards, last=False) if backward else Does(gathers=not holds_whole(layout, shards))
-            for shards in (layout.parameter_shards, layout.expert_shard)
-        ]
-        if head and backward:
-            does = [Does(scatters=each.scatters, accumulates=each.accumulates) for each in does]
-        both.append(piece.copies_in_pass(*does))
-    return both[0] + both[1]
+        return [(accumulates, accumulates)], [(accumulates, accumulates)]
+    plain, routed = layout.parameter_shards, layout.expert_shard
+    forward = (Does(gathers=not holds_whole(layout, plain)), Does(gathers=not holds_whole(layout, routed)))
+    backward = (backward_does(job, plain, last=False), backward_does(job, routed, last=False))
+    stays = msgspec.structs.replace(backward[0], gathers=False), msgspec.structs.replace(backward[1], gathers=False)
+    return [forward, backward], [forward, stays]
 
 
 def bound_step(job: Job, frame: Frame) -> float:
