@@ -1,6 +1,7 @@
 """Published measurements (CSV rows) as jobs that the planner can be asked about: one reading for all rows."""
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,49 @@ FRAMEWORKS = (
     ("aa-scaling", "aleph-alpha-scaling"),
     ("1f1b", "megatron-deepspeed"),
 )
+# What a file of rows has columns for.
+COLUMNS = [
+    "hidden",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "ffn",
+    "act",
+    "arch",
+    "vocab",
+    "tied_emb",
+    "n_experts",
+    "topk",
+    "seq_len",
+    "gpu",
+    "gpu_mem_gb",
+    "n_gpus",
+    "gpus_per_node",
+    "interconnect",
+    "framework",
+    "precision",
+    "dp",
+    "zero",
+    "tp",
+    "sp",
+    "cp",
+    "pp",
+    "vpp",
+    "ep",
+    "mbs",
+    "gbs",
+    "recompute",
+    "attn",
+    "step_time_s",
+    "step_time_kind",
+    "mem_gib",
+    "mem_kind",
+    "status",
+    "id",
+    "dataset",
+    "model",
+    "notes",
+]
 # Where a row does not say how many tokens its model knows.
 USUAL_VOCABULARY = 50_304
 
@@ -75,9 +119,17 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
-    """Every row of a file: as a job, or (id, why it is none)."""
-    with path.open(newline="", encoding="utf-8") as file:
-        for cells in csv.DictReader(file):
+    """Every row of a file: as a job, or (id, why it is none). Raises SettingError for a file of something else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SettingError(str(path), f"cannot be read: {error}", "a file of published rows") from None
+    with io.StringIO(text, newline="") as file:
+        reader = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
+            more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+            raise SettingError(str(path), f"has no column {missing[0]}{more}", "a file of published rows")
+        for cells in reader:
             try:
                 yield read_row(cells)
             except (Unread, SettingError) as error:
@@ -87,7 +139,7 @@ def read_rows(path: Path) -> Iterator[Row | tuple[str, str]]:
 def read_row(cells: dict[str, str]) -> Row:
     """One row."""
     model, trainer = read_model(cells), read_trainer(cells)
-    layout = read_layout(cells, model, trainer.name)
+    layout = read_layout(cells, model, trainer)
     job = Job(
         run=RunSettings(name=cells["id"], steps=1),
         model=model,
@@ -230,7 +282,7 @@ def read_trainer(cells: dict[str, str]) -> Trainer:
     return msgspec.structs.replace(trainer, **changes)
 
 
-def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout:
+def read_layout(cells: dict[str, str], model: ModelSpec, trainer: Trainer) -> Layout:
     """The row's layout. Data-parallel ranks share states as `zero` says; a chain of stages may be interleaved."""
     data, zero = whole(cells, "dp"), zero_of(cells["zero"])
     pipeline, held = whole(cells, "pp"), whole(cells, "vpp", 1)
@@ -249,7 +301,9 @@ def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout
         tensor=tensor,
         expert=expert,
         microbatch=whole(cells, "mbs"),
-        zero=zero or 3,
+        # A trainer that gathers nothing has parameters whole. (Megatron-FSDP divides them, but its tests hold between
+        # steps what whole ones take too.)
+        zero=(zero or 3) if trainer.gathers else 1,
         recompute="full"
         if recompute.startswith("full")
         else model.layers // 2
@@ -257,7 +311,7 @@ def read_layout(cells: dict[str, str], model: ModelSpec, trainer: str) -> Layout
         else "selective"
         if recompute.startswith("selective")
         else "none",
-        async_tensor=tensor > 1 and ("asynctp" in cells["precision"].lower() or trainer == "nemo"),
+        async_tensor=tensor > 1 and ("asynctp" in cells["precision"].lower() or trainer.name == "nemo"),
         schedule="interleaved" if held > 1 and pipeline > 1 else "1f1b",
         # Blocks lie evenly unless they cannot.
         stage_layers=(model.layers // stages,) * stages if stages > 1 and model.layers % stages == 0 else (),

@@ -17,6 +17,8 @@ from published_memory import report_memory
 from published_rows import Row, read_rows
 from published_times import report_time
 
+from meshwright.spec import SettingError
+
 
 def read_files(paths: list[Path]) -> tuple[list[Row], Counter[str]]:
     """All rows that are jobs, each once however many files have it; and how many are none, by why."""
@@ -37,7 +39,11 @@ def main() -> int:
     parser.add_argument("rows", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rows, unread = read_files(arguments.rows)
+    try:
+        rows, unread = read_files(arguments.rows)
+    except SettingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     times, factors = report_time(rows)
     bars = report_memory(rows) + times
     if arguments.json:

@@ -109,3 +109,22 @@ def test_what_fits_is_told_from_what_does_not(tmp_path: Path) -> None:
 def test_rows_that_say_too_little_are_counted(tmp_path: Path) -> None:
     code, found = validate(tmp_path, {"mbs": "not stated"}, {"framework": "homemade"}, {"gpu": "Abacus"})
     assert (code, len(found["unread"]), found["bars"]) == (1, 3, [])
+
+
+def test_rows_that_share_no_states_are_read_whatever_divides_their_sequences(tmp_path: Path) -> None:
+    both = {"framework": "Megatron-Core", "tp": "2", "cp": "2", "n_gpus": "8", "gpus_per_node": "8", "mem_gib": "9"}
+    divided = {"framework": "Megatron-Core", "zero": "Megatron-FSDP optim_grads_params", "dp": "8", "n_gpus": "8"}
+    _, found = validate(tmp_path, {**both, "dp": "2"}, {**divided, "gpus_per_node": "8", "mem_gib": "9"})
+    assert found["unread"] == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("id,dataset\n1,mine\n", "has no column hidden and "), (None, "cannot be read: ")]
+)
+def test_a_file_that_has_no_such_rows_is_one_line(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "other.csv"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, PROGRAM, path], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and f"error: {path}: {words}" in done.stderr

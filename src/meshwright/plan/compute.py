@@ -190,10 +190,11 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
     if shares := rates.attention.get(job.trainer.attention):
         peak *= narrow**NARROW
         return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])
+    reached = peak * narrow * rates.scores
     if job.model.head_dim * BYTES[job.layout.precision] % ALIGNED_BYTES:
-        peak = device.peak_flops_per_s("fp32")
+        reached = min(reached, device.peak_flops_per_s("fp32") * rates.matmul)
     # Nothing is skipped.
-    products_s = whole_flops / (cut.tensor * job.layout.context * peak * narrow * rates.scores)
+    products_s = whole_flops / (cut.tensor * job.layout.context * reached)
     scores = job.layout.microbatch * job.model.heads / cut.tensor * job.data.sequence**2 / job.layout.context
     pass_s = scores * BYTES[job.layout.precision] / (device.memory_bytes_per_s * rates.eager)
     forward, backward = SCORE_PASSES[job.trainer.attention]

@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 HELD = 0.135
 # Where they have not: also what the factors of trainers and devices spread over.
 UNHELD = 0.22
-# Of our own trainer's, where the constants come from (docs/planning.md has its steps on H200s).
+# Of our own trainer's, where the constants come from (docs/predicting.md has its steps on H200s).
 OWN = 0.08
 OWN_DEVICES = ("h200",)
 # On processes that share a machine's cores, which other programs use too.

@@ -1,4 +1,4 @@
-"""Predicted bytes per rank, term by term. docs/planning.md has the table of what each zero holds whole."""
+"""Predicted bytes per rank, term by term. docs/predicting.md has the table of what each zero holds whole."""
 
 import msgspec
 

@@ -35,7 +35,7 @@ GPU = Rates(
     # 17.6 and 35.2 TFLOP (causal half) in 35 and 97 ms (cuDNN): 503 and 363 TFLOP/s of 989.4.
     # FlashAttention 2 reaches 35% of this device forward (arXiv:2407.08608); backward as much less as cuDNN does.
     attention={"cudnn": (0.51, 0.37), "flash": (0.32, 0.22), "flash-1": (0.20, 0.15)},
-    # Batched products of a head's width at these sizes, as read off published steps (docs/planning.md): half of plain
+    # Batched products of a head's width at these sizes, as read off published steps (docs/predicting.md): half of plain
     # ones.
     scores=0.35,
     # 115 GB by fused_elements in 45 ms (compiled): 2.55 TB/s of 4.8.
@@ -67,7 +67,7 @@ GPU = Rates(
     contention=0.2,
     # As measured on the CPU below: servers of GPUs are not slower, and a compiled block launches less.
     block_host_s=0.75e-3,
-    # Published steps of small models on A100s, whose devices wait for their hosts (docs/planning.md).
+    # Published steps of small models on A100s, whose devices wait for their hosts (docs/predicting.md).
     eager_host_s=2.35e-3,
     group_host_s=0.8e-3,
     # Compiled, a block's placements are settled before it runs. Assumed: none.
@@ -84,7 +84,7 @@ GPU = Rates(
     step_s=0.0,
 )
 
-# What differs on NVIDIA's Ampere, read off published steps of A100s (docs/planning.md).
+# What differs on NVIDIA's Ampere, read off published steps of A100s (docs/predicting.md).
 AMPERE = msgspec.structs.replace(
     GPU,
     # 0.80 of 312 TFLOP/s is what the largest products of those runs come to.

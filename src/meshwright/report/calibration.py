@@ -20,7 +20,7 @@ def cluster_toml(cluster: Cluster, calibration: Calibration) -> str:
     head = [
         f"{cluster.label()}, calibrated on {measured.date}: {measured.device}, {', '.join(with_what)}.",
         "Plan with it: meshwright plan JOB.toml --cluster THIS_FILE, or copy it into a job in the place of [cluster].",
-        "cluster.rates: docs/planning.md says what each means. cluster.measured.spread: of each, what lies between",
+        "cluster.rates: docs/calibrating.md says what each means. cluster.measured.spread: of each, what lies between",
         "the 10th and the 90th hundredth of its repeats, over their median; misfit: how far a measured size is at most",
         "from what the plan reckons of it. Rates that have no spread are built-in ones. Every figure is at the end.",
     ]
