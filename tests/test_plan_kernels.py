@@ -7,7 +7,7 @@ import pytest
 
 from meshwright.plan import predict_memory
 from meshwright.plan.activations import activation_bytes, logits_bytes
-from meshwright.plan.compute import attention_seconds
+from meshwright.plan.compute import attention_seconds, head_passes
 from meshwright.plan.held import whole_bytes
 from meshwright.plan.kept import keep_block
 from meshwright.plan.kernels import keep_kernels, passing_bytes
@@ -207,3 +207,16 @@ def test_heads_of_an_odd_size_keep_scores_off_the_matrix_units() -> None:
 
     assert attention_s("megatron-lm", 108) > 2 * attention_s("megatron-lm", 112)
     assert attention_s("megatron-core", 108) < attention_s("megatron-core", 112)
+
+
+def test_a_loss_passes_over_its_logits_as_often_as_its_kernels_do() -> None:
+    tensor = msgspec.structs.replace(ALONE, tensor=2)
+
+    def loss_s(**traits: Any) -> float:
+        passes = head_passes(gpt_job("megatron-core", tensor, **traits))
+        return passes.forward_s + passes.backward_s - 3 * passes.weights_s
+
+    # 8 bytes a logit; 36 and 48 beside 4.
+    assert loss_s(loss="plain") == pytest.approx(40 / 8 * loss_s(loss="compiled"))
+    assert loss_s(loss="in-place") == pytest.approx(52 / 8 * loss_s(loss="compiled"))
+    assert loss_s(whole_logits=True) == pytest.approx(2 * loss_s(), rel=0.01)

@@ -98,7 +98,6 @@ def show_plan(
 
     wanted: the job on a cluster, None for its own. whole: it says how many tokens it trains on in all.
     """
-    import msgspec
 
     from meshwright.plan import build_plan, decide, make_offer
     from meshwright.record import read_rehearsal
@@ -116,6 +115,8 @@ def show_plan(
         if twice is not None:
             raise SettingError(f"--cluster {twice}", "is given twice", "each cluster once")
         jobs = {name: wanted(name) for name in clusters}
+        if whole:
+            goal = of_whole_run(goal, jobs[clusters[0]])
         decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
         if pages.as_json:
             click.echo(decision_json(decision))
@@ -123,8 +124,8 @@ def show_plan(
             decision_text(decision, console())
         return
     job = wanted(clusters[0] if clusters else None)
-    if whole and goal.tokens is None and job.cluster.price_per_device_hour is not None:
-        goal = msgspec.structs.replace(goal, tokens=job.run.steps * job.data.global_batch * job.data.sequence)
+    if whole and job.cluster.price_per_device_hour is not None:
+        goal = of_whole_run(goal, job)
     planned = build_plan(job, goal, rehearsal=None if pages.rehearsed is None else read_rehearsal(pages.rehearsed))
     if pages.html is not None:
         from meshwright.report.plan_page import write_plan
@@ -138,3 +139,12 @@ def show_plan(
         click.echo(plan_json(planned))
     else:
         plan_text(planned, console())
+
+
+def of_whole_run(goal: "Goal", job: "Job") -> "Goal":
+    """The goal with the tokens that the job trains on, where nobody said how many."""
+    import msgspec
+
+    if goal.tokens is not None:
+        return goal
+    return msgspec.structs.replace(goal, tokens=job.run.steps * job.data.global_batch * job.data.sequence)

@@ -2,10 +2,19 @@
 
 import msgspec
 
-from meshwright.plan.kept import BYTES, is_compiled, keep_block, keep_load, local_sequence, tokens_of, widths_of
+from meshwright.plan.kept import (
+    BYTES,
+    is_compiled,
+    keep_block,
+    keep_load,
+    local_sequence,
+    loss_of,
+    tokens_of,
+    widths_of,
+)
 from meshwright.plan.kernels import has_kernels, keep_kernels, norm_bytes, passing_bytes, residual_width
 from meshwright.plan.part import Cut, Group, Kind, Part, Stage
-from meshwright.spec import SPLIT_BACKWARD, Job, LossKernel, Moment
+from meshwright.spec import SPLIT_BACKWARD, Job, Moment
 
 
 class Activations(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,11 +205,6 @@ def logits_bytes(job: Job) -> float:
             "in-place": size + 4.0,
         }[loss_of(job)]
     )
-
-
-def loss_of(job: Job) -> LossKernel:
-    """The trainer's, which is compiled by itself; on a CPU nothing is."""
-    return job.trainer.loss if job.cluster.device.is_accelerator else "plain"
 
 
 def vocabulary_elements(job: Job) -> int:

@@ -2,19 +2,20 @@
 
 import msgspec
 
-from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, tokens_of, widths_of
+from meshwright.plan.kept import BYTES, feed_forward_columns, is_compiled, loss_of, tokens_of, widths_of
 from meshwright.plan.part import ROUTED, STATE_BYTES, Cut, Group, Shape
 from meshwright.plan.rates import rates_of
 from meshwright.plan.ring import ring_seconds
-from meshwright.spec import Device, Job, ModelSpec, Precision, Trainer, count_flops
+from meshwright.spec import Device, Job, LossKernel, ModelSpec, Precision, Trainer, count_flops
 from meshwright.spec.trainer import AttentionKernel
 
-# Passes over tensors of vocabulary width in cross entropy, bytes a logit. Eager, beside reading the logits and writing
-# their gradient: to fp32 (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill 4, read 4 + 4,
-# write 4), back (read 4).
-EAGER_LOSS_BYTES = 36
-# Compiled: reads logits for their maximum and sum, again for the gradient, and writes it, in compute precision.
-COMPILED_LOSS_PASSES = 4
+# Passes over tensors of vocabulary width in cross entropy: of each logit in compute precision, and bytes beside.
+# Compiled: reads logits for their maximum and sum, again for the gradient, and writes it. Others read the logits and
+# write their gradient. Plain, beside: to fp32 (write 4), log-softmax (read 4 twice, write 4), its gradient (zero-fill
+# 4, read 4 + 4, write 4), back (read 4). In place: to fp32 (write 4), the maximum (read 4), less it, exponentiated,
+# divided by the sum and times the gradient (8 each), the sum (read 4), back (read 4).
+LOSS_PASSES: dict[LossKernel, int] = {"compiled": 4, "plain": 2, "in-place": 2}
+LOSS_BYTES: dict[LossKernel, float] = {"compiled": 0.0, "plain": 36.0, "in-place": 48.0}
 # Over parameters: AdamW's update, and the gradient norm with clipping (predict_optimizer).
 UPDATE_PASSES, CLIP_PASSES = 7, 3
 
@@ -213,9 +214,10 @@ def head_passes(job: Job) -> Passes:
     device, rates = job.cluster.device, rates_of(job.cluster)
     vocabulary = -(-job.model.vocabulary // job.layout.tensor)
     matmul_s = product_seconds(job, (vocabulary, job.model.d_model), job.layout.plain_precision)
-    size = BYTES[job.layout.precision]
-    logit_bytes = COMPILED_LOSS_PASSES * size if device.is_accelerator else EAGER_LOSS_BYTES + 2 * size
-    loss_s = tokens_of(job) * vocabulary * logit_bytes / (device.memory_bytes_per_s * rates.loss)
+    kernel = loss_of(job)
+    logit_bytes = LOSS_BYTES[kernel] + LOSS_PASSES[kernel] * BYTES[job.layout.precision]
+    logits = tokens_of(job) * (job.model.vocabulary if job.trainer.whole_logits else vocabulary)
+    loss_s = logits * logit_bytes / (device.memory_bytes_per_s * rates.loss)
     return Passes(forward_s=matmul_s + loss_s / 2, backward_s=2 * matmul_s + loss_s / 2, weights_s=matmul_s)
 
 

@@ -10,7 +10,7 @@ from math import lcm
 import msgspec
 
 from meshwright.plan.part import Cut
-from meshwright.spec import SPLIT_BACKWARD, Experts, Job, ModelSpec, Precision
+from meshwright.spec import SPLIT_BACKWARD, Experts, Job, LossKernel, ModelSpec, Precision
 
 # Of numbers between products: in fp8 only what a product reads is as narrow, and for as long as it runs.
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp8": 2}
@@ -21,6 +21,11 @@ def is_compiled(job: Job) -> bool:
     which a compiled one is not."""
     compiles = job.cluster.device.is_accelerator and job.trainer.compiled
     return compiles and job.layout.schedule not in SPLIT_BACKWARD
+
+
+def loss_of(job: Job) -> LossKernel:
+    """The trainer's, which is compiled by itself; on a CPU nothing is."""
+    return job.trainer.loss if job.cluster.device.is_accelerator else "plain"
 
 
 def local_sequence(job: Job) -> int:
