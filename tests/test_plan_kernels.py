@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from meshwright.plan import predict_memory
+from meshwright.plan import predict, predict_memory
 from meshwright.plan.activations import activation_bytes, logits_bytes
 from meshwright.plan.compute import attention_seconds, head_passes
 from meshwright.plan.held import whole_bytes
@@ -220,3 +220,38 @@ def test_a_loss_passes_over_its_logits_as_often_as_its_kernels_do() -> None:
     assert loss_s(loss="plain") == pytest.approx(40 / 8 * loss_s(loss="compiled"))
     assert loss_s(loss="in-place") == pytest.approx(52 / 8 * loss_s(loss="compiled"))
     assert loss_s(whole_logits=True) == pytest.approx(2 * loss_s(), rel=0.01)
+
+
+# Blocks, width, heads, batch, pipeline; GPUs and microbatch of ZeRO-3 (arXiv:2104.04473, table 2).
+CROSSINGS = [
+    (96, 12288, 96, 1536, 12, 384, 4),
+    (96, 12288, 96, 1536, 12, 768, 2),
+    (96, 12288, 96, 1536, 12, 1536, 1),
+    (105, 20480, 128, 2240, 35, 1120, 2),
+    (105, 20480, 128, 2240, 35, 2240, 1),
+]
+
+
+@pytest.mark.parametrize(("layers", "width", "heads", "batch", "stages", "gpus", "microbatch"), CROSSINGS)
+def test_pipelines_beat_zero_3_where_they_were_found_to(
+    layers: int, width: int, heads: int, batch: int, stages: int, gpus: int, microbatch: int
+) -> None:
+    """More and more, the fewer sequences there are for each GPU."""
+    sizes = {"layers": layers, "d_model": width, "heads": heads, "kv_heads": heads, "head_dim": width // heads}
+    model = msgspec.structs.replace(GPT, **sizes, feed_forward=4 * width, vocabulary=51200, max_positions=2048)
+    divided = Layout(shard=gpus, zero=3, microbatch=microbatch, recompute="full")
+    piped = Layout(pipeline=stages, tensor=8, shard=gpus // (8 * stages), zero=1, recompute="full", microbatch=1)
+    seconds = [
+        predict(
+            Job(
+                run=RunSettings(name="test", steps=1),
+                model=model,
+                data=DataSettings(sequence=2048, global_batch=batch),
+                layout=layout,
+                cluster=cluster_of(f"{gpus // 8}x8xa100-80"),
+                trainer=TRAINERS[trainer],
+            )
+        ).step_s
+        for trainer, layout in (("deepspeed-zero3", divided), ("megatron-lm", piped))
+    ]
+    assert seconds[0] > seconds[1] * (1 if microbatch == 4 else 1.5 if microbatch == 2 else 2.5)

@@ -91,7 +91,11 @@ def walk_stage(job: Job, pieces: list[Piece], stage: Stage) -> StageWalks:
         return walk_forward(in_pass(backward=False, first=first), overlaps=overlaps).slowed(slowed)
 
     def backward_of(*, last: bool) -> Walk:
-        return walk_backward(in_pass(backward=True, last=last), overlaps=overlaps, last=last).slowed(slowed)
+        reduces_beside = job.trainer.overlaps_reductions
+        walk = walk_backward(
+            in_pass(backward=True, last=last), overlaps=overlaps, last=last, overlaps_reductions=reduces_beside
+        )
+        return walk.slowed(slowed)
 
     first, forward = forward_of(first=True), forward_of(first=False)
     backward, last, closing = backward_of(last=False), backward_of(last=True), Walk()

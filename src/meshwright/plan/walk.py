@@ -69,7 +69,9 @@ def walk_forward(pieces: Sequence[Piece], *, overlaps: bool) -> Walk:
     return msgspec.structs.replace(whole, exposed_shard_s=waited_s)
 
 
-def walk_backward(pieces: Sequence[Piece], *, overlaps: bool, last: bool = True) -> Walk:
+def walk_backward(
+    pieces: Sequence[Piece], *, overlaps: bool, last: bool = True, overlaps_reductions: bool = True
+) -> Walk:
     """A backward pass, from the last piece to the first, each with the copies that it does.
 
     Gathers and reductions share the links and are sent in the order in which FSDP issues them: the next piece's
@@ -105,6 +107,12 @@ def walk_backward(pieces: Sequence[Piece], *, overlaps: bool, last: bool = True)
     )
     if not overlaps:
         return msgspec.structs.replace(whole, exposed_shard_s=whole.shard_s, exposed_replica_s=replica_s)
+    if not overlaps_reductions:
+        # Gathers have the links to themselves, beside compute alone.
+        gather_wait_s, _, _ = overlap_backward([msgspec.structs.replace(s, reduce_s=0.0) for s in stretches])
+        return msgspec.structs.replace(
+            whole, exposed_shard_s=gather_wait_s + reduced_s - replica_s, exposed_replica_s=replica_s
+        )
     gather_wait_s, reduce_wait_s, left_s = overlap_backward(stretches)
     reduce_wait_s += left_s if last else 0.0
     replica_share = replica_s / reduced_s if replica_s else 0.0

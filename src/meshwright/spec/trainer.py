@@ -34,6 +34,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     gathers: parameters are gathered block by block out of fp32 shards, as FSDP and ZeRO-3 do; else they lie whole in
         compute precision beside their fp32 masters, which are split with the optimizer's states.
     overlaps: parameters and gradients travel beside compute; else once all of a step's backward passes are done.
+    overlaps_reductions: so do gradients that are reduced block by block; else each block waits for its own.
     fp8: of what bf16 products reach of their peak, what fp8 ones reach of theirs, casts and scales included.
     async_tensor: transfers along tensor that layout.async_tensor hides, of those that there is compute beside.
     splits_states: masters and optimizer states are divided over shard and context; else each rank has all of its own.
@@ -56,6 +57,7 @@ class Trainer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     splits_experts: bool = False
     gathers: bool = False
     overlaps: bool = True
+    overlaps_reductions: bool = True
     # Both from torchtitan's published steps of an 8B model (arXiv:2410.06511): in fp8 1.5 times as fast, not twice;
     # with async_tensor over 8 ranks 0.25 s shorter, of 0.58 s of transfers.
     fp8: float = 0.75
@@ -103,6 +105,8 @@ TRAINERS: dict[str, Trainer] = {
             attention="fused-softmax",
             dropout=True,
             gathers=True,
+            # overlap_comm, which DeepSpeed's configuration left off by default then.
+            overlaps_reductions=False,
             gradient_bytes=2,
             one_port=True,
             source="ZeRO-3 as measured in arXiv:2104.04473, table 2",
