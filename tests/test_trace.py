@@ -158,6 +158,11 @@ def test_a_slow_rank_is_found(tmp_path: Path, layout: dict[str, int]) -> None:
     assert slow.straggler < BOUND_S and other.input < BOUND_S
     # Waiting is no transfer.
     assert sum(seconds for name, seconds in other.rows() if name.startswith("comm.")) < DELAY_S
+    # By itself a rank does not know that it waits: its longest stretch without an operator is in a transfer.
+    steps = [line for line in read_events(run, 0)[1 - SLOW] if isinstance(line, Step)]
+    gaps = [gap for line in steps if line.detail is not None for gap in line.detail.gaps]
+    longest = max(gaps, key=lambda gap: gap.seconds)
+    assert longest.bucket == f"comm.{next(iter(layout))}" and longest.seconds == about(DELAY_S)
     (advice,) = [advice for advice in explain_run(run).advice if advice.cause == "straggler"]
     assert f"Rank {SLOW} is slower than its peers at equal work" in advice.what
     assert advice.gain_s == about(DELAY_S)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from meshwright.account import MeasuredStep, Purpose
-from meshwright.account.intervals import subtract
+from meshwright.account.intervals import Interval, subtract
 from meshwright.record.detail import GroupTransfers, StepDetail
 from meshwright.record.events import Step
 from meshwright.record.kineto.cpu import CpuStep, cpu_step
@@ -197,9 +197,13 @@ def process_detail(made: CpuStep, events: Slice, walk: Walk, phases: Phases) -> 
     late = subtract(subtract(timeline.waits["host"], sorted(taken)), sorted(stalled))
     work = host_work([events], [walk], timeline.start_s, timeline.end_s)
     busy = [e for e in made.operators if e.start_s < timeline.end_s]
+    sent: dict[str, list[Interval]] = {}
+    for transfer in timeline.transfers:
+        sent.setdefault(f"comm.{transfer.purpose}", []).append((transfer.start_s, transfer.end_s))
     return StepDetail(
         kernels=kernels,
-        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, {**timeline.waits, "host": late}, [events]),
+        # Transfers are no operators: between these they are what a process waits for.
+        gaps=idle_gaps(timeline.start_s, timeline.end_s, busy, {**timeline.waits, "host": late, **sent}, [events]),
         host=host_causes(late, msgspec.structs.replace(work, waits=[])),
         launches=len(made.operators),
         kernel_s=sum(seconds) / len(seconds) if seconds else 0.0,
