@@ -185,7 +185,10 @@ def ranking(plan: Plan) -> "Table | None":
     best = "Cheapest" if plan.goal.objective == "cheapest" else "Fastest"
     order = f"{best if fastest[0].step_s else 'First'} {len(fastest)}"
     others = ", and one with each other axis" if len(shown) > len(fastest) else ""
-    title = f"{order} of all that fit (within 1%: the simpler first; {plan.considered} had to be predicted){others}"
+    sizes = {p.layout.world_size for p in plan.ranked}
+    # Looked for on the fewest alone.
+    which = f"on {min(sizes)} devices" if plan.goal.objective == "fewest" and len(sizes) == 1 else "of all that fit"
+    title = f"{order} {which} (within 1%: the simpler first; {plan.considered} had to be predicted){others}"
     table = new_table(["", "layout"], ["zero", "micro", "recompute", "ranks", "step", "tokens/s", "MFU", "memory"])
     for prediction in shown:
         own = prediction.layout == plan.job.layout
