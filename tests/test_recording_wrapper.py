@@ -56,6 +56,9 @@ def main(steps, ending):
                 time.sleep(60)
     print(json.dumps([sys.argv, __name__, sys.path[0]]))
     if dist.is_initialized():
+        # Gloo's threads still drop what backward passes gave them, with Python's lock (torch 2.13 stashes a context for
+        # each). Who held it and joined them, as a model's end does, would wait forever; asleep, nobody holds it.
+        time.sleep(1)
         dist.destroy_process_group()
 
 if __name__ == "__main__":
