@@ -53,7 +53,7 @@ def printed(plan: Plan) -> str:
 def test_8b_on_8_h100_fits_sharded(eight_h100: Plan) -> None:
     assert eight_h100.job_fits
     assert eight_h100.ranked[0].layout.placement() == eight_h100.job.layout.placement() == "shard 8"
-    assert all(p.memory.total() <= eight_h100.capacity_bytes for p in eight_h100.ranked)
+    assert all(p.memory.total() <= (1 - SPARE) * eight_h100.capacity_bytes for p in eight_h100.ranked)
     # torchtitan's docs: 39% MFU with recompute on 8 H100; 58% without on H200 (notes on GPU baselines).
     assert 0.4 < eight_h100.job.step.useful / eight_h100.job.step_s < 0.62
 

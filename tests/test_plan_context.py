@@ -65,7 +65,7 @@ def test_an_exchange_of_heads_by_hand() -> None:
 
 @pytest.mark.parametrize("form", ["ring", "all-to-all"])
 def test_steps_measured_on_two_h200s(form: str) -> None:
-    """docs/planning.md: about 107,000 tokens/s of either form."""
+    """docs/predicting.md: about 612 ms of either form."""
     settings = ("layout.shard=1", "layout.context=2", "layout.microbatch=8", f"layout.context_form={form}")
     prediction = predict(job_on("2xh200", "llama-1b-untied", 4096, 16, *settings))
     assert prediction.step_s == pytest.approx(0.612, rel=0.15)

@@ -65,6 +65,8 @@ def test_what_the_search_shares_changes_no_prediction() -> None:
         {"recompute": 5, "zero": 2},
         {"order": ("shard", "pipeline", "replica", "context", "tensor"), "microbatch": 2},
         {"offload": "optimizer"},
+        {"offload": "parameters"},
+        {"offload": "optimizer", "pipeline": 2, "schedule": "1f1b"},
         {"context": 2, "context_form": "all-to-all", "replica": 2},
     ],
 )
@@ -87,6 +89,8 @@ def test_what_is_fixed_stays(fixed: dict[str, Any]) -> None:
         (["data.sequence=4096"], "only settings of the layout"),
         (["layout.tensor=-1"], "at least one rank"),
         (["layout.tensor"], "must look like"),
+        (["layout.recompute=99"], "must be a number of blocks"),
+        (["layout.microbatch=0"], "must be at least 1"),
     ],
 )
 def test_what_cannot_be_fixed_is_refused(fixes: list[str], words: str) -> None:
@@ -97,6 +101,20 @@ def test_what_cannot_be_fixed_is_refused(fixes: list[str], words: str) -> None:
         plan_with()
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_fixed_is_not_blamed_on_memory_nor_memory_on_it() -> None:
+    small = build_plan(job_on("8xh200", "llama-1b-untied"), Goal(fixed={"tensor": 2}))
+    assert "One device is not enough with layout.tensor fixed." in small.verdict
+    # Its devices can be divided so; they hold too little.
+    large = build_plan(job_on("8xh100", "llama3-70b"), Goal(fixed={"pipeline": 4}))
+    assert "Nothing fits" in large.verdict and "The smallest cluster that would do" in large.verdict
+
+
+def test_what_only_fits_offloaded_is_not_called_the_longest() -> None:
+    plan = build_plan(job_on("1xh100", "llama3.1-8b"), Goal(objective="longest"))
+    assert plan.ranked and all(p.layout.offload != "none" for p in plan.ranked)
+    assert "only with a part of it offloaded" in plan.verdict and "The longest" not in plan.verdict
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ UPDATE_PASSES, CLIP_PASSES = 7, 3
 # what is missing (64 numbers: an eighth, as in FlashAttention 2's own figures, arXiv:2307.08691); else all of it.
 WHOLE_HEAD, NARROW = 128, 0.2
 # Products of scores whose rows do not begin at multiples of so many bytes run beside the matrix units, at the rate of
-# fp32: heads of 108 numbers took BigScience's 176B steps 50% longer than heads of 104 or 144 did.
+# fp32: heads of 108 numbers took BigScience's 176B steps 40% longer than heads of 104 or 144 did.
 ALIGNED_BYTES = 16
 # Passes over attention's scores beside its products, forward and backward: one kernel reads and writes them, and
 # backward reads softmax and gradient; operator by operator scaling, masking, softmax in fp32 and back are twelve.
@@ -192,7 +192,7 @@ def attention_seconds(job: Job, cut: Cut) -> tuple[float, float]:
         peak *= narrow**NARROW
         return causal_flops / (peak * shares[0]), 2 * causal_flops / (peak * shares[1])
     reached = peak * narrow * rates.scores
-    if job.model.head_dim * BYTES[job.layout.precision] % ALIGNED_BYTES:
+    if job.model.head_dim * BYTES[job.layout.precision] % ALIGNED_BYTES and device.peak_fp32_flops_per_s:
         reached = min(reached, device.peak_flops_per_s("fp32") * rates.matmul)
     # Nothing is skipped.
     products_s = whole_flops / (cut.tensor * job.layout.context * reached)

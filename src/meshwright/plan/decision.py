@@ -105,7 +105,7 @@ def benefit(taken: Offer, others: Sequence[Offer], *, priced: bool) -> str:
         what = f"{alike} as any, within {ALIKE:.0%}, with the fewest devices"
     text = f"Take {taken.name}: it {what}, {taken.tokens_per_s:,.0f} tokens/s with interruptions counted"
     if taken.days:
-        text += f", {taken.days[1]:,.1f} days ({taken.days[0]:,.1f} to {taken.days[2]:,.1f}) in all"
+        text += f", {days_text(taken.days[1])} days ({days_text(taken.days[0])} to {days_text(taken.days[2])}) in all"
     if taken.cost:
         text += f", for {taken.cost[1]:,.0f} ({taken.cost[0]:,.0f} to {taken.cost[2]:,.0f})"
     for other in others[:1]:
@@ -145,3 +145,8 @@ def what_would_change(taken: Offer, others: Sequence[Offer], *, priced: bool) ->
             f"{abs(ratio - 1):.0%} or more; `meshwright calibrate` on one node of each narrows both."
         )
     return f"It stands unless {taken.name} is {ratio - 1:.0%} slower than predicted, which is outside of its interval."
+
+
+def days_text(days: float) -> str:
+    """A number of days, with two figures where they are few."""
+    return f"{days:,.1f}" if days >= 1 else f"{days:.2g}"

@@ -30,6 +30,8 @@ class Demand:
         less = self.smaller(layout)
         known = None if less is None else self.choices(less)
         offloads = [each for each in self._space.offloads(layout) if each != "parameters" or layout.zero == 3]
+        if not offloads:
+            return {}
         # Where nothing is divided, no gather needs a buffer.
         ends: dict[int, list[Layout]] = {}
         for split in self._space.sharings(layout):

@@ -1,6 +1,6 @@
 """What a plan is to be best at, and the search for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -10,11 +10,11 @@ from meshwright.plan.cost import HOUR_S
 from meshwright.plan.fit import Rejected, with_layout
 from meshwright.plan.search import Predict, search_layouts
 from meshwright.plan.shared import Shared
-from meshwright.plan.smallest import fewest_ranks
+from meshwright.plan.smallest import fewest_ranks, is_divisible
 from meshwright.plan.space import Space
 from meshwright.plan.weigh import Weigh, by_cost, by_time
 from meshwright.record import Prediction
-from meshwright.spec import Job, SettingError
+from meshwright.spec import Job, Layout, SettingError, check_layout, check_offload, check_precision, check_split
 
 # fastest: the shortest step. cheapest: the least of a device's time for a token, and so of money where it has a price.
 # fewest: the fewest devices that train on `tokens` within the deadline. longest, largest: the longest sequence and the
@@ -68,6 +68,17 @@ def check_goal(goal: Goal) -> None:
             raise SettingError("--noise-tokens", "is for the scaling curve", "--curve --noise-tokens 1e6")
 
 
+def check_fixed(job: Job, fixed: Mapping[str, Any]) -> None:
+    """Raise SettingError for a value that no layout of the job could have, however its ranks are divided."""
+    alone: dict[str, Any] = {"zero": 3 if job.trainer.gathers else 1, "precision": job.layout.precision}
+    alone |= {name: fixed[name] for name in ("microbatch", "recompute", "precision", "offload") if name in fixed}
+    job = with_layout(job, Layout(**alone))
+    check_layout(job.layout, job.data.global_batch)
+    check_split(job.layout, job.model, job.data.sequence)
+    check_precision(job)
+    check_offload(job)
+
+
 def weigh_by(goal: Goal) -> Weigh:
     """What the goal judges layouts by."""
     return by_cost if goal.objective == "cheapest" else by_time
@@ -86,7 +97,7 @@ def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction
     # Beside fewer that are fast enough they would only be faster, which is not the goal.
     limit_s = goal.step_limit_s(job) if goal.objective == "fewest" else None
     enough = [p.layout.world_size for p in found if limit_s is not None and 0 < p.step_s <= limit_s]
-    spoken = any(p.layout.world_size == fewest for p in found)
+    spoken = any(p.layout.world_size == fewest and p.layout.offload == unmoved["offload"] for p in found)
     if fewest is not None and not spoken and all(ranks > fewest for ranks in enough):
         more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1, shared=shared)
         found, rejected = [*found, *more], [*rejected, *refused]
@@ -95,7 +106,7 @@ def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction
         cheapest, _ = search_layouts(job, predict, fixed=goal.fixed, weigh=by_cost, most=1, shared=shared)
         known = {one.layout for one in found}
         found = [*found, *(one for one in cheapest if one.layout not in known)]
-    if not found and not any(one.memory is not None for one in rejected):
+    if not found and not any(one.memory is not None for one in rejected) and not is_divisible(job, goal.fixed):
         refuse_fixed(goal, rejected)
     return found, rejected
 

@@ -5,7 +5,7 @@ import msgspec
 from meshwright.plan.collective import build_shard_ring
 from meshwright.plan.frame import Frame
 from meshwright.plan.kept import is_compiled
-from meshwright.plan.part import Part, Stage, holds_whole
+from meshwright.plan.part import Kind, Part, Stage, holds_whole
 from meshwright.plan.rates import rates_of
 from meshwright.plan.replay import Seconds
 from meshwright.plan.walk import Walk, walk_backward, walk_forward
@@ -55,12 +55,12 @@ class StageWalks(msgspec.Struct, frozen=True, kw_only=True):
 def walk_stages(job: Job, frame: Frame) -> list[StageWalks]:
     """Every stage's passes, first to last."""
     pieces = frame.pieces or build_pieces(job, frame.cut)
-    known: dict[tuple[object, ...], StageWalks] = {}
+    known: dict[Kind, StageWalks] = {}
     walks: dict[int, StageWalks] = {}
     again = job.layout.recomputed_layers(job.model.layers)
     for stage in (stage for part in frame.parts for stage in part.stages):
         # Stages in the middle are alike.
-        alike = (stage.root, stage.head, stage.layers, stage.first(again), stage.first(frame.cut.dense))
+        alike = stage.kind(frame.cut, again)
         if alike not in known:
             known[alike] = walk_stage(job, stage_pieces(job, frame.cut, pieces, stage), stage)
         walks[stage.index] = known[alike]

@@ -13,7 +13,7 @@ from meshwright.plan.fit import Rejected
 from meshwright.plan.frame import Frame, build_frame
 from meshwright.plan.interval import memory_interval, step_interval
 from meshwright.plan.memory import predict_memories, predict_memory
-from meshwright.plan.objective import Goal, check_goal, search_goal, weigh_by
+from meshwright.plan.objective import Goal, check_fixed, check_goal, search_goal, weigh_by
 from meshwright.plan.passes import walk_stages
 from meshwright.plan.pipeline import draw_pipeline
 from meshwright.plan.rehearsal import check_rehearsal, rehearsed_memories, with_rehearsal
@@ -148,6 +148,7 @@ def build_plan(job: Job, goal: Goal | None = None, *, rehearsal: Rehearsal | Non
     """
     goal = goal or Goal()
     check_goal(goal)
+    check_fixed(job, goal.fixed)
     job = stretch(job, goal)
     if rehearsal is not None:
         check_rehearsal(job, rehearsal)
@@ -158,7 +159,8 @@ def build_plan(job: Job, goal: Goal | None = None, *, rehearsal: Rehearsal | Non
         own = with_rehearsal(job, own, rehearsal)
         found = [own if one.layout == own.layout else one for one in found]
     ranked = rank_predictions(found, weigh_by(goal))
-    one = next((p for p in ranked if p.layout.world_size == 1 and p.layout.offload == "none"), None)
+    offload = goal.fixed.get("offload", "none")
+    one = next((p for p in ranked if p.layout.world_size == 1 and p.layout.offload == offload), None)
     shared = share_machine(job)
     capacity_bytes = shared.cluster.device.memory_bytes
     alone = plan_alone(job, best_layout)
@@ -190,8 +192,7 @@ def build_plan(job: Job, goal: Goal | None = None, *, rehearsal: Rehearsal | Non
 
 
 def stretch(job: Job, goal: Goal) -> Job:
-    """The job with the longest sequence or the largest model that fits, where that is the goal; its layout is one that
-    then fits."""
+    """The job with the longest sequence or the largest model that some layout holds, where that is the goal."""
     if goal.objective == "longest" and (sequence := longest_sequence(job, goal.fixed)):
         return msgspec.structs.replace(job, data=msgspec.structs.replace(job.data, sequence=sequence))
     if goal.objective == "largest" and (model := largest_model(job, goal.fixed)):

@@ -159,7 +159,7 @@ class Search:
         self._nodes = len(nodes)
         self.go_through(nodes)
         for axis in LEADERS if self.known and self.most > 1 else ():
-            if axis not in self._leaders:
+            if axis not in self._leaders and (axis != "expert" or self.job.model.experts is not None):
                 self.leading = axis
                 others = (node for node in nodes if getattr(node.layout, axis) > 1 or axis == "expert")
                 self.go_through(nsmallest(PROMISING, others))
@@ -218,12 +218,9 @@ class Search:
 
     def fit_manner(self, layout: Layout) -> Iterator[tuple[Layout, float]]:
         """With what must be recomputed by what is held whole."""
-        split = layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD
         for zero in self.space.among("zero", (1, 2, 3)):
             kept = msgspec.structs.replace(layout, zero=zero)
-            # What is divided has to be held whole between passes; where nothing is, zero is 3.
-            if not split or zero == 1 or (zero == 3 and layout.context == 1):
-                yield kept, self.bound_fitting(kept)
+            yield kept, self.bound_fitting(kept)
 
     def bound_fitting(self, layout: Layout) -> float:
         """The bound with what must be recomputed even where parameters are divided most, and as much as can be lies
@@ -268,10 +265,11 @@ class Search:
         if layout.pipeline == 1:
             yield layout, 0.0
             return
-        job = with_layout(self.job, layout)
+        # With a pipeline one offload is tried, if only because it is fixed.
+        job = with_layout(self.job, msgspec.structs.replace(layout, offload=self.space.offloads(layout)[-1]))
         fixed, known = self.space.fixed.get("recompute"), self._choices[layout]
-        self._choices[layout] = least_recompute(job, self.shared.end_frame, fixed, known)
-        fitting = [recomputing(job, each) for each in self._choices[layout]]
+        self._choices[job.layout] = least_recompute(job, self.shared.end_frame, fixed, known)
+        fitting = [recomputing(job, each) for each in self._choices[job.layout]]
         bounds = [self.bound_leaf(each.layout) for each in fitting]
         if self.known and any(self.worth(bound_s, layout) for bound_s in bounds):
             bounds = [bound_step(each, self.shared.walk_frame(each)) for each in fitting]
@@ -310,7 +308,7 @@ class Search:
                 if offload == offloads[0] and layout.microbatch == 1 and layout.zero == max(self.space.zeros(layout)):
                     self.reject(missing)
             yield from ((each.layout, self.bound_leaf(each.layout)) for each in fitting)
-            if fitting and fitting[0].layout.recompute in ("none", 0):
+            if fitting and ("recompute" in self.space.fixed or fitting[0].layout.recompute in ("none", 0)):
                 # What gives nothing up for memory is not offered with less.
                 return
 

@@ -30,15 +30,23 @@ def least_layout(job: Job, ranks: int, fixed: Fixed | None = None) -> Layout | N
     """A layout of so many ranks that fits, if any does; pipelines last, since of them each is the harder to run."""
     if lacks_memory(job, ranks, fixed):
         return None
+    return next((one for one in slim_layouts(job, ranks, fixed) if holds(with_layout(job, one))), None)
+
+
+def is_divisible(job: Job, fixed: Fixed | None = None) -> bool:
+    """Whether the devices and the batch can be divided as is fixed at all, whatever fits."""
+    return any(True for ranks in Space(job).ranks() for _ in slim_layouts(job, ranks, fixed))
+
+
+def slim_layouts(job: Job, ranks: int, fixed: Fixed | None) -> Iterator[Layout]:
+    """The legal layouts of so many ranks that need the least memory of their grids."""
     space = Space(job, {"offload": "none", "microbatch": 1, "recompute": "full", **(fixed or {})})
     for grid in sorted(space.grids(ranks), key=lambda grid: (grid.pipeline, grid.context, grid.tensor)):
         for sharing in space.sharings(grid):
-            fixed_part = {name: value for name, value in space.fixed.items() if name in Layout.__struct_fields__}
-            layout = msgspec.structs.replace(sharing, **fixed_part)
+            layout = msgspec.structs.replace(sharing, **space.fixed)
             whole = sharing.replica == 1 or "shard" in space.fixed or "replica" in space.fixed
-            if whole and space.refusal(layout) is None and holds(with_layout(job, layout)):
-                return layout
-    return None
+            if whole and space.refusal(layout) is None:
+                yield layout
 
 
 def holds(job: Job) -> bool:

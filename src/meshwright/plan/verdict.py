@@ -7,7 +7,7 @@ import msgspec
 from meshwright.plan.fit import gb
 from meshwright.plan.objective import Goal
 from meshwright.plan.search import TIE
-from meshwright.plan.smallest import smallest_cluster
+from meshwright.plan.smallest import least_layout, smallest_cluster
 from meshwright.plan.time import share_machine
 from meshwright.record import Prediction
 from meshwright.spec import Job, count_parameters
@@ -26,13 +26,22 @@ def explain_verdict(
 def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
     """The best layout for a goal that is not the shortest step."""
     best = ranked[0]
+    if goal.objective in ("longest", "largest"):
+        kept = {"offload": "none", **goal.fixed}
+        if least_layout(job, job.cluster.devices, kept) is None:
+            return f"{job.cluster.label()} hold this job only with a part of it offloaded, so it was not made larger."
+    # Offloading, which is slow, is left out of these two.
+    alone = "" if "offload" in goal.fixed or job.cluster.device.kind == "cpu" else " without offloading"
     if goal.objective == "longest":
         most = job.model.max_positions
         meant = ", as many as the model is meant for" if 0 < most < 2 * job.data.sequence else ""
-        return f"The longest sequence that {job.cluster.label()} hold: about {job.data.sequence:,} tokens{meant}."
+        return (
+            f"The longest sequence that {job.cluster.label()} hold{alone}: about {job.data.sequence:,} tokens{meant}."
+        )
     if goal.objective == "largest":
         billions = count_parameters(job.model) / 1e9
-        return f"The largest model of this shape that {job.cluster.label()} hold: {job.model.name}, {billions:.3g}B."
+        what = f"The largest model of this shape that {job.cluster.label()} hold{alone}"
+        return f"{what}: {job.model.name}, {billions:.3g}B."
     if goal.objective == "cheapest":
         per_million = 1e6 * best.layout.world_size / best.tokens_per_s if best.tokens_per_s else 0.0
         return f"Cheapest: {in_words(best)}, {per_million:,.3g} device-seconds a million tokens."
@@ -65,6 +74,8 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
             which = f"the simplest within {TIE:.0%} of the fastest found"
         best = f"also {which}" if fewest == ranked[0] else f"{which} is {in_words(ranked[0])}"
         why = " without offloading" if fewest.layout.world_size == 1 else ": the model does not fit it"
+        if goal.fixed:
+            why = f" with {' and '.join(f'layout.{name}' for name in goal.fixed)} fixed"
         return f"One {device} is not enough{why}. The fewest that work: {in_words(fewest)}; {best}."
     placed = share_machine(msgspec.structs.replace(job, layout=one.layout))
     recompute = "" if one.layout.recompute == "none" else f" with {one.layout.label()}"

@@ -9,6 +9,8 @@ from meshwright.account import MEANINGS
 from meshwright.plan import Decision, Offer, Plan, Rejected
 from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs
 from meshwright.plan.curve import KNEE
+from meshwright.plan.decision import days_text
+from meshwright.plan.fit import SPARE
 from meshwright.record import Prediction
 from meshwright.report.text import blocks_held, labelled, show
 
@@ -60,8 +62,8 @@ def offer_cells(offer: Offer) -> list[str]:
         seconds_text(best.step_s),
         f"{seconds_text(low_s)} - {seconds_text(high_s)}",
         f"{offer.tokens_per_s:,.0f}",
-        f"{offer.days[1]:,.1f}" if offer.days else "",
-        f"{offer.cost[1]:,.0f}" if offer.cost else "",
+        days_text(offer.days[1]) if offer.days else "",
+        price_text(offer.cost[1]) if offer.cost else "",
         f"{offer.million_tokens:,.3g}" if offer.million_tokens is not None else "",
         f"{found.productive:.1%}",
     ]
@@ -129,7 +131,10 @@ def job_table(plan: Plan) -> "Table":
 
     grid = Table.grid(padding=(0, 3))
     grid.add_row(step_table(plan.job), memory_table(plan))
-    return titled(f"This job: {plan.job.layout.label()}{'' if plan.job_fits else ' (does not fit)'}", grid)
+    note = "" if plan.job_fits else " (does not fit)"
+    if plan.job_fits and plan.job.memory.total() > (1 - SPARE) * plan.capacity_bytes:
+        note = f" (less than {SPARE:.0%} would stay free: nothing as full is offered)"
+    return titled(f"This job: {plan.job.layout.label()}{note}", grid)
 
 
 def titled(title: str, inner: "Table") -> "Table":

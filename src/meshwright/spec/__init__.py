@@ -33,6 +33,8 @@ from meshwright.spec.job import (
     TraceSettings,
     check_job,
     check_kind,
+    check_offload,
+    check_precision,
     check_trained,
 )
 from meshwright.spec.layout import (
@@ -141,6 +143,8 @@ __all__ = [
     "check_kind",
     "check_layout",
     "check_model",
+    "check_offload",
+    "check_precision",
     "check_schedule",
     "check_split",
     "check_trained",

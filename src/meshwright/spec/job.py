@@ -193,6 +193,11 @@ def check_job(job: Job) -> None:
         raise SettingError(f"layout.zero = {job.layout.zero}", reason, "layout.zero = 1")
     microbatches, own = job.layout.accumulation(job.data.global_batch), job.trainer.name == MESHWRIGHT.name
     check_schedule(job.layout, microbatches, job.model.layers, short=not own)
+    check_offload(job)
+
+
+def check_offload(job: Job) -> None:
+    """Raise SettingError for offloading that the job's devices or its optimizer cannot do."""
     if job.layout.offload != "none" and not job.cluster.device.is_gpu:
         kind = job.cluster.device.kind
         reason = "devices are CPUs, whose memory is the host's" if kind == "cpu" else "is known of GPUs alone"
