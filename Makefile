@@ -27,7 +27,7 @@ run: $(INSTALLED)  ## plan, train, sample and explain examples/quickstart.toml (
 	{ set +x; } 2>/dev/null; \
 	echo; echo "The report: $(CURDIR)/runs/$$name/report.html (open it in a browser; it needs no network)"
 
-test: $(INSTALLED)  ## run the test suite (under 15 minutes on 2 cores)
+test: $(INSTALLED)  ## run the test suite (about 20 minutes on 2 cores)
 	$(BIN)/pytest
 
 test-all: $(INSTALLED)  ## run the slow tests too: every layout (about an hour on 2 cores)

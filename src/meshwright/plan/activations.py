@@ -27,8 +27,8 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
     put_off: float = 0.0
 
 
-# Activations of stages, where all else is alike.
-Known = dict[Kind, Activations]
+# Activations of stages that were looked at, where all else is alike.
+Seen = dict[Kind, Activations]
 
 
 def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
@@ -120,20 +120,20 @@ def activation_bytes(job: Job, part: Part) -> float:
     return peak_bytes(job, part, (Moment(kept=(1,) * stages, put_off=(0,) * stages),))[0]
 
 
-def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], known: Known | None = None) -> tuple[float, float]:
+def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> tuple[float, float]:
     """Activations and logits of a rank at their peak, or while a block runs again, if that is more.
 
     alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
     recomputed block of the last stage runs again, the blocks after it and the loss are done and their tensors gone.
-    known: of stages that were looked at before; what is not known yet is added.
+    seen: of stages that were looked at before; others are added.
     """
-    known, again = {} if known is None else known, job.layout.recomputed_layers(job.model.layers)
+    seen, again = {} if seen is None else seen, job.layout.recomputed_layers(job.model.layers)
     each: list[Activations] = []
     for stage in part.stages:
         kind = stage.kind(part.cut, again)
-        if kind not in known:
-            known[kind] = stage_activations(job, part.cut, stage)
-        each.append(known[kind])
+        if kind not in seen:
+            seen[kind] = stage_activations(job, part.cut, stage)
+        each.append(seen[kind])
     has_head = any(stage.head for stage in part.stages)
     waiting = waiting_logits_bytes(job) if has_head else 0.0
 

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from meshwright.plan.activations import Known
+from meshwright.plan.activations import Seen
 from meshwright.plan.part import Cut, Part, build_parts, cut_model
 from meshwright.plan.replay import Timetable, build_timetable
 from meshwright.plan.work import Pieces
@@ -10,14 +10,14 @@ from meshwright.spec import Job
 
 
 class Frame(msgspec.Struct, frozen=True, kw_only=True):
-    """parts: of each rank along pipeline. pieces, known, apart: where candidates of a search share them; what is not
-    known yet is added. apart: places of the parts that could be the fullest."""
+    """parts: of each rank along pipeline. pieces, seen, apart: where candidates of a search share them; what is seen
+    for the first time is added. apart: places of the parts that could be the fullest."""
 
     cut: Cut
     parts: tuple[Part, ...]
     timetable: Timetable
     pieces: Pieces | None = None
-    known: Known | None = None
+    seen: Seen | None = None
     apart: tuple[int, ...] = ()
 
 

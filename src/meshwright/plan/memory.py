@@ -3,7 +3,7 @@
 import msgspec
 
 from meshwright.account import MemoryAccount
-from meshwright.plan.activations import Known, peak_bytes
+from meshwright.plan.activations import Seen, peak_bytes
 from meshwright.plan.context import context_buffer_bytes
 from meshwright.plan.expert import expert_buffer_bytes
 from meshwright.plan.frame import Frame, build_frame
@@ -42,7 +42,7 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     alive = frame.timetable.alive
     apart = [frame.parts[place] for place in frame.apart] or tell_apart(job, frame)
     return with_framework(
-        job, max((held_bytes(job, part, alive[part.rank], frame.known) for part in apart), key=sum_held)
+        job, max((held_bytes(job, part, alive[part.rank], frame.seen) for part in apart), key=sum_held)
     )
 
 
@@ -79,12 +79,12 @@ def sum_held(account: MemoryAccount) -> float:
     )
 
 
-def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], known: Known | None = None) -> MemoryAccount:
+def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> MemoryAccount:
     """What a rank along pipeline holds but for the framework and fragmentation."""
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
     groups = part.groups
-    activations, logits = peak_bytes(job, part, alive, known)
+    activations, logits = peak_bytes(job, part, alive, seen)
     buffers = context_buffer_bytes(job, part.cut)
     if job.trainer.gathers:
         states = state_bytes(job, part.local, part.tensors)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from meshwright.plan.activations import Known
+from meshwright.plan.activations import Seen
 from meshwright.plan.collective import build_expert_rings, build_ring, build_shard_ring, stride_of
 from meshwright.plan.frame import Frame
 from meshwright.plan.kept import is_compiled
@@ -27,7 +27,7 @@ class Shared:
         self._end_parts: dict[tuple[object, ...], tuple[Part, ...]] = {}
         self._stages: dict[tuple[object, ...], list[Stage]] = {}
         self._apart: dict[tuple[object, ...], tuple[int, ...]] = {}
-        self._known_stages: dict[tuple[object, ...], Known] = {}
+        self._seen: dict[tuple[object, ...], Seen] = {}
         self._placements: dict[tuple[object, ...], tuple[object, ...]] = {}
 
     def cut(self, job: Job) -> Cut:
@@ -50,7 +50,7 @@ class Shared:
             parts=parts,
             timetable=timetable,
             pieces=self.pieces(job, self.sharing(job.layout)) if self.known else None,
-            known=self.known_stages(job),
+            seen=self.seen_stages(job),
             apart=self._apart[place],
         )
 
@@ -71,7 +71,7 @@ class Shared:
             cut=self.cut(job),
             parts=self._end_parts[split],
             timetable=self._ended[order],
-            known=self.known_stages(job),
+            seen=self.seen_stages(job),
             apart=(0, 1),
         )
 
@@ -117,12 +117,12 @@ class Shared:
             self._stages[key] = build_stages(job)
         return self._stages[key]
 
-    def known_stages(self, job: Job) -> Known:
-        """What is known of all that stages keep between passes: it does not depend on how parameters are shared."""
+    def seen_stages(self, job: Job) -> Seen:
+        """What was seen of all that stages keep between passes: it does not depend on how parameters are shared."""
         layout = job.layout
         divided = (layout.pipeline > 1, layout.context, layout.context_form, layout.tensor, layout.expert)
         policy = (layout.recompute == "selective", layout.schedule in SPLIT_BACKWARD)
-        return self._known_stages.setdefault((*divided, layout.microbatch, *policy, self.machine(layout)), {})
+        return self._seen.setdefault((*divided, layout.microbatch, *policy, self.machine(layout)), {})
 
     def machine(self, layout: Layout) -> int:
         """What tells apart the shares that ranks have of a machine."""
