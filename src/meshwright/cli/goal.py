@@ -98,7 +98,6 @@ def show_plan(
 
     wanted: the job on a cluster, None for its own. whole: it says how many tokens it trains on in all.
     """
-
     from meshwright.plan import build_plan, decide, make_offer
     from meshwright.record import read_rehearsal
     from meshwright.report.plan import decision_json, decision_text, plan_json, plan_text

@@ -22,7 +22,7 @@ FORWARD = 1 / 4
 EVEN = 0.9
 
 # What passes do with parameters: those that are no routed experts', and those that are.
-Passes = list[tuple[Does, Does]]
+Deeds = list[tuple[Does, Does]]
 
 
 def count_pieces(job: Job, cut: Cut, pieces: Pieces) -> list[tuple[int, Piece]]:
@@ -113,7 +113,7 @@ def mean_local(job: Job, cut: Cut) -> int:
     return sum(count * group.local for count, group in groups) // job.layout.pipeline
 
 
-def middle_passes(job: Job) -> tuple[Passes, Passes]:
+def middle_passes(job: Job) -> tuple[Deeds, Deeds]:
     """What the passes of a microbatch in the middle of a step do with a block's parameters, and with the head's, which
     stay between its passes."""
     layout = job.layout

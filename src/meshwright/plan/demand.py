@@ -27,11 +27,11 @@ class Demand:
         """Sizes of expert, and with each what must be recomputed at the least; nothing where it does not fit."""
         if layout in self._known:
             return self._known[layout]
-        less = self.smaller(layout)
-        known = None if less is None else self.choices(less)
         offloads = [each for each in self._space.offloads(layout) if each != "parameters" or layout.zero == 3]
         if not offloads:
             return {}
+        less = self.smaller(layout)
+        known = None if less is None else self.choices(less)
         # Where nothing is divided, no gather needs a buffer.
         ends: dict[int, list[Layout]] = {}
         for split in self._space.sharings(layout):

@@ -83,9 +83,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
 
     def kind(self, cut: Cut, again: int) -> Kind:
         """What stages have in common that hold as much as each other, where the first `again` blocks are recomputed."""
-        layers, begin = self.stop - self.start, self.start
-        counts = (min(max(0, again - begin), layers), min(max(0, cut.dense - begin), layers))
-        return self.root, self.head, layers, *counts
+        return self.root, self.head, self.layers, self.first(again), self.first(cut.dense)
 
     def runs(self, cut: Cut) -> list[tuple[int, Group]]:
         """(number, group) of its blocks that are alike, in order."""

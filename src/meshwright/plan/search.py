@@ -34,7 +34,6 @@ from meshwright.plan.weigh import Weigh, by_time
 from meshwright.record import Prediction
 from meshwright.spec import (
     AXES,
-    SPLIT_BACKWARD,
     Job,
     Layout,
     Recompute,
@@ -238,9 +237,6 @@ class Search:
         """Every way to share data and to place ranks."""
         for sharing in self.space.sharings(layout):
             if layout.zero not in self.space.zeros(sharing) or self.space.expert_refusal(sharing) is not None:
-                continue
-            if layout.schedule in SPLIT_BACKWARD and layout.zero > 1 and sharing.parameter_shards > 1:
-                # What was put off would have to be gathered once more.
                 continue
             again = self.demand.choices(layout).get(sharing.expert, [])
             placed: set[tuple[object, ...]] = set()

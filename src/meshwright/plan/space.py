@@ -12,6 +12,7 @@ import msgspec
 
 from meshwright.spec import (
     MESHWRIGHT,
+    SPLIT_BACKWARD,
     Axis,
     Job,
     Layout,
@@ -184,7 +185,9 @@ class Space:
         divided = layout.parameter_shards > 1 or (self.job.model.experts is not None and layout.expert_shard > 1)
         if not self.job.trainer.gathers:
             return self.among("zero", (1,))
-        return self.among("zero", (3, 2, 1) if divided else (3,))
+        # Where products are put off, what is divided would have to be gathered once more.
+        whole = layout.schedule in SPLIT_BACKWARD and layout.parameter_shards > 1
+        return [zero for zero in self.among("zero", (3, 2, 1) if divided else (3,)) if zero == 1 or not whole]
 
     def offloads(self, layout: Layout) -> list[Offload]:
         """What the host may hold: nothing first. The ranks of a pipeline hold little that it could."""

@@ -5,6 +5,11 @@ import msgspec
 from meshwright.spec.cluster import Device, DeviceKind, Link
 from meshwright.spec.links import FABRICS, NETWORKS, Port
 
+GIB = 2**30
+# Of a device's memory, which datasheets give in GB and mean GiB, what the driver leaves to programs: torch tells of
+# 79.15 to 79.33 GiB of 80 on A100 and H100, of 139.8 of 141 on H200 (measured on H200s, benchmarks/training_gpu.py).
+LEFT_TO_PROGRAMS = 0.99
+
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
     """A device as it is usually bought: with its links inside the node and the network's port out of it."""
@@ -12,12 +17,6 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     device: Device
     intra: Link
     inter: Port
-
-
-GIB = 2**30
-# Of a device's memory, which datasheets give in GB and mean GiB, what the driver leaves to programs: torch tells of
-# 79.15 to 79.33 GiB of 80 on A100 and H100, of 139.8 of 141 on H200 (measured on H200s, benchmarks/training_gpu.py).
-LEFT_TO_PROGRAMS = 0.99
 
 
 def _row(
