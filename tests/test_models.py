@@ -257,7 +257,7 @@ def test_microbatches_add_up_to_the_batch() -> None:
 
 def test_rotation_of_bf16_rounds_once() -> None:
     cos, sin = rotary_tables(torch.arange(4000, 4008), GROUPED)
-    x = torch.randn(1, 2, 8, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(1, 8, 2, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     turned = rotate(x, cos, sin)
     assert turned.dtype == torch.bfloat16
     torch.testing.assert_close(turned, rotate(x.float(), cos, sin).bfloat16(), rtol=0, atol=0)

@@ -45,16 +45,18 @@ class Attention(nn.Module):
         self.attend: Attend = attend
 
     def forward(self, x: Tensor, tables: Tables, mask: Mask) -> Tensor:
-        """x: [B, S, D]; tables: cos and sin [S, E/2] or [B, 1, S, E/2], None where positions are learned."""
+        """x: [B, S, D]; tables: cos and sin [S, 1, E/2] or [B, S, 1, E/2], None where positions are learned."""
         # Heads are counted from the shape: a rank may hold only some.
         query = self.query(x).unflatten(2, (-1, self.head_dim))  # [B, S, H, E]
         key = self.key(x).unflatten(2, (-1, self.head_dim))  # [B, S, K, E]
         value = self.value(x).unflatten(2, (-1, self.head_dim))  # [B, S, K, E]
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # heads before the sequence
+        # Before heads come before the sequence: attention's output lies as its queries do, and the next matrix wants
+        # the heads of a token side by side. Turned later, that output would be kept, and copied, twice.
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
         mixed = self.attend(query, key, value, mask)  # [B, H, S, E]
         return self.output(mixed.transpose(1, 2).flatten(2))  # [B, S, H*E] to [B, S, D]
 

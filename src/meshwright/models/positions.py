@@ -11,14 +11,13 @@ from meshwright.spec import ModelSpec, RopeScaling
 def rotary_tables(places: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     """cos and sin, fp32, of the angles that each place turns each pair of a head's numbers by.
 
-    places: [S], giving tables [S, E/2]; or [B, S], giving [B, 1, S, E/2], which all heads share.
+    places: [S], giving tables [S, 1, E/2]; or [B, S], giving [B, S, 1, E/2]. All heads share them.
     """
     pairs = torch.arange(0, spec.head_dim, 2, device=places.device, dtype=torch.float32)  # [E/2]
     frequencies = spec.rope_theta ** (-pairs / spec.head_dim)
     if spec.rope_scaling is not None:
         frequencies = stretch(frequencies, spec.rope_scaling)
-    angles = places.float()[..., None] * frequencies
-    angles = angles[:, None] if places.dim() == 2 else angles
+    angles = places.float()[..., None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
@@ -35,7 +34,7 @@ def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + E/2) of x [B, heads, S, E], as Hugging Face's Llama pairs them.
+    """Turn the pairs (i, i + E/2) of x [B, S, heads, E], as Hugging Face's Llama pairs them.
 
     Given fp32 tables, a bf16 x is turned in fp32 and rounded once: bf16 cannot tell the angles of neighbouring
     far positions apart. Compiled, that is one fused kernel and costs no memory.

@@ -167,16 +167,15 @@ def all_attention(job: Job, cut: Cut) -> Saved:
     The norm's output, which the projections keep (gathered: whole), D; queries and attention's output 2HE; keys and
     values 2KE; attention's log-sum-exp; norms of heads HE + KE; the results of latent attention's products to low
     ranks, and their norms. Where heads are exchanged for tokens: what was exchanged, and attention's output before and
-    after its exchange. Eager code keeps besides attention's output once more with heads innermost HE, where queries
-    are rotated and so laid out anew; a ring's is laid out so from the start.
+    after its exchange.
     """
     model, w, compiled = cut.model, widths_of(job, cut), is_compiled(job)
     kept, wide = w.whole + w.mixed + 2 * w.low_rank, w.heads
     if is_exchanged(job):
         kept += w.sent + w.mixed
     else:
-        kept += w.query + w.key + w.value
-        kept += w.mixed if job.layout.context == 1 and not compiled and model.parts.positions == "rotary" else 0
+        # Values stay in what was computed, where ranks share heads more than they look at; keys are turned out of it.
+        kept += w.query + w.key + w.made * w.value / (w.key + w.value)
     if model.parts.head_norms:
         kept += (w.query + w.key) * (1 if compiled else 2)
         wide += w.heads + w.kv_heads
