@@ -14,6 +14,7 @@ from programs import kineto_trace
 from synthetic import a_run
 
 from meshwright import cli
+from meshwright.__main__ import main as start
 from meshwright.plan import machine
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart.toml"
@@ -291,3 +292,17 @@ def test_ctrl_c_while_planning_is_quiet(tmp_path: Path) -> None:
             plan.send_signal(signal.SIGINT)
         out, err = plan.communicate(timeout=TIMEOUT_S)
         assert (plan.returncode, out, err) == (130, b"", b"\n")
+
+
+def test_the_allocator_grows_its_ranges_unless_somebody_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the command line is loaded, and so before PyTorch is."""
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr("meshwright.cli.main", lambda: seen.append(dict(os.environ)))
+    for given in ({}, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        start()
+    assert seen == [
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        {"PYTORCH_ALLOC_CONF": "backend:native"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"},
+    ]

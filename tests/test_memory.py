@@ -127,7 +127,7 @@ def test_a_pipeline_keeps_what_is_predicted(tmp_path: Path, layout: dict[str, An
     accounts, frame = measured(job), build_frame(job)
     for part in frame.parts:
         alive = frame.timetable.alive[part.rank]
-        activations, logits = peak_bytes(job, part, alive)
+        activations, logits, _ = peak_bytes(job, part, alive)
         assert accounts[part.rank].logits == logits, part.rank
         found = accounts[part.rank].activations
         most = max(sum(moment.kept) for moment in alive)

@@ -140,9 +140,10 @@ def allocating(case: Case) -> Advice:
     memory, full = case.memory, ""
     if memory is not None:
         full = f"{bytes_text(memory.total())} at the fullest moment, {bytes_text(memory.fragmentation)} of it in pieces"
+    # Our own runs have both (src/meshwright/__main__.py).
+    tidier = "" if case.job else "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, equal sequence lengths, or "
     what = (
-        "Steps allocate and free the device's memory, which is nearly full or in pieces: "
-        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, equal sequence lengths, or a smaller microbatch."
+        f"Steps allocate and free the device's memory, which is nearly full or in pieces: {tidier}a smaller microbatch."
     )
     longest = f"longest {seconds_text(gaps[0].seconds)} in {gaps[0].doing}" if gaps else ""
     return advise(case, "memory", case.gain("memory"), what, compared(case.lost_by("memory")), longest, full)

@@ -27,6 +27,9 @@ class Activations(msgspec.Struct, frozen=True, kw_only=True):
     put_off: float = 0.0
 
 
+# Logits, and what the loss makes of them: as many tensors at once, at least.
+LOGITS_PIECES = 2
+
 # Activations of stages that were looked at, where all else is alike.
 Seen = dict[Kind, Activations]
 
@@ -120,8 +123,9 @@ def activation_bytes(job: Job, part: Part) -> float:
     return peak_bytes(job, part, (Moment(kept=(1,) * stages, put_off=(0,) * stages),))[0]
 
 
-def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> tuple[float, float]:
-    """Activations and logits of a rank at their peak, or while a block runs again, if that is more.
+def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> tuple[float, float, float]:
+    """Activations and logits of a rank at their peak, or while a block runs again, if that is more; and the hole
+    that lies between them, too small for what comes then.
 
     alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
     recomputed block of the last stage runs again, the blocks after it and the loss are done and their tensors gone.
@@ -147,7 +151,11 @@ def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | Non
 
     kept, others = max(map(at, alive), key=sum)
     logits = logits_bytes(job) if has_head else 0.0
-    return kept + max(0.0, max(stage.again for stage in each) - logits), logits + others
+    again = max(stage.again for stage in each)
+    # What a block computes and does not keep leaves room, which the next one works in. What they keep lies behind it,
+    # and behind that the logits, in pieces that each fit in there or do not.
+    hole = again % (logits / LOGITS_PIECES) if 0 < again < logits else 0.0
+    return kept + max(0.0, again - logits), logits + others, hole
 
 
 def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:

@@ -26,11 +26,6 @@ WORKSPACE_BYTES = 3 * 32 * 2**20
 # examples/first-run.toml, 95 MB in the quickstart.
 CPU_PROCESS_BYTES = 289e6
 CPU_SCRATCH_BYTES = 80e6
-# Reserved by the caching allocator and not in use: 6 to 11% of the rest in the six runs of benchmarks/training_gpu.py.
-FRAGMENTATION_SHARE = 0.08
-# The same where states are allocated once and for all, and only the rest comes and goes: up to three quarters of those
-# runs. The upper end of what was measured, since one bad step is enough to run out.
-CHURN_SHARE = 0.15
 
 
 def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
@@ -41,9 +36,8 @@ def predict_memory(job: Job, frame: Frame | None = None) -> MemoryAccount:
     frame = frame or build_frame(job)
     alive = frame.timetable.alive
     apart = [frame.parts[place] for place in frame.apart] or tell_apart(job, frame)
-    return with_framework(
-        job, max((held_bytes(job, part, alive[part.rank], frame.seen) for part in apart), key=sum_held)
-    )
+    each = (held_bytes(job, part, alive[part.rank], frame.seen) for part in apart)
+    return with_framework(job, max(each, key=lambda held: sum_held(held) + held.fragmentation))
 
 
 def predict_memories(job: Job, frame: Frame) -> tuple[MemoryAccount, ...]:
@@ -53,8 +47,8 @@ def predict_memories(job: Job, frame: Frame) -> tuple[MemoryAccount, ...]:
 
 
 def with_framework(job: Job, held: MemoryAccount) -> MemoryAccount:
-    """What a rank holds, with the process and the allocator around it."""
-    return msgspec.structs.replace(held, framework=framework_bytes(job), fragmentation=fragmentation_bytes(job, held))
+    """What a rank holds, with the process around it."""
+    return msgspec.structs.replace(held, framework=framework_bytes(job))
 
 
 def tell_apart(job: Job, frame: Frame) -> list[Part]:
@@ -68,7 +62,7 @@ def tell_apart(job: Job, frame: Frame) -> list[Part]:
 
 
 def sum_held(account: MemoryAccount) -> float:
-    """What tells one rank from another."""
+    """What tensors take: all but the framework and fragmentation."""
     return (
         account.parameters
         + account.gradients
@@ -80,11 +74,11 @@ def sum_held(account: MemoryAccount) -> float:
 
 
 def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> MemoryAccount:
-    """What a rank along pipeline holds but for the framework and fragmentation."""
+    """What a rank along pipeline holds but for the framework."""
     # Gradients are kept in full even where the peak comes before they are complete: on a GPU they lie in the pool of
     # the reduction's stream, which the compute stream's activations cannot use.
     groups = part.groups
-    activations, logits = peak_bytes(job, part, alive, seen)
+    activations, logits, hole = peak_bytes(job, part, alive, seen)
     buffers = context_buffer_bytes(job, part.cut)
     if job.trainer.gathers:
         states = state_bytes(job, part.local, part.tensors)
@@ -95,12 +89,15 @@ def held_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | Non
     update = 0.0 if job.trainer.gathers else update_bytes(job, groups)
     if update > activations + logits:
         # The step is fullest where its optimizer runs, and activations are gone.
-        return msgspec.structs.replace(states, communication_buffers=boundary_bytes(job, part) + update)
+        activations, logits, hole, buffers = 0.0, 0.0, 0.0, boundary_bytes(job, part) + update
+    elif groups.routed:
+        buffers += expert_buffer_bytes(job)
     return msgspec.structs.replace(
         states,
         activations=activations,
         logits=logits,
-        communication_buffers=buffers + (expert_buffer_bytes(job) if groups.routed else 0.0),
+        communication_buffers=buffers,
+        fragmentation=fragmentation_bytes(job, activations + logits + buffers, hole),
     )
 
 
@@ -166,10 +163,9 @@ def framework_bytes(job: Job) -> float:
     return CONTEXT_BYTES + (NCCL_BYTES if job.layout.world_size > 1 else 0.0)
 
 
-def fragmentation_bytes(job: Job, held: MemoryAccount) -> float:
-    """Share of what the caching allocator hands out; on a CPU, which has none, the process's scratch."""
+def fragmentation_bytes(job: Job, passing: float, hole: float) -> float:
+    """What the caching allocator has reserved and cannot use, of `passing` bytes that come and go in a step: states are
+    allocated once and for all. hole: as peak_bytes has it. On a CPU, which has no such allocator, scratch."""
     if job.cluster.device.kind == "cpu":
         return CPU_SCRATCH_BYTES
-    if not job.trainer.gathers:
-        return CHURN_SHARE * (held.activations + held.logits + held.communication_buffers)
-    return FRAGMENTATION_SHARE * sum_held(held)
+    return max(job.trainer.fragmentation * passing, hole)
