@@ -84,6 +84,37 @@ def offload(gpus: int) -> Rows:
     return {f"shard {gpus}, offload {what}": [f"layout.offload={what}"] for what in get_args(Offload)}
 
 
+# Of one GPU, to hold plans against (benchmarks/planned_runs.py): all on the same samples.
+PLANNED = ["layout.shard=1", "data.held_out=0", "trace.every_steps=5"]
+
+
+def one_gpu(_gpus: int) -> Rows:
+    """A model that fits one GPU in most layouts."""
+    sizes = {"microbatch 8": 8, "microbatch 4": 4, "microbatch 2": 2, "microbatch 1": 1}
+    found = {name: [f"layout.microbatch={size}"] for name, size in sizes.items()}
+    for again in ("selective", "full", "8"):
+        found[f"microbatch 8, recompute {again}"] = ["layout.microbatch=8", f"layout.recompute={again}"]
+    for again in ("selective", "full", "2"):
+        found[f"microbatch 16, recompute {again}"] = ["layout.microbatch=16", f"layout.recompute={again}"]
+    for what in ("optimizer", "parameters"):
+        found[f"microbatch 8, offload {what}"] = ["layout.microbatch=8", f"layout.offload={what}"]
+    return {name: [*settings, *PLANNED] for name, settings in found.items()}
+
+
+def one_gpu_8b(_gpus: int) -> Rows:
+    """A model that fits one GPU only where most is recomputed, or its optimizer's states lie elsewhere."""
+    model = ["model.name=llama3-8b", "layout.offload=optimizer", "data.global_batch=4", *PLANNED]
+    found = {
+        f"8B, offloaded, microbatch {size}, recompute {again}": [
+            f"layout.microbatch={size}",
+            f"layout.recompute={again}",
+        ]
+        for size, again in ((2, "selective"), (1, "none"), (1, "selective"), (2, "11"), (4, "20"), (4, "full"))
+    }
+    alone = ["layout.microbatch=1", "layout.recompute=full", "data.global_batch=1", "layout.offload=none"]
+    return {name: [*model, *settings] for name, settings in (found | {"8B, recompute full": alone}).items()}
+
+
 class Table(NamedTuple):
     """Rows that go on one table, and the job that they change."""
 
@@ -97,6 +128,8 @@ TABLES = {
     "model-axes": Table(model_axes),
     "experts": Table(experts, "examples/mixture.toml"),
     "offload": Table(offload),
+    "one-gpu": Table(one_gpu),
+    "one-gpu-8b": Table(one_gpu_8b),
 }
 
 
