@@ -64,3 +64,8 @@ def cost_of(prediction: Prediction, price: float | None, tokens: int | None) -> 
         run=None if per_s is None or run_s is None else per_s * run_s,
         run_s=run_s,
     )
+
+
+def price_text(price: float) -> str:
+    """An amount of money with three figures or whole units."""
+    return f"{price:,.0f}" if price >= 999.5 else f"{price:.3g}"

@@ -7,7 +7,7 @@ import msgspec
 
 from meshwright.account import MEANINGS
 from meshwright.plan import Decision, Offer, Plan, Rejected
-from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs
+from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs, price_text
 from meshwright.plan.curve import KNEE
 from meshwright.plan.decision import days_text
 from meshwright.plan.fit import SPARE
@@ -111,11 +111,6 @@ def cost_text(cost: Cost, tokens: int | None) -> str:
         price = f"{price_text(cost.run)} and " if cost.run is not None else ""
         words.append(f"{price}{long_text(cost.run_s)} for {tokens:,} tokens")
     return ", ".join(words)
-
-
-def price_text(price: float) -> str:
-    """An amount of money with three figures or whole units."""
-    return f"{price:,.0f}" if price >= 1000 else f"{price:.3g}"
 
 
 def long_text(seconds: float) -> str:
