@@ -7,7 +7,7 @@ there. FILE: what `meshwright calibrate` wrote on the machine that ran them, in 
 
 Step: the median of a run's steps that were not profiled. Memory: the fullest rank's, as its account has it. Runs of one
 model, sequence, batch and world size are compared with each other: the first choice is the layout that is predicted to
-be the fastest of those that ran. Exit code 1 where a figure misses its bar.
+be the fastest of those that ran, and of one run alone there is none. Exit code 1 where a figure misses its bar.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from meshwright.cli.machine import read
 from meshwright.explain import explain_run
 from meshwright.plan import predict
 from meshwright.record import Prediction, open_run
-from meshwright.spec import Job
+from meshwright.spec import Job, SettingError
 
 # Most that each figure may be: errors of steps and of memory, and how much slower the first choice is than the best.
 BARS = {
@@ -72,17 +72,19 @@ def read_run(path: Path, cluster: str | None) -> Ran:
 
 
 def figures(runs: Sequence[Ran]) -> dict[str, float]:
-    """What BARS is about."""
+    """What BARS is about, as far as there are runs to tell."""
     groups: dict[tuple[object, ...], list[Ran]] = {}
     for run in runs:
         groups.setdefault(run.compared, []).append(run)
     slower = [
         min(group, key=lambda run: run.predicted.step_s).step_s / min(run.step_s for run in group) - 1
         for group in groups.values()
+        if len(group) > 1
     ]
     errors = [abs(run.step_error) for run in runs]
     memory = [abs(run.memory_error) for run in runs]
-    return dict(zip(BARS, (statistics.median(errors), max(errors), max(memory), max(slower)), strict=True))
+    found = (statistics.median(errors), max(errors), max(memory), max(slower, default=None))
+    return {name: value for name, value in zip(BARS, found, strict=True) if value is not None}
 
 
 def columns(name: str, cells: Sequence[str]) -> str:
@@ -120,7 +122,10 @@ def main() -> None:
         "--accounts", action="store_true", help="show both accounts of each run, measured and predicted"
     )
     options = parser.parse_args()
-    runs = [read_run(path, options.cluster) for path in options.runs]
+    try:
+        runs = [read_run(path, options.cluster) for path in options.runs]
+    except SettingError as error:
+        sys.exit(f"error: {error}")
     print(columns("run", ["ms/step", "predicted", "", "in 80%", "GB", "predicted", ""]))
     for run in runs:
         print(line(run))

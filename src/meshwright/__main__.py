@@ -6,7 +6,7 @@ import sys
 # How PyTorch's allocator lays out a GPU's memory, unless somebody says otherwise: in ranges that grow. Pieces of fixed
 # size are split by what outlives them, and left 1 to 7 GB more unused (docs/benchmarks.md).
 ALLOCATOR = "expandable_segments:True"
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ SLOWER = ("compute", "recompute", "optimizer", *ON_HOST, "transfers", "other")
 FAULTS = (*NAMED, *ON_HOST, "other", "straggler")
 
 # The allocator at the driver's door: the step waits until the device's memory is given or taken back.
-ALLOCATION = re.compile(r"\b(cuda|hip)(Malloc|Free)(Async)?\b")
+ALLOCATION = re.compile(r"\b((cuda|hip)(Malloc|Free)(Async)?|cuMem(Create|Map|Unmap|Release|SetAccess))\b")
 
 
 class Losses(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,15 +20,14 @@ from meshwright.spec import SPLIT_BACKWARD, Job, Moment
 class Activations(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of one stage. kept: of each microbatch between its passes. put_off: of each between the two halves of a
     backward pass that is cut in two. again: by how much they are more (or less, where blocks after it are done) while
-    its last recomputed block runs again, or once all that is put off is there; -inf where neither comes."""
+    its last recomputed block runs again, or once all that is put off is there; -inf where neither comes. room: what one
+    block works in, where it keeps its input alone and so do all others of the stage."""
 
     kept: float
     again: float
     put_off: float = 0.0
+    room: float = 0.0
 
-
-# Logits, and what the loss makes of them: as many tensors at once, at least.
-LOGITS_PIECES = 2
 
 # Activations of stages that were looked at, where all else is alike.
 Seen = dict[Kind, Activations]
@@ -45,7 +44,7 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     # Attention adds a mask in numbers to its scores, and each block keeps its own; a GPU's skips tiles by a short list.
     mask = 0 if job.cluster.device.is_accelerator else mask_elements(job)
     recomputed = stage.first(layout.recomputed_layers(job.model.layers))
-    kept, done, again, first_again, start = 0.0, 0.0, float("-inf"), 0.0, 0
+    kept, done, again, first_again, room, start = 0.0, 0.0, float("-inf"), 0.0, 0.0, 0
     for count, group in stage.runs(cut):
         dense = group is cut.first and cut.dense > 0
         whole = keep(job, cut, dense=dense, selective=False) + size * mask
@@ -59,6 +58,7 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
         kept += inputs * (tokens * size * split + keep_load(cut, dense=dense)) + (count - inputs) * whole
         done = 0.0 if inputs else done
         again = whole if inputs else again
+        room = max(room, whole) if inputs == count else 0.0
         done += (count - inputs) * whole
         start += count
     # With the first block's input stays what all blocks are given: the mask in booleans, a byte each.
@@ -72,11 +72,11 @@ def stage_activations(job: Job, cut: Cut, stage: Stage) -> Activations:
     kept += tables_bytes(job)
     put_off = put_off_bytes(job, cut, stage)
     if not put_off:
-        return Activations(kept=kept, again=again - done)
+        return Activations(kept=kept, again=again - done, room=room)
     # The first block's backward pass is the last one: while it runs again, the others' products are put off already.
     _, first = stage.runs(cut)[0]
     more = max(0.0, first_again - tokens * size * put_off_block(job, cut, first))
-    return Activations(kept=kept, again=max(again - done, put_off - kept + more), put_off=put_off)
+    return Activations(kept=kept, again=max(again - done, put_off - kept + more), put_off=put_off, room=room)
 
 
 def put_off_bytes(job: Job, cut: Cut, stage: Stage) -> float:
@@ -125,7 +125,7 @@ def activation_bytes(job: Job, part: Part) -> float:
 
 def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | None = None) -> tuple[float, float, float]:
     """Activations and logits of a rank at their peak, or while a block runs again, if that is more; and the hole
-    that lies between them, too small for what comes then.
+    between them, which neither fills.
 
     alive: microbatches of each stage between their passes, at each moment that could be the fullest. While a
     recomputed block of the last stage runs again, the blocks after it and the loss are done and their tensors gone.
@@ -151,11 +151,11 @@ def peak_bytes(job: Job, part: Part, alive: tuple[Moment, ...], seen: Seen | Non
 
     kept, others = max(map(at, alive), key=sum)
     logits = logits_bytes(job) if has_head else 0.0
-    again = max(stage.again for stage in each)
-    # What a block computes and does not keep leaves room, which the next one works in. What they keep lies behind it,
-    # and behind that the logits, in pieces that each fit in there or do not.
-    hole = again % (logits / LOGITS_PIECES) if 0 < again < logits else 0.0
-    return kept + max(0.0, again - logits), logits + others, hole
+    # The room that each block works in is free when the logits come, which lie behind what was kept meanwhile. Blocks
+    # that keep more than their input fill it, and so do logits that are few.
+    room = min(stage.room for stage in each)
+    hole = room if room < logits else 0.0
+    return kept + max(0.0, max(stage.again for stage in each) - logits), logits + others, hole
 
 
 def outside_bytes(job: Job, cut: Cut, stage: Stage) -> float:

@@ -44,6 +44,9 @@ def fit_recompute(
     is slower and no better, so it is not among them. The rejection is of the job that recomputes everything.
     frame_of: stages are balanced by what they recompute too, so each of these has its own. fixed: recompute this and
     nothing else. at_least: blocks that are known to be needed, if any are.
+
+    Recomputing everything is taken to need least. Ranks of a pipeline whose stages differ, and a block's room
+    (activations.peak_bytes), can make it need up to 2% more than the least: what fits by less than that is refused.
     """
     if error := host_refusal(job, frame_of):
         return [], error

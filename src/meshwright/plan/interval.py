@@ -15,19 +15,19 @@ Interval = tuple[float, float]
 HELD = 0.135
 # Where they have not: also what the factors of trainers and devices spread over.
 UNHELD = 0.22
-# Of our own trainer's, where the constants come from (docs/predicting.md has its steps on H200s).
-OWN = 0.08
+# Of our own trainer's, where the constants come from: 12 of the 14 layouts that docs/benchmarks.md holds plans against.
+OWN = 0.085
 OWN_DEVICES = ("h200",)
-# The same with rates that were calibrated on the machine: 14 layouts of two models on one H200 were off by 2.2% at most
-# (docs/benchmarks.md). Layouts of several GPUs have not been held against such a plan.
+# The same on one of them, with rates that were calibrated on the machine: those 14 were off by 2.2% at most. Layouts of
+# several GPUs have not been held against such a plan.
 CALIBRATED = 0.03
 # On processes that share a machine's cores, which other programs use too.
 SHARED = 0.3
 # Of exposed transfers, and of waiting for the host.
 TRANSFERS = 0.1
 HOST = 0.10
-# Of memory: our own trainer's, which was off by 2.5% at most on one GPU (docs/benchmarks.md); and others'.
-OWN_MEMORY = 0.05
+# Of memory: our own trainer's, and others'.
+OWN_MEMORY = 0.08
 OTHER_MEMORY = 0.12
 
 
@@ -43,10 +43,9 @@ def step_interval(job: Job, account: StepAccount, *, held: bool = False) -> Inte
     base = HELD if held else UNHELD
     if device.kind == "cpu":
         base = SHARED
-    elif own and job.cluster.measured is not None:
-        base = CALIBRATED
     elif own and device.name in OWN_DEVICES:
-        base = OWN
+        measured, alone = job.cluster.measured, job.layout.world_size == 1
+        base = CALIBRATED if measured is not None and measured.is_steady and alone else OWN
     sent_s = sum(seconds for name, seconds in account.rows() if name.startswith("comm."))
     width = hypot(base, TRANSFERS * sent_s / whole_s, HOST * account.host / whole_s)
     return whole_s * exp(-width), whole_s * exp(width)
