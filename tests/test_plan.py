@@ -5,6 +5,8 @@ import subprocess
 import sys
 from functools import partial
 
+import re
+
 import msgspec
 import pytest
 from rich.console import Console
@@ -71,7 +73,7 @@ def test_8b_replicated_is_rejected_for_its_states(eight_h100: Plan) -> None:
 
 def test_8b_does_not_fit_one_h100(eight_h100: Plan) -> None:
     assert eight_h100.one_device is None
-    assert eight_h100.verdict.startswith("One device is not enough: the model does not fit")
+    assert eight_h100.verdict.startswith("One device is not enough without offloading. The fewest that work: shard 2")
     assert "the fastest found is shard 8, zero 2" in eight_h100.verdict
 
 
@@ -308,3 +310,22 @@ def test_candidates_that_recompute_are_predicted_with_their_own_stages() -> None
     for one in again:
         alone = predict_framed(with_layout(job, one.layout), build_frame(with_layout(job, one.layout)), brief=True)
         assert (one.memory, one.step_s) == (alone.memory, alone.step_s)
+
+
+def test_one_device_that_could_be_faster_alone_says_how() -> None:
+    """The same rank with a larger microbatch; and a goal's hours have an interval."""
+    slow = build_plan(job_on("1xh200", "llama-1b-untied", 4096, 8, "layout.microbatch=1"))
+    assert "% faster as one process, microbatch 8 than as this job has it" in slow.verdict
+    hours = Goal(objective="fewest", tokens=10**10, deadline_hours=100)
+    enough = build_plan(job_on("8xh100", "llama3-8b", 8192, 128), hours)
+    assert re.search(r"enough: [\d.]+ hours of 100 \(80% interval [\d.]+ to [\d.]+\)", enough.verdict)
+
+
+def test_fixed_settings_that_fit_nowhere_are_said_to() -> None:
+    """Not that the job's own layout fits, which is another."""
+    plan = build_plan(job_on("8xh100", "llama3-8b", 8192, 128), Goal(fixed={"schedule": "gpipe", "pipeline": 2}))
+    assert plan.ranked == () and plan.job_fits
+    assert plan.verdict.startswith(
+        "Nothing fits on 8 x h100 with layout.schedule and layout.pipeline fixed: pipeline 2"
+    )
+    assert "stay free)" in plan.verdict

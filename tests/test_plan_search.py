@@ -194,7 +194,8 @@ def test_a_model_that_fits_nothing_gets_the_smallest_cluster_that_would_do() -> 
     job = job_on("8xh100", "llama3.1-405b", global_batch=512)
     plan = build_plan(job)
     assert plan.ranked == ()
-    assert "The smallest cluster that would do: 16 nodes of 8 x h100" in plan.verdict
+    assert "The smallest cluster that would do without offloading: 16 nodes of 8 x h100" in plan.verdict
+    assert "; with it, 4 nodes of 8 x h100 (" in plan.verdict
     found = smallest_cluster(job)
     assert found is not None
     half = msgspec.structs.replace(found[0], nodes=found[0].nodes // 2)

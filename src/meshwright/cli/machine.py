@@ -43,8 +43,10 @@ def read_runnable(job: Path, settings: Sequence[str]) -> "Job":
 
     found = read_job(job, settings, local=local, find=find, admit=check_devices)
     if found.trainer != MESHWRIGHT:
+        if found.trainer.name == MESHWRIGHT.name:
+            raise SettingError("[trainer]", "changes what our own trainer is: it can be planned", "leave [trainer] out")
         setting = f'trainer.name = "{found.trainer.name}"'
-        raise SettingError(setting, "is another program, or not quite ours: it can be planned", "leave [trainer] out")
+        raise SettingError(setting, "is another program: it can be planned", "leave [trainer] out")
     return found
 
 

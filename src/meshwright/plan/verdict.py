@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 import msgspec
 
-from meshwright.plan.fit import gb
+from meshwright.plan.fit import gb, reject_memory, with_layout
+from meshwright.plan.frame import build_frame
 from meshwright.plan.objective import Goal
 from meshwright.plan.search import TIE
-from meshwright.plan.smallest import least_layout, smallest_cluster
+from meshwright.plan.smallest import least_layout, slim_layouts, smallest_cluster
 from meshwright.plan.time import share_machine
 from meshwright.record import Prediction
-from meshwright.spec import Job, count_parameters
+from meshwright.spec import Cluster, Job, Layout, count_parameters
 
 
 def explain_verdict(
@@ -53,7 +54,10 @@ def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
     hours = goal.deadline_hours * best.step_s / limit_s if goal.deadline_hours else 0.0
     ranks = best.layout.world_size
     are = "device is" if ranks == 1 else "devices are"
-    return f"{ranks} {are} enough: {hours:,.3g} hours of {goal.deadline_hours:g}."
+    low, high = (hours * end / best.step_s for end in best.step_interval_s)
+    return (
+        f"{ranks} {are} enough: {hours:,.3g} hours of {goal.deadline_hours:g} (80% interval {low:,.3g} to {high:,.3g})."
+    )
 
 
 def hours_text(hours: float) -> str:
@@ -73,10 +77,9 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
         if ranked[0].step_s > min(p.step_s for p in ranked):
             which = f"the simplest within {TIE:.0%} of the fastest found"
         best = f"also {which}" if fewest == ranked[0] else f"{which} is {in_words(ranked[0])}"
-        why = " without offloading" if fewest.layout.world_size == 1 else ": the model does not fit it"
-        if goal.fixed:
-            why = f" with {' and '.join(f'layout.{name}' for name in goal.fixed)} fixed"
-        return f"One {device} is not enough{why}. The fewest that work: {in_words(fewest)}; {best}."
+        offloading = fewest.layout.world_size == 1 or holds_offloaded(job, goal)
+        why = " without offloading" if offloading else "" if goal.fixed else ": the model does not fit it"
+        return f"One {device} is not enough{why}{with_fixed(goal)}. The fewest that work: {in_words(fewest)}; {best}."
     placed = share_machine(msgspec.structs.replace(job, layout=one.layout))
     recompute = "" if one.layout.recompute == "none" else f" with {one.layout.label()}"
     fits = f"it fits{recompute} ({gb(one.memory.total())} of {gb(placed.cluster.device.memory_bytes)} GB)"
@@ -95,31 +98,61 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
 def nothing_searched_fits(job: Job, own: Prediction, goal: Goal) -> str:
     """The verdict where no layout of the search fits: what would do. The job's own may fit, by what is left out."""
     needed, capacity = own.memory.total(), share_machine(job).cluster.device.memory_bytes
+    if goal.fixed and needed <= capacity:
+        # The job's own is another then.
+        least = next(slim_layouts(job, job.cluster.devices, goal.fixed), None)
+        why = "none of them is legal" if least is None else reject_memory(with_layout(job, least), build_frame).reason
+        what = "" if least is None else f"{least.label()} "
+        return f"Nothing fits on {job.cluster.label()}{with_fixed(goal)}: {what}{why}."
     if needed <= capacity:
         pace = f", {own.step_s:.3g} s a step" if own.step_s else ""
         fits = f"This job's layout fits ({gb(needed)} of {gb(capacity)} GB){pace}: {own.layout.label()}."
         return f"{fits} Nothing that was searched does on {job.cluster.label()}."
     name, size_bytes = max(own.memory.rows(), key=lambda row: row[1])
     largest = f"{name.replace('_', ' ')}, {gb(size_bytes)} GB in this job's layout"
-    fixed = f" with {' and '.join(f'layout.{name}' for name in goal.fixed)} fixed" if goal.fixed else ""
-    verdict = (
-        f"Nothing fits: no layout of {job.model.name} on {job.cluster.label()}{fixed}. The largest term is {largest}."
-    )
+    where = f"{job.cluster.label()}{with_fixed(goal)}"
+    verdict = f"Nothing fits: no layout of {job.model.name} on {where}. The largest term is {largest}."
     if job.cluster.device.kind == "cpu":
         return verdict
     enough = smallest_cluster(job, goal.fixed)
+    if "offload" in goal.fixed:
+        return f"{verdict} {would_do('', enough)}."
+    offloaded = smallest_cluster(job, {**goal.fixed, "offload": "parameters"})
+    if offloaded is None:
+        return f"{verdict} {would_do('', enough)}."
+    return f"{verdict} {would_do(' without offloading', enough)}; with it, {would_do('', offloaded, again=True)}."
+
+
+def would_do(how: str, enough: tuple[Cluster, Layout] | None, *, again: bool = False) -> str:
+    """The smallest cluster that holds a job, in words."""
     if enough is None:
-        return f"{verdict} No cluster of such nodes would do, as far as was looked."
+        return f"No cluster of such nodes would do{how}, as far as was looked"
     cluster, layout = enough
-    return f"{verdict} The smallest cluster that would do: {cluster.label()} ({layout.label()})."
+    what = f"{cluster.label()} ({layout.label()})"
+    return what if again else f"The smallest cluster that would do{how}: {what}"
+
+
+def holds_offloaded(job: Job, goal: Goal) -> bool:
+    """Whether one device holds the job with its parameters in the host's memory."""
+    tried = "offload" not in goal.fixed and job.cluster.device.kind != "cpu"
+    return tried and least_layout(job, 1, {**goal.fixed, "offload": "parameters"}) is not None
+
+
+def with_fixed(goal: Goal) -> str:
+    """What is fixed, in words."""
+    return f" with {' and '.join(f'layout.{name}' for name in goal.fixed)} fixed" if goal.fixed else ""
 
 
 def compare_own(own: Prediction, one: Prediction, device: str) -> str:
     """How the job's own layout compares with one device that nothing beats."""
-    if own.layout.world_size == 1:
-        return ", and nothing found is faster" if device == "process" else ""
     gain = own.step_s / one.step_s - 1
+    if own.layout.world_size == 1:
+        if gain >= TIE:
+            return f", and is predicted {100 * gain:.0f}% faster as {one.layout.label()} than as this job has it"
+        return ", and nothing found is faster" if device == "process" else ""
     why = ": they would share its cores" if device == "process" else ""
+    if why and own.layout.microbatch != one.layout.microbatch:
+        why += f", and microbatch {one.layout.microbatch} suits them better"
     if gain < TIE:
         return f", and this job's {own.layout.world_size} ranks are predicted no faster{why}"
     return (

@@ -30,7 +30,8 @@ def nearest_context(layout: Layout, model: ModelSpec, sequence: int) -> str:
     ways: list[str] = []
     if near > 1 or form == "ring":
         ways.append(f"layout.context = {near}")
-    if sequence % parts and not context_refusal(layout, size, model, up):
+    meant = not 0 < model.max_positions < up
+    if sequence % parts and meant and not context_refusal(layout, size, model, up):
         ways.append(f"data.sequence = {up}")
     if form != "ring" and not context_refusal(ring, size, model, sequence):
         ways.append('layout.context_form = "ring"')
