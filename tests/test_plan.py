@@ -1,11 +1,10 @@
 """Plans: what fits, in which order, why the others do not, and whether one device is enough; on screen and as JSON."""
 
 import io
+import re
 import subprocess
 import sys
 from functools import partial
-
-import re
 
 import msgspec
 import pytest
