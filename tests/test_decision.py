@@ -30,6 +30,21 @@ def offer(gpus: str, price: float | None = None, **told: float) -> Offer:
     return make_offer(gpus, job, build_plan(job), 10**11)
 
 
+def offer_by(deadline_hours: float, gpus: str, price: float | None = None, **told: float) -> Offer:
+    """Planned for the fewest devices that train on 10^11 tokens by then."""
+    job = job_on(gpus)
+    job = msgspec.structs.replace(
+        job, cluster=msgspec.structs.replace(job.cluster, price_per_device_hour=price, **told)
+    )
+    goal = Goal(objective="fewest", tokens=10**11, deadline_hours=deadline_hours)
+    return make_offer(gpus, job, build_plan(job, goal), goal.tokens)
+
+
+def hours_needed(one: Offer) -> tuple[float, ...]:
+    assert one.days is not None
+    return tuple(24 * days for days in one.days)
+
+
 def figures_of(page: Path) -> dict[str, Any]:
     """What a page draws."""
     found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page.read_text(), re.DOTALL)
@@ -79,10 +94,88 @@ def test_what_cannot_run_the_job_is_not_taken() -> None:
     assert decision.taken == "8xh100" and any("1xrtx4090" in line for line in decision.lines)
 
 
+def test_what_misses_the_deadline_is_not_taken_while_another_meets_it() -> None:
+    # Far dearer for each token, and the only one in time.
+    dear, cheap = offer_by(100.0, "8x8xh100", 9.0), offer_by(100.0, "8xh100", 0.1)
+    assert hours_needed(dear)[1] < 100 < hours_needed(cheap)[1]
+    assert decide([dear, cheap]).taken == "8xh100"
+    decision = decide([dear, cheap], 100.0)
+    assert decision.taken == "8x8xh100" and decision.missed == ("8xh100",)
+    assert "it alone meets the deadline" in decision.lines[0] and "meets the deadline of 100 hours" in decision.lines[1]
+    assert any(line.startswith("8xh100 takes") and "more than the deadline" in line for line in decision.lines)
+
+
+def test_the_slow_end_of_the_interval_may_miss_the_deadline() -> None:
+    one = offer("8x8xh100")
+    _, middle, high = hours_needed(one)
+    tight, wide = decide([one], (middle + high) / 2), decide([one], 2 * high)
+    assert tight.taken == wide.taken == one.name
+    assert f"it would miss it by {(high - middle) / 2:.3g} hours" in tight.lines[1]
+    assert "would miss" not in wide.lines[1]
+
+
+def test_no_offer_is_taken_where_none_meets_the_deadline() -> None:
+    offers = [offer_by(10.0, "8xh100"), offer_by(10.0, "8x8xh100")]
+    decision = decide(offers, 10.0)
+    assert decision.taken == "" and decision.missed == ("8x8xh100", "8xh100")
+    assert f"misses the deadline of 10 hours by {hours_needed(offers[1])[1] - 10:.3g} hours" in decision.lines[0]
+
+
+def test_interruptions_count_against_the_deadline() -> None:
+    often = offer("8x8xh100", device_hours_per_failure=500.0)
+    assert often.interruptions is not None
+    # As long as it takes without them.
+    deadline_hours = hours_needed(often)[1] * (often.interruptions.productive + 1) / 2
+    decision = decide([often], deadline_hours)
+    assert decision.taken == "" and "by interruptions alone" in decision.lines[1]
+    # Of a plan's layouts, the first that meets it with them is the offer's.
+    assert decide([offer_by(deadline_hours, "16x8xh100")], deadline_hours).taken == "16x8xh100"
+
+
+def test_steps_of_other_sizes_are_told() -> None:
+    one = offer("8xh100")
+    job = planning_job(model="llama3-8b", gpus="4x8xh100", sequence=8192, global_batch=512, settings=())
+    other = make_offer("4x8xh100", job, build_plan(job), None)
+    assert (one.step_tokens, other.step_tokens) == (128 * 8192, 512 * 8192)
+    told = [line for line in decide([one, other]).lines if "tokens a step" in line]
+    assert len(told) == 1 and "1,048,576" in told[0] and "4,194,304" in told[0] and "--global-batch 512" in told[0]
+    assert not any("tokens a step" in line for line in decide([one, offer("4x8xh100")]).lines)
+
+
+def test_what_overlaps_is_named_and_large_factors_are_no_percentages() -> None:
+    near = decide([offer("8x8xh100"), offer("8x8xmi300x")])
+    assert any("intervals of tokens/s overlap" in line for line in near.lines)
+    priced = decide([offer("8x8xh100", 3.0), offer("8x8xmi300x", 3.0)])
+    assert any("intervals of what a million tokens cost overlap" in line for line in priced.lines)
+    far = decide([offer("8x8xh100"), offer("1x8xv100-32")])
+    assert any("times as slow as predicted" in line for line in far.lines)
+    assert not any(re.search(r"\d{3,}%", line) for line in far.lines if line.startswith("It stands"))
+
+
+@pytest.mark.parametrize(("hours", "often"), [(190.0, "about once a day"), (96.0, "2.0 times a day"), (1e4, "52 days")])
+def test_how_often_is_said_in_words(hours: float, often: str) -> None:
+    lines = decide([offer("8xh100", device_hours_per_failure=hours)]).lines
+    assert any(f"are interrupted {'every ' if 'days' in often else ''}{often}" in line for line in lines)
+
+
+def test_doubts_of_the_taken_offer_and_missing_prices_are_told() -> None:
+    decision = decide([offer("8xh100"), offer("8xmi300x")])
+    assert decision.taken == "8xmi300x"
+    assert any(line.startswith("Of 8xmi300x:") and "unproven on AMD" in line for line in decision.lines)
+    alike = decide([offer("8xh100"), offer("4x8xh100")])
+    assert not any(line.startswith("Of ") or "Speed decides" in line for line in alike.lines)
+    some = decide([offer("8xh100", 2.0), offer("4x8xh100")])
+    assert "Speed decides, because not all have a price: 4x8xh100 has none." in some.lines
+    assert not any("Speed" in line for line in decide([offer("8xh100", 2.0), offer("4x8xh100", 2.0)]).lines)
+
+
 def test_the_command_compares() -> None:
-    done = run("plan", "--model", "llama3-8b", "--cluster", "8xh100", "--cluster", "8xa100-80", "--tokens", "1e10")
+    on_two = ("--model", "llama3-8b", "--cluster", "8xh100", "--cluster", "8xa100-80")
+    done = run("plan", *on_two, "--tokens", "1e10")
     assert done.returncode == 0 and "Take 8xh100" in done.stdout
-    refused = run("plan", "--model", "llama3-8b", "--cluster", "8xh100", "--cluster", "8xa100-80", "--html", "x.html")
+    late = run("plan", *on_two, "--tokens", "1e12", "--objective", "fewest", "--deadline-hours", "10")
+    assert late.returncode == 0 and "Take none of them: the nearest misses the deadline of 10 hours" in late.stdout
+    refused = run("plan", *on_two, "--html", "x.html")
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
 

@@ -116,7 +116,8 @@ def show_plan(
         jobs = {name: wanted(name) for name in clusters}
         if whole:
             goal = of_whole_run(goal, jobs[clusters[0]])
-        decision = decide([make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()])
+        offers = [make_offer(name, one, build_plan(one, goal), goal.tokens) for name, one in jobs.items()]
+        decision = decide(offers, goal.deadline_hours)
         if pages.as_json:
             click.echo(decision_json(decision))
         else:

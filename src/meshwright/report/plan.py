@@ -42,7 +42,8 @@ def decision_json(decision: Decision) -> str:
 
 def decision_text(decision: Decision, console: "Console") -> None:
     """Print the offers side by side, and which to take."""
-    table = new_table(["offer"], ["devices", "step", "80% interval", "tokens/s", "days", "cost", "1M tokens", "kept"])
+    numbers = ["devices", "batch", "step", "80% interval", "tokens/s", "days", "cost", "1M tokens", "kept"]
+    table = new_table(["offer"], numbers)
     for offer in decision.offers:
         table.add_row(*offer_cells(offer), style="bold" if offer.name == decision.taken else "")
     layouts = [(o.name, o.best.layout.label() if o.best is not None else "nothing fits") for o in decision.offers]
@@ -59,6 +60,7 @@ def offer_cells(offer: Offer) -> list[str]:
     return [
         offer.name,
         f"{offer.devices:,}",
+        f"{offer.global_batch:,}",
         seconds_text(best.step_s),
         f"{seconds_text(low_s)} - {seconds_text(high_s)}",
         f"{offer.tokens_per_s:,.0f}",
