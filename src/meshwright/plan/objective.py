@@ -102,8 +102,9 @@ def search_goal(job: Job, predict: Predict, goal: Goal) -> tuple[list[Prediction
         more, refused = search_layouts(job, predict, fixed=unmoved, ranks=[fewest], most=1, shared=shared)
         found, rejected = [*found, *more], [*rejected, *refused]
     if job.cluster.price_per_device_hour is not None and goal.objective != "cheapest":
-        # So that what is called the cheapest is.
-        cheapest, _ = search_layouts(job, predict, fixed=goal.fixed, weigh=by_cost, most=1, shared=shared)
+        # So that what is called the cheapest is: where the fewest are enough, of as many, for more would be faster.
+        ranks = sorted(set(enough)) or None
+        cheapest, _ = search_layouts(job, predict, fixed=goal.fixed, ranks=ranks, weigh=by_cost, most=1, shared=shared)
         known = {one.layout for one in found}
         found = [*found, *(one for one in cheapest if one.layout not in known)]
     if not found and not any(one.memory is not None for one in rejected) and not is_divisible(job, goal.fixed):
