@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from meshwright.plan.cost import DAY_S, HOUR_S, MILLION, price_text
+from meshwright.plan.cost import DAY_S, HOUR_S, MILLION, three_figures
 from meshwright.plan.interruptions import Interruptions, predict_interruptions
 from meshwright.plan.plan import Plan
 from meshwright.record import Prediction
@@ -107,7 +107,7 @@ def benefit(taken: Offer, others: Sequence[Offer], *, priced: bool) -> str:
     if taken.days:
         text += f", {days_text(taken.days[1])} days ({days_text(taken.days[0])} to {days_text(taken.days[2])}) in all"
     if taken.cost:
-        low, middle, high = map(price_text, taken.cost)
+        low, middle, high = map(three_figures, taken.cost)
         text += f", for {middle} ({low} to {high})"
     for other in others[:1]:
         faster = taken.tokens_per_s / other.tokens_per_s
