@@ -66,6 +66,6 @@ def cost_of(prediction: Prediction, price: float | None, tokens: int | None) -> 
     )
 
 
-def price_text(price: float) -> str:
-    """An amount of money with three figures or whole units."""
-    return f"{price:,.0f}" if price >= 999.5 else f"{price:.3g}"
+def three_figures(value: float) -> str:
+    """A number with three figures, or in whole units where it has more."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

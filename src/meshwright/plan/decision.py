@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from meshwright.plan.cost import DAY_S, HOUR_S, MILLION, price_text
+from meshwright.plan.cost import DAY_S, HOUR_S, MILLION, three_figures
 from meshwright.plan.interruptions import Interruptions, predict_interruptions
 from meshwright.plan.plan import Plan
 from meshwright.plan.verdict import hours_text
@@ -166,7 +166,7 @@ def benefit(taken: Offer, others: Sequence[Offer], *, priced: bool, alone: bool)
     if taken.days:
         text += f", {days_text(taken.days[1])} days ({days_text(taken.days[0])} to {days_text(taken.days[2])}) in all"
     if taken.cost:
-        low, middle, high = map(price_text, taken.cost)
+        low, middle, high = map(three_figures, taken.cost)
         text += f", for {middle} ({low} to {high})"
     for other in others[:1]:
         text += f". Against {other.name} it is {times_text(taken.tokens_per_s / other.tokens_per_s)} times as fast"
@@ -264,7 +264,7 @@ def range_text(offer: Offer, *, priced: bool) -> str:
     low, _, high = spread(offer.best)
     if priced:
         million = offer.million_tokens or 0.0
-        return f"{price_text(million * low)} to {price_text(million * high)}"
+        return f"{three_figures(million * low)} to {three_figures(million * high)}"
     return f"{offer.tokens_per_s / high:,.0f} to {offer.tokens_per_s / low:,.0f}"
 
 

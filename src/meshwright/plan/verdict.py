@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from meshwright.plan.cost import three_figures
 from meshwright.plan.fit import gb, reject_memory, with_layout
 from meshwright.plan.frame import build_frame
 from meshwright.plan.objective import Goal
@@ -54,10 +55,13 @@ def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
     hours = goal.deadline_hours * best.step_s / limit_s if goal.deadline_hours else 0.0
     ranks = best.layout.world_size
     are = "device is" if ranks == 1 else "devices are"
-    low, high = (hours * end / best.step_s for end in best.step_interval_s)
-    return (
-        f"{ranks} {are} enough: {hours:,.3g} hours of {goal.deadline_hours:g} (80% interval {low:,.3g} to {high:,.3g})."
-    )
+    low, middle, high = (three_figures(hours * step_s / best.step_s) for step_s in spread(best))
+    return f"{ranks} {are} enough: {middle} hours of {goal.deadline_hours:g} (80% interval {low} to {high})."
+
+
+def spread(prediction: Prediction) -> tuple[float, float, float]:
+    """A step's seconds with what its interval is from and to."""
+    return prediction.step_interval_s[0], prediction.step_s, prediction.step_interval_s[1]
 
 
 def hours_text(hours: float) -> str:

@@ -7,12 +7,12 @@ import msgspec
 
 from meshwright.account import MEANINGS
 from meshwright.plan import Decision, Offer, Plan, Rejected
-from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs, price_text
+from meshwright.plan.cost import DAY_S, HOUR_S, Cost, Costs, three_figures
 from meshwright.plan.curve import KNEE
 from meshwright.plan.decision import days_text
 from meshwright.plan.fit import SPARE
 from meshwright.record import Prediction
-from meshwright.report.text import blocks_held, labelled, show
+from meshwright.report.text import beside, blocks_held, labelled, show
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LISTED_LAYOUTS = 10
 LISTED_REJECTIONS = 6
 BAR_CELLS = 20
+# From here on days are easier to read than seconds.
+LONG_S = 2 * DAY_S
 # More devices than these in one node are seldom meant.
 USUAL_NODE = 8
 # Buckets below this share of the step are summed into one line.
@@ -65,15 +67,16 @@ def offer_cells(offer: Offer) -> list[str]:
         f"{seconds_text(low_s)} - {seconds_text(high_s)}",
         f"{offer.tokens_per_s:,.0f}",
         days_text(offer.days[1]) if offer.days else "",
-        price_text(offer.cost[1]) if offer.cost else "",
-        f"{offer.million_tokens:,.3g}" if offer.million_tokens is not None else "",
+        three_figures(offer.cost[1]) if offer.cost else "",
+        three_figures(offer.million_tokens) if offer.million_tokens is not None else "",
         f"{found.productive:.1%}",
     ]
 
 
 def plan_text(plan: Plan, console: "Console") -> None:
     """Print the verdict, the job's own layout in detail, the ranking and the rejections."""
-    parts = [headline(plan), job_table(plan), ranking(plan), scaling(plan), rejections(plan.rejected), notes(plan.job)]
+    own = job_table(plan, console)
+    parts = [headline(plan), own, ranking(plan), scaling(plan), rejections(plan.rejected), notes(plan.job)]
     show([part for part in parts if part is not None], console)
 
 
@@ -108,9 +111,9 @@ def cost_text(cost: Cost, tokens: int | None) -> str:
     """A layout's price and time in a few words."""
     words: list[str] = []
     if cost.step is not None and cost.million_tokens is not None:
-        words = [f"{price_text(cost.step)} a step", f"{price_text(cost.million_tokens)} a million tokens"]
+        words = [f"{three_figures(cost.step)} a step", f"{three_figures(cost.million_tokens)} a million tokens"]
     if cost.run_s is not None:
-        price = f"{price_text(cost.run)} and " if cost.run is not None else ""
+        price = f"{three_figures(cost.run)} and " if cost.run is not None else ""
         words.append(f"{price}{long_text(cost.run_s)} for {tokens:,} tokens")
     return ", ".join(words)
 
@@ -119,19 +122,20 @@ def long_text(seconds: float) -> str:
     """Seconds, hours or days."""
     if seconds < HOUR_S:
         return seconds_text(seconds)
-    return f"{seconds / HOUR_S:.3g} hours" if seconds < 2 * DAY_S else f"{seconds / DAY_S:,.3g} days"
+    return f"{seconds / HOUR_S:.3g} hours" if seconds < LONG_S else seconds_text(seconds)
 
 
-def job_table(plan: Plan) -> "Table":
+def job_table(plan: Plan, console: "Console") -> "Table":
     """The job's own layout: its step by bucket, largest first, beside its memory by term."""
-    from rich.table import Table
+    return titled(own_title(plan), beside(step_table(plan.job), memory_table(plan), console))
 
-    grid = Table.grid(padding=(0, 3))
-    grid.add_row(step_table(plan.job), memory_table(plan))
+
+def own_title(plan: Plan) -> str:
+    """The job's own layout, and whether it fits."""
     note = "" if plan.job_fits else " (does not fit)"
     if plan.job_fits and plan.job.memory.total() > (1 - SPARE) * plan.capacity_bytes:
         note = f" (less than {SPARE:.0%} would stay free: nothing as full is offered)"
-    return titled(f"This job: {plan.job.layout.label()}{note}", grid)
+    return f"This job: {plan.job.layout.label()}{note}"
 
 
 def titled(title: str, inner: "Table") -> "Table":
@@ -147,7 +151,7 @@ def titled(title: str, inner: "Table") -> "Table":
 
 def step_table(prediction: Prediction) -> "Table":
     """Seconds and share of every bucket."""
-    table = new_table([f"step {seconds_text(prediction.step_s)}"], ["time", "share", ""])
+    table = new_table([f"step {seconds_text(prediction.step_s)}"], ["time", "share", ""], wrap=False)
     rows = sorted(prediction.step.rows(), key=lambda row: -row[1])
     large = [(n, s) for n, s in rows if s > SMALL * prediction.step_s and s]
     small_s = sum(s for _, s in rows) - sum(s for _, s in large)
@@ -167,7 +171,7 @@ def memory_table(plan: Plan) -> "Table":
     """Bytes of every term against the device's capacity."""
     memory, capacity_bytes = plan.job.memory, plan.capacity_bytes
     total_bytes = memory.total()
-    table = new_table([f"memory {gb(total_bytes)} of {gb(capacity_bytes)}"], ["bytes", "of device"])
+    table = new_table([f"memory {gb(total_bytes)} of {gb(capacity_bytes)}"], ["bytes", "of device"], wrap=False)
     for name, size_bytes in sorted(memory.rows(), key=lambda row: -row[1]):
         if size_bytes:
             table.add_row(MEMORY_WORDS.get(name, name), gb(size_bytes), f"{size_bytes / capacity_bytes:.1%}")
@@ -213,7 +217,11 @@ def scaling(plan: Plan) -> "Table | None":
     for point in curve.points:
         low_s, high_s = point.step_interval_s
         cells = [seconds_text(seconds) for seconds in (point.step_s, low_s, high_s)]
-        cells += [f"{point.tokens_per_s:,.0f}", f"{point.efficiency:.0%}", f"{point.device_s_per_million_tokens:,.3g}"]
+        cells += [
+            f"{point.tokens_per_s:,.0f}",
+            f"{point.efficiency:.0%}",
+            three_figures(point.device_s_per_million_tokens),
+        ]
         table.add_row(f"{point.devices}", *cells, point.layout.label())
     title = "Scaling, at this batch"
     if curve.knee is not None:
@@ -255,7 +263,7 @@ def layout_cells(prediction: Prediction, *, own: bool) -> list[str]:
     if not prediction.step_s:
         return [*cells, "-", "-", "-", size]
     useful_share = prediction.step.useful / prediction.step_s
-    step, tokens = seconds_text(prediction.step_s), f"{prediction.tokens_per_s:,.0f}"
+    step, tokens = seconds_text(prediction.step_s), three_figures(prediction.tokens_per_s)
     return [*cells, step, tokens, f"{useful_share:.1%}", size]
 
 
@@ -288,13 +296,13 @@ def notes(prediction: Prediction) -> "Table":
     return table
 
 
-def new_table(words: Sequence[str], numbers: Sequence[str]) -> "Table":
-    """A table without frames: columns of words to the left, of numbers to the right."""
+def new_table(words: Sequence[str], numbers: Sequence[str], *, wrap: bool = True) -> "Table":
+    """A table without frames: columns of words to the left, of numbers to the right. wrap: whether words may wrap."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="underline")
     for word in words:
-        table.add_column(word, overflow="fold")
+        table.add_column(word, overflow="fold", no_wrap=not wrap)
     for number in numbers:
         table.add_column(number, justify="right" if number else "left", no_wrap=True)
     return table
@@ -306,11 +314,13 @@ def bar(share: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds with three figures."""
+    """Seconds with three figures; many of them as days."""
     if not seconds:
         return "unknown"
+    if seconds >= LONG_S:
+        return f"{three_figures(seconds / DAY_S)} days"
     if seconds >= 1:
-        return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
+        return f"{three_figures(seconds)} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from meshwright.plan import Plan
+from meshwright.plan.cost import three_figures
 from meshwright.plan.curve import KNEE, Curve
 from meshwright.record import Prediction, replace_text
 from meshwright.report.charts import AXES_HEIGHT, DRAWN_RANKS, Figure, stacked
@@ -12,8 +13,8 @@ from meshwright.report.details import Grid
 from meshwright.report.page import page_html
 from meshwright.report.parts import chart, grid_section, section, text, tile_row
 from meshwright.report.pipeline import pipeline_figure, pipeline_words
-from meshwright.report.plan import gb, layout_cells, seconds_text
-from meshwright.report.words import memory_unit, time_unit
+from meshwright.report.plan import cost_rows, gb, layout_cells, long_text, own_title, seconds_text
+from meshwright.report.words import count_text, memory_unit, time_unit
 
 # Layouts drawn beside each other, and those listed.
 DRAWN_LAYOUTS, LISTED_LAYOUTS, LISTED_REJECTIONS = 8, 20, 30
@@ -33,8 +34,11 @@ def sections(plan: Plan, figures: dict[str, Figure]) -> Iterable[str]:
     tokens = plan.global_batch * plan.sequence
     under = f"{plan.global_batch:,} sequences of {plan.sequence:,} tokens, {tokens:,} tokens a step"
     yield f'<h1>{text(plan.model)} on {text(plan.cluster.label())}</h1>\n<p class="soft">{text(under)}</p>'
+    yield f'<h2 class="whose">{text(own_title(plan))}</h2><p class="soft">{text(first_words(plan))}</p>'
     yield tiles(plan)
     yield section("Verdict", plan.verdict)
+    if plan.costs is not None:
+        yield cost_section(plan)
     if plan.job.step_s:
         yield step_section(plan, figures)
     yield memory_section(plan, figures)
@@ -44,7 +48,8 @@ def sections(plan: Plan, figures: dict[str, Figure]) -> Iterable[str]:
         yield section("The pipeline over time", pipeline_words(plan.job.pipeline), chart("pipeline"))
     if plan.curve is not None and plan.curve.points:
         yield curve_section(plan, plan.curve, figures)
-    yield grid_section(layouts_grid(plan))
+    if plan.ranked:
+        yield grid_section(layouts_grid(plan))
     if plan.rejected:
         yield grid_section(rejections_grid(plan))
     notes = "".join(f"<li>{text(note)}</li>" for note in plan.job.notes)
@@ -55,20 +60,64 @@ def sections(plan: Plan, figures: dict[str, Figure]) -> Iterable[str]:
 def tiles(plan: Plan) -> str:
     """The headline numbers of the job's own layout."""
     job, cells = plan.job, list[tuple[str, str, str]]()
+    given = "" if plan.job_fits else ", if it fitted"
+    if not plan.job_fits:
+        missing = gb(job.memory.total() - plan.capacity_bytes)
+        cells.append(("Fit", "Does not fit", f"{missing} more than a device has"))
     if job.step_s:
         low_s, high_s = job.step_interval_s
-        cells.append(("Step", seconds_text(job.step_s), f"80%: {seconds_text(low_s)} to {seconds_text(high_s)}"))
-        cells.append(("Tokens per second", f"{job.tokens_per_s:,.0f}", f"MFU {job.step.useful / job.step_s:.1%}"))
+        between = f"80%: {seconds_text(low_s)} to {seconds_text(high_s)}"
+        cells.append((f"Step{given}", seconds_text(job.step_s), between))
+        mfu = f"MFU {job.step.useful / job.step_s:.1%}"
+        cells.append((f"Tokens per second{given}", three_figures(job.tokens_per_s), mfu))
+    cells += [(f"{name}{given}", value, under) for name, value, under in cost_tiles(plan)]
     low, high = job.memory_interval_bytes
     cells.append(("Memory", gb(job.memory.total()), f"80%: {gb(low)} to {gb(high)}, of {gb(plan.capacity_bytes)}"))
     cells.append(("Layout", f"{job.layout.world_size:,} ranks", job.layout.label()))
     return tile_row(cells)
 
 
+def first_words(plan: Plan) -> str:
+    """What is ranked first, where the figures below are of another layout."""
+    whose = "The figures below are of this layout."
+    if not plan.ranked:
+        return whose
+    first = plan.ranked[0]
+    if first.layout == plan.job.layout:
+        return f"{whose} It is ranked first of all that fit."
+    speed = f", {seconds_text(first.step_s)} a step, {three_figures(first.tokens_per_s)} tokens/s"
+    return f"{whose} Ranked first of all that fit is {first.layout.label()}{speed if first.step_s else ''}."
+
+
+def cost_tiles(plan: Plan) -> list[tuple[str, str, str]]:
+    """What the job's own layout costs: all of the tokens where somebody said how many, else a million."""
+    if plan.costs is None:
+        return []
+    cost = plan.costs.own
+    of_tokens = f"for {count_text(plan.costs.tokens or 0)} tokens"
+    cells: list[tuple[str, str, str]] = []
+    if cost.run_s is not None:
+        cells.append(("Time", long_text(cost.run_s), of_tokens))
+    if cost.run is not None:
+        cells.append(("Cost", three_figures(cost.run), of_tokens))
+    elif cost.million_tokens is not None:
+        cells.append(("Cost", three_figures(cost.million_tokens), "for 1 M tokens"))
+    return cells
+
+
+def cost_section(plan: Plan) -> str:
+    """Costs and times of the job's layout and of better ones, as the screen of text has them."""
+    rows = cost_rows(plan.costs, plan.goal.objective, fits=plan.job_fits)
+    priced = plan.costs is not None and plan.costs.own.step is not None
+    under = "In the currency of cluster.price_per_device_hour, for the devices that a layout uses. " if priced else ""
+    lines = "".join(f"<li>{text(line)}</li>" for _, line in rows)
+    return section(rows[0][0], f"{under}Startup, checkpoints and failures are not in it.", f"<ul>{lines}</ul>")
+
+
 def compared(plan: Plan) -> list[tuple[str, Prediction]]:
-    """The job's own layout, if it fits, and the first in rank."""
+    """The job's own layout, if it fits or nothing else does, and the first in rank."""
     first = list(enumerate(plan.ranked[:DRAWN_LAYOUTS], 1))
-    own = [(f"this job: {short(plan.job)}", plan.job)] if plan.job_fits else []
+    own = [(f"this job: {short(plan.job)}", plan.job)] if plan.job_fits or not plan.ranked else []
     return own + [(f"{place}. {short(p)}", p) for place, p in first if p.layout != plan.job.layout]
 
 
@@ -80,7 +129,7 @@ def short(prediction: Prediction) -> str:
 
 def step_section(plan: Plan, figures: dict[str, Figure]) -> str:
     """Seconds by bucket, layout beside layout."""
-    drawn = compared(plan) or [(short(plan.job), plan.job)]
+    drawn = compared(plan)
     unit = time_unit(max(p.step_s for _, p in drawn))
     rows = [dict(p.step.rows()) for _, p in drawn]
     names = [name for name in rows[0] if any(row[name] > 0 for row in rows)]
@@ -89,9 +138,23 @@ def step_section(plan: Plan, figures: dict[str, Figure]) -> str:
         [name for name, _ in drawn],
         f"time of a step, {unit.name}",
     )
-    figures["step"]["layout"] |= {"showlegend": True, "legend": {"orientation": "h", "y": -0.25}}
-    figures["step"]["layout"]["height"] += AXES_HEIGHT
-    return section("Where a step's time would go", "By bucket; the fastest layouts that fit.", chart("step"))
+    add_legend(figures["step"], len(drawn))
+    return section("Where a step's time would go", f"By bucket; {drawn_words(plan)}.", chart("step"))
+
+
+def drawn_words(plan: Plan) -> str:
+    """Whose steps are drawn."""
+    if not plan.ranked:
+        return f"of this job's layout{'' if plan.job_fits else ', which does not fit: of a step that cannot be made'}"
+    own = "this job's layout and " if plan.job_fits else ""
+    order = {"cheapest": "cheapest", "fewest": "best"}.get(plan.goal.objective, "fastest")
+    return f"{own}the {order} layouts that fit"
+
+
+def add_legend(figure: Figure, bars: int) -> None:
+    """A legend below the axis and its title, which are nearer, as a share of the chart, where there are few bars."""
+    figure["layout"] |= {"showlegend": True, "legend": {"orientation": "h", "y": -0.2 - 0.6 / bars}}
+    figure["layout"]["height"] += AXES_HEIGHT
 
 
 def memory_section(plan: Plan, figures: dict[str, Figure]) -> str:
@@ -109,11 +172,8 @@ def memory_section(plan: Plan, figures: dict[str, Figure]) -> str:
     line: Figure = {"color": "#d9483b", "dash": "dot", "width": 1.5}
     figure["layout"] |= {
         "shapes": [{"type": "line", "x0": limit, "x1": limit, "y0": 0, "y1": 1, "yref": "paper", "line": line}],
-        "showlegend": True,
-        # Below the axis, which a chart of few bars has near.
-        "legend": {"orientation": "h", "y": -0.3 - 0.5 / len(rows)},
     }
-    figure["layout"]["height"] += AXES_HEIGHT
+    add_legend(figure, len(rows))
     figures["memory"] = figure
     more = f"; the first {DRAWN_RANKS} of {len(plan.memories)}" if len(plan.memories) > DRAWN_RANKS else ""
     under = f"Of this job's layout, at the step's peak{more}. The dotted line is what a device has."
@@ -190,7 +250,7 @@ def rejections_grid(plan: Plan) -> Grid:
         (r.layout.label(), r.reason, r.nearest or "none found") for r in plan.rejected[:LISTED_REJECTIONS]
     ]
     return Grid(
-        title="Layouts that do not",
+        title="Layouts that cannot run",
         under=f"{len(listed)} of {len(plan.rejected)}.",
         words=("layout", "why", "nearest that works"),
         numbers=(),

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 # Where no terminal says how wide it is.
 PLAIN_WIDTH = 100
+# Columns between two tables.
+GAP = 3
 
 
 def show(parts: Sequence["RenderableType"], console: "Console") -> None:
@@ -20,9 +22,29 @@ def show(parts: Sequence["RenderableType"], console: "Console") -> None:
         return
     # Tables are filled up with spaces to their width, which a log or an e-mail would keep.
     with console.capture() as captured:
-        print_parts(parts, console, max(console.width, PLAIN_WIDTH))
+        print_parts(parts, console, screen_width(console))
     for line in captured.get().splitlines():
         console.out(line.rstrip(), highlight=False)
+
+
+def screen_width(console: "Console") -> int:
+    """Columns that a screen of text may fill."""
+    return console.width if console.is_terminal else max(console.width, PLAIN_WIDTH)
+
+
+def beside(left: "Table", right: "Table", console: "Console") -> "Table":
+    """Two tables next to each other; where both do not fit in the width, one below the other."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, GAP))
+    options = console.options.update_width(screen_width(console))
+    widths = [console.measure(part, options=options).maximum for part in (left, right)]
+    if sum(widths) + GAP <= options.max_width:
+        grid.add_row(left, right)
+        return grid
+    for part in (left, "", right):
+        grid.add_row(part)
+    return grid
 
 
 def print_parts(parts: Sequence["RenderableType"], console: "Console", width: int | None) -> None:
