@@ -7,7 +7,7 @@ import msgspec
 from meshwright.plan.cost import DAY_S, HOUR_S, MILLION, three_figures
 from meshwright.plan.interruptions import Interruptions, predict_interruptions
 from meshwright.plan.plan import Plan
-from meshwright.plan.verdict import hours_text
+from meshwright.plan.verdict import hours_text, spread
 from meshwright.record import Prediction
 from meshwright.spec import Job
 
@@ -93,11 +93,6 @@ def chosen(job: Job, plan: Plan, tokens: int | None) -> Prediction | None:
     needed_per_s = tokens / (limit_hours * HOUR_S)
     kept = [one.tokens_per_s * predict_interruptions(job, one).productive for one in plan.ranked]
     return next((one for one, per_s in zip(plan.ranked, kept, strict=True) if per_s >= needed_per_s), plan.ranked[0])
-
-
-def spread(best: Prediction) -> tuple[float, float, float]:
-    """The step's interval, relative to what is expected."""
-    return best.step_interval_s[0] / best.step_s, 1.0, best.step_interval_s[1] / best.step_s
 
 
 def widened(value: float, by: tuple[float, float, float]) -> tuple[float, float, float]:

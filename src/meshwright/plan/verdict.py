@@ -55,13 +55,14 @@ def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
     hours = goal.deadline_hours * best.step_s / limit_s if goal.deadline_hours else 0.0
     ranks = best.layout.world_size
     are = "device is" if ranks == 1 else "devices are"
-    low, middle, high = (three_figures(hours * step_s / best.step_s) for step_s in spread(best))
+    low, middle, high = (three_figures(hours * times) for times in spread(best))
     return f"{ranks} {are} enough: {middle} hours of {goal.deadline_hours:g} (80% interval {low} to {high})."
 
 
 def spread(prediction: Prediction) -> tuple[float, float, float]:
-    """A step's seconds with what its interval is from and to."""
-    return prediction.step_interval_s[0], prediction.step_s, prediction.step_interval_s[1]
+    """The step's interval, relative to what is expected: from, 1, to."""
+    low_s, high_s = prediction.step_interval_s
+    return low_s / prediction.step_s, 1.0, high_s / prediction.step_s
 
 
 def hours_text(hours: float) -> str:
