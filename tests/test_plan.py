@@ -328,3 +328,19 @@ def test_fixed_settings_that_fit_nowhere_are_said_to() -> None:
         "Nothing fits on 8 x h100 with layout.schedule and layout.pipeline fixed: pipeline 2"
     )
     assert "stay free)" in plan.verdict
+
+
+def test_a_deadline_where_no_speed_is_known() -> None:
+    job = job_on("8xh100", "llama3-8b", 8192, 128)
+    device = msgspec.structs.replace(job.cluster.device, peak_bf16_flops_per_s=0.0, peak_fp32_flops_per_s=0.0)
+    job = msgspec.structs.replace(job, cluster=msgspec.structs.replace(job.cluster, device=device))
+    plan = build_plan(job, Goal(objective="fewest", tokens=10**10, deadline_hours=100))
+    assert plan.verdict.startswith("What makes 100 hours is not known, because the device's peak is not.")
+
+
+def test_what_a_host_cannot_hold_is_why_nothing_fits() -> None:
+    """Each rank holds all of 70B where nothing is divided."""
+    fixed = {"offload": "parameters", "shard": 1, "tensor": 1, "pipeline": 1, "context": 1}
+    plan = build_plan(job_on("8xb300", "llama3-70b", 2048, 8), Goal(fixed=fixed))
+    assert plan.ranked == () and plan.job_fits
+    assert "a host is taken to have 250.0" in plan.verdict

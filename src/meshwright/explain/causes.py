@@ -140,7 +140,7 @@ def allocating(case: Case) -> Advice:
     memory, full = case.memory, ""
     if memory is not None:
         full = f"{bytes_text(memory.total())} at the fullest moment, {bytes_text(memory.fragmentation)} of it in pieces"
-    # Our own runs have both (src/meshwright/__main__.py).
+    # Our own runs have the one (src/meshwright/__main__.py), and samples of one length.
     tidier = "" if case.job else "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, equal sequence lengths, or "
     what = (
         f"Steps allocate and free the device's memory, which is nearly full or in pieces: {tidier}a smaller microbatch."

@@ -280,7 +280,7 @@ def times_text(factor: float) -> str:
 
 def amount(hours: float) -> str:
     """A number of hours with three figures or whole ones."""
-    return f"{hours:,.0f} hours" if hours >= 100 else f"{hours:.3g} hours"
+    return f"{three_figures(hours)} hours"
 
 
 def days_text(days: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from meshwright.plan.cost import three_figures
-from meshwright.plan.fit import gb, reject_memory, with_layout
+from meshwright.plan.fit import gb, host_refusal, reject_memory, with_layout
 from meshwright.plan.frame import build_frame
 from meshwright.plan.objective import Goal
 from meshwright.plan.search import TIE
@@ -48,6 +48,8 @@ def explain_goal(job: Job, ranked: Sequence[Prediction], goal: Goal) -> str:
         per_million = 1e6 * best.layout.world_size / best.tokens_per_s if best.tokens_per_s else 0.0
         return f"Cheapest: {in_words(best)}, {per_million:,.3g} device-seconds a million tokens."
     limit_s = goal.step_limit_s(job)
+    if not best.step_s:
+        return f"What makes {hours_text(goal.deadline_hours or 0.0)} is not known, because the device's peak is not."
     if limit_s is None or best.step_s > limit_s:
         return (
             f"No number of devices here makes {hours_text(goal.deadline_hours or 0.0)}. The fastest: {in_words(best)}."
@@ -103,12 +105,9 @@ def explain_need(job: Job, own: Prediction, one: Prediction | None, ranked: Sequ
 def nothing_searched_fits(job: Job, own: Prediction, goal: Goal) -> str:
     """The verdict where no layout of the search fits: what would do. The job's own may fit, by what is left out."""
     needed, capacity = own.memory.total(), share_machine(job).cluster.device.memory_bytes
-    if goal.fixed and needed <= capacity:
+    if needed <= capacity and goal.fixed:
         # The job's own is another then.
-        least = next(slim_layouts(job, job.cluster.devices, goal.fixed), None)
-        why = "none of them is legal" if least is None else reject_memory(with_layout(job, least), build_frame).reason
-        what = "" if least is None else f"{least.label()} "
-        return f"Nothing fits on {job.cluster.label()}{with_fixed(goal)}: {what}{why}."
+        return f"Nothing fits on {job.cluster.label()}{with_fixed(goal)}: {slimmest(job, goal)}."
     if needed <= capacity:
         pace = f", {own.step_s:.3g} s a step" if own.step_s else ""
         fits = f"This job's layout fits ({gb(needed)} of {gb(capacity)} GB){pace}: {own.layout.label()}."
@@ -119,22 +118,29 @@ def nothing_searched_fits(job: Job, own: Prediction, goal: Goal) -> str:
     verdict = f"Nothing fits: no layout of {job.model.name} on {where}. The largest term is {largest}."
     if job.cluster.device.kind == "cpu":
         return verdict
-    enough = smallest_cluster(job, goal.fixed)
-    if "offload" in goal.fixed:
-        return f"{verdict} {would_do('', enough)}."
-    offloaded = smallest_cluster(job, {**goal.fixed, "offload": "parameters"})
-    if offloaded is None:
-        return f"{verdict} {would_do('', enough)}."
-    return f"{verdict} {would_do(' without offloading', enough)}; with it, {would_do('', offloaded, again=True)}."
+    enough, offloaded = smallest_cluster(job, goal.fixed), None
+    if "offload" not in goal.fixed:
+        offloaded = smallest_cluster(job, {**goal.fixed, "offload": "parameters"})
+    how = " without offloading" if offloaded else ""
+    found = f"No cluster of such nodes would do{how}, as far as was looked"
+    if enough:
+        found = f"The smallest cluster that would do{how}: {placed_words(*enough)}"
+    return f"{verdict} {found}{f'; with it, {placed_words(*offloaded)}' if offloaded else ''}."
 
 
-def would_do(how: str, enough: tuple[Cluster, Layout] | None, *, again: bool = False) -> str:
-    """The smallest cluster that holds a job, in words."""
-    if enough is None:
-        return f"No cluster of such nodes would do{how}, as far as was looked"
-    cluster, layout = enough
-    what = f"{cluster.label()} ({layout.label()})"
-    return what if again else f"The smallest cluster that would do{how}: {what}"
+def placed_words(cluster: Cluster, layout: Layout) -> str:
+    """A cluster with the layout that fits it."""
+    return f"{cluster.label()} ({layout.label()})"
+
+
+def slimmest(job: Job, goal: Goal) -> str:
+    """Why not even the layout that needs least, as is fixed, works on all devices."""
+    least = next(slim_layouts(job, job.cluster.devices, goal.fixed), None)
+    if least is None:
+        return "none of them is legal"
+    job = with_layout(job, least)
+    refused = host_refusal(job, build_frame) or reject_memory(job, build_frame)
+    return f"{least.label()} {refused.reason}"
 
 
 def holds_offloaded(job: Job, goal: Goal) -> bool:
